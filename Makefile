@@ -1,0 +1,36 @@
+# Everything here sets itself up: a Linux machine with make and Python 3.11 to 3.13 is enough.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+HARDWARE_KINDS := cpu nvidia nvidia-ib cdi
+
+.PHONY: demo test lint unit native cluster figures lock clean
+
+demo: .venv/.ready            ## two nodes train on this machine
+	@$(BIN)/python -m demo
+
+test: lint unit native cluster  ## everything; `CLUSTER_TESTS=skip make test` leaves out what needs a Docker engine and root
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	for kind in $(HARDWARE_KINDS); do HARDWARE=$$kind $(BIN)/compose-lint compose.yaml || exit 1; done
+
+unit native cluster: .venv/.ready
+	$(BIN)/python -m pytest tests/$@
+
+figures: .venv/.ready         ## the figures of the README, measured on this machine
+	$(BIN)/python -m benchmarks
+
+lock: .venv/.ready            ## pin every dependency anew
+	$(BIN)/python requirements/lock.py
+
+.venv/.ready: requirements/dev.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and none was found: install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

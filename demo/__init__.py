@@ -1,0 +1,1 @@
+"""`make demo`: two nodes of a cluster on one machine."""
