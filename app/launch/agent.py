@@ -1,0 +1,88 @@
+"""torchrun with an ear for its supervisor: the same program and flags, its failures told as JSON lines on a pipe.
+
+    TORCHRUN_COMPOSE_PIPE=FD python agent.py TORCHRUN-FLAGS SCRIPT [ARGS...]
+
+Plain torchrun ends with 0 or 1 whatever happened, says only in prose which worker died of what, and says it up to
+30 s late, after it has waited for the other workers (elastic/multiprocessing/api.py `_poll`, torch 2.13). This
+process is the engine itself: the one module of `launch` that imports torch, never imported by the launcher.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+
+PIPE = "TORCHRUN_COMPOSE_PIPE"
+
+
+def main() -> int:
+    """Runs torchrun's own main; 0, 1, or 128 + the signal that stopped it.
+
+    Lines on the pipe: {"event": "closing"} when torchrun begins to end its workers, and at the end {"event":
+    "failed", "failures": [{"rank", "local_rank", "pid", "exitcode", "text", "time"}]}, first failure first.
+    """
+    pipe = int(os.environ.pop(PIPE))
+    os.set_inheritable(pipe, False)
+    die_with_parent()
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.run import main as torchrun
+
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addHandler(Closing(pipe))
+    try:
+        torchrun(sys.argv[1:])
+    except SignalException as stop:
+        return 128 + stop.sigval
+    except ChildFailedError as error:
+        failures: dict[int, ProcessFailure] = error.failures
+        tell(pipe, {"event": "failed", "failures": [facts(rank, failure) for rank, failure in failures.items()]})
+        return 1
+    return 0
+
+
+class Closing(logging.Handler):
+    """Hears torchrun say that it is ending its workers, which is long before it says why."""
+
+    def __init__(self, pipe: int) -> None:
+        super().__init__()
+        self.pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if str(record.msg).startswith("Sending process"):
+            tell(self.pipe, {"event": "closing"})
+
+
+def facts(rank: int, failure: object) -> dict[str, object]:
+    """One worker's failure as plain values; `text` is the exception, or "" when there is no error file."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    assert isinstance(failure, ProcessFailure)  # noqa: S101 - keeps torch's type out of the signature
+    text = failure.message.get("message", "") if isinstance(failure.message, dict) else ""
+    return {
+        "rank": rank,
+        "local_rank": failure.local_rank,
+        "pid": failure.pid,
+        "exitcode": failure.exitcode,
+        "text": str(text),
+        "time": failure.timestamp,
+    }
+
+
+def tell(pipe: int, event: dict[str, object]) -> None:
+    os.write(pipe, json.dumps(event).encode() + b"\n")
+
+
+def die_with_parent() -> None:
+    """A killed launcher must not leave a training behind that nobody watches."""
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

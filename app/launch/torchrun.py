@@ -1,0 +1,169 @@
+"""The engine as a child process: its command line, its start, how it ends, and that nothing of it stays behind."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.launch.plan import Plan
+
+AGENT = Path(__file__).with_name("agent.py")
+WORKER = Path(__file__).with_name("worker.py")
+PIPE = "TORCHRUN_COMPOSE_PIPE"
+KILL_AFTER = 3.0
+"""Seconds that torchrun has to end by itself once its workers are killed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What one worker, or torchrun itself (`rank` -1), died of."""
+
+    rank: int
+    exitcode: int
+    """As subprocess has it: negative is the signal."""
+    text: str
+    """The exception's first line, or "" when it left none."""
+    time: float
+    """Seconds since the epoch, on the clock of its node."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one torchrun ended. `failures` is empty when its workers ended well or were told to end."""
+
+    code: int
+    failures: tuple[Failure, ...] = ()
+
+
+def command_line(
+    plan: Plan, *, node_rank: int, nnodes: int, master_addr: str, master_port: int, run_id: str
+) -> list[str]:
+    """torchrun's own flags, explicit: static rendezvous keeps the ranks ours, and a restart is a new round of the
+    whole gang, never torchrun's own (its in-place restarts read stale addresses)."""
+    return [
+        sys.executable,
+        "-P",
+        str(AGENT),
+        f"--nnodes={nnodes}",
+        f"--nproc-per-node={plan.nproc_per_node}",
+        f"--node-rank={node_rank}",
+        f"--master-addr={master_addr}",
+        f"--master-port={master_port}",
+        f"--rdzv-id={run_id}",
+        f"--rdzv-conf=timeout={max(300, round(plan.start_timeout))}",
+        "--max-restarts=0",
+        f"--shutdown-timeout={round(plan.stop_grace)}",
+        f"--log-dir={plan.run_dir / 'logs'}",
+        "--tee=3",
+        str(WORKER),
+        *plan.command,
+    ]
+
+
+def environment(plan: Plan, environ: Mapping[str, str], *, run_id: str) -> dict[str, str]:
+    """What torchrun and the workers see: `environ` without the names the plan removes, with those it exports.
+
+    torchrun copies the first failing worker's error, traceback included, to `logs/RUN_ID.error.json`."""
+    kept = {name: value for name, value in environ.items() if name not in plan.removed}
+    prefix = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
+    error_file = {"TORCHELASTIC_ERROR_FILE": str(plan.run_dir / "logs" / f"{run_id}.error.json")}
+    return {**prefix, **kept, **dict(plan.env), **error_file}
+
+
+class Torchrun:
+    """One running torchrun. Start it from the main thread: it is killed when the thread that started it ends."""
+
+    def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
+        ear, mouth = os.pipe()
+        self.ear = ear
+        try:
+            self.process = subprocess.Popen(
+                command,
+                env={**env, PIPE: str(mouth)},
+                pass_fds=[mouth],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        finally:
+            os.close(mouth)
+
+    async def watch(self, failing: Callable[[], None]) -> Outcome:
+        """Waits for the end. `failing` is called once, as soon as torchrun begins to end its workers."""
+        reader = asyncio.StreamReader(limit=1 << 22)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(self.ear, "rb", buffering=0)
+        )
+        failures: tuple[Failure, ...] = ()
+        closing = False
+        # The end of the pipe is the end of torchrun: nobody else holds it open.
+        async for line in reader:
+            event = json.loads(line)
+            if event["event"] == "failed":
+                failures = tuple(_failure(fields) for fields in event["failures"])
+            if not closing:
+                closing = True
+                failing()
+        transport.close()
+        while self.process.poll() is None:
+            await asyncio.sleep(0.01)
+        return Outcome(code=self.process.returncode, failures=failures)
+
+    def terminate(self) -> None:
+        """Asks torchrun to end: it passes SIGTERM to the workers and kills those left after --shutdown-timeout."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+
+    def kill_workers(self) -> None:
+        """Ends the workers at once; torchrun then ends by itself and tells what it knows."""
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+    def kill(self) -> None:
+        """Ends torchrun and all below it at once."""
+        self.kill_workers()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of whatever its descendants leave behind, so that `sweep` finds it."""
+    import ctypes
+
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+
+
+def sweep() -> int:
+    """Kills and reaps every descendant of this process; returns how many were still alive. Needs `adopt_orphans`.
+
+    For use between rounds: no torchrun may be running."""
+    import psutil
+
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=KILL_AFTER)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return len(left)
+
+
+def _failure(fields: Mapping[str, object]) -> Failure:
+    return Failure(
+        rank=int(str(fields["rank"])),
+        exitcode=int(str(fields["exitcode"])),
+        text=str(fields["text"]).strip().partition("\n")[0][:500],
+        time=float(str(fields["time"])),
+    )
