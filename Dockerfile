@@ -1,0 +1,85 @@
+# One image for every node of a cluster: base, RDMA libraries, PyTorch, launcher, training script.
+#
+#   docker compose build                                              # the variant that HARDWARE in .env asks for
+#   docker compose build --build-arg BASE_IMAGE=debian:13-slim        # any Debian 12/13 or Ubuntu 24.04 base
+#   WHEELHOUSE=/mnt/wheels docker compose build                       # air-gapped: wheels from a folder, see wheels/
+#
+# No `# syntax=` line: it would make every build ask a registry.
+
+# torch's wheels bring CUDA's libraries, so the base needs no more than the driver's compatibility files.
+ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
+ARG TORCH=cpu
+
+# Stands in for the wheelhouse when the build gives no context of this name.
+FROM scratch AS wheels
+COPY requirements/base.in /
+
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE} AS os-cpu
+# NCCL loads libibverbs by name; torch's wheels do not bring it. The providers are the cards' user-space drivers.
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends ibverbs-providers libibverbs1 librdmacm1 python3 python3-venv \
+ && rm -rf /var/lib/apt/lists/*
+
+# Triton compiles its launchers at run time, with gcc and Python's headers.
+FROM os-cpu AS os-cuda
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev \
+ && rm -rf /var/lib/apt/lists/*
+
+# hadolint ignore=DL3006
+FROM os-${TORCH} AS venv
+ARG TORCH
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
+COPY requirements/${TORCH}.txt /tmp/requirements.txt
+# A wheelhouse that has everything needs no network. Where it lacks something, PyPI and, for the CPU build, PyTorch's own
+# page of wheels are asked; the hashes decide what is accepted from anywhere. pip compiles all bytecode: the root file
+# system is read-only at run time, and `import torch` without it costs twice the CPU.
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    --mount=type=cache,target=/root/.cache/pip \
+    python3 -m venv /opt/venv \
+ && install="/opt/venv/bin/pip install --require-hashes --only-binary=:all: --find-links=/wheels -r /tmp/requirements.txt" \
+ && pages="" \
+ && if [ "$TORCH" = cpu ] && ! ls /wheels/torch-*.whl >/dev/null 2>&1; then \
+        pages="--find-links=https://download.pytorch.org/whl/cpu/torch/"; \
+    fi \
+ && { $install --no-index 2>/dev/null || $install $pages; }
+# C++ test programs and protoc, 130 MB that nothing loads; torch_shm_manager beside them is needed.
+RUN cd /opt/venv/lib/python3*/site-packages/torch \
+ && rm -rf test && find bin -type f ! -name torch_shm_manager -delete
+
+# hadolint ignore=DL3006
+FROM os-${TORCH}
+ARG TORCH
+COPY --from=venv /opt/venv /opt/venv
+# Ubuntu's images have a user 1000 already. /runs belongs to it, and so does a fresh volume mounted there.
+RUN getent passwd 1000 >/dev/null || useradd --uid 1000 --create-home --shell /usr/sbin/nologin trainer; \
+    install -d -o 1000 -g 1000 /runs /workspace
+# The NVIDIA_* pair is what the GPU runtime reads; other bases than nvidia/cuda do not set it, and without a GPU nobody
+# reads it. HOME and the caches are on the tmpfs, the only place to write besides /runs.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp \
+    RUNS_ROOT=/runs \
+    ENV_FILE=/etc/torchrun-compose/.env \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# An empty file for ENV_FILE to be mounted over.
+RUN install -D -m 0644 /dev/null /etc/torchrun-compose/.env
+WORKDIR /workspace
+USER 1000:1000
+# The start period covers the roll call, in which nodes may wait minutes for each other.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
+    CMD ["python", "/opt/torchrun-compose/entrypoint.py", "healthcheck"]
+ENTRYPOINT ["python", "/opt/torchrun-compose/entrypoint.py"]
+# Last, so that an edit copies a few files and nothing more.
+COPY --chmod=0755 entrypoint.py /opt/torchrun-compose/
+COPY app /opt/torchrun-compose/app
+ARG BASE_IMAGE
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="torchrun-compose" \
+      org.opencontainers.image.description="Multi-node PyTorch training on plain Docker hosts" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}"
