@@ -1,6 +1,8 @@
 # Everything here sets itself up: a Linux machine with make and Python 3.11 to 3.13 is enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+# PyTorch's CPU wheels are not on PyPI. A folder with one (PIP_FIND_LINKS) does as well; hashes decide what is accepted.
+TORCH_PAGE := $(if $(PIP_FIND_LINKS),,--find-links=https://download.pytorch.org/whl/cpu/torch/)
 HARDWARE_KINDS := cpu nvidia nvidia-ib cdi
 
 .PHONY: demo test lint unit native cluster figures lock clean
@@ -29,7 +31,7 @@ lock: .venv/.ready            ## pin every dependency anew
 .venv/.ready: requirements/dev.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and none was found: install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes $(TORCH_PAGE) -r requirements/dev.txt
 	@touch $@
 
 clean:
