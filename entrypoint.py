@@ -1,0 +1,74 @@
+"""The front door of a node: which command, hand over, exit code.
+
+    python entrypoint.py [run] [SCRIPT | -m MODULE] [ARGS...]    train (what `docker compose up` does)
+    python entrypoint.py explain [--json]                        what a start would use, and why
+    python entrypoint.py healthcheck                             waiting, running or stopping; for the engine
+
+Settings come from the environment and from `.env` in the current folder; `.env.example` describes them.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from app.launch.errors import UserError
+
+Command = Callable[[Sequence[str]], int]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Hands over to the command that the first argument names, `run` if it names none; returns the exit code."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    name = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    try:
+        return COMMANDS[name or "run"](arguments[1:] if name else arguments)
+    except UserError as error:
+        print(f"torchrun-compose: {error.message}", file=sys.stderr, flush=True)
+        return error.code
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Makes this node's plan, prints it in five lines, and takes part in the job until it ends."""
+    from app.launch.errors import refusal
+    from app.launch.explain import short
+    from app.launch.plan import Plan, make_plan, probe_for
+    from app.launch.settings import read_settings
+    from app.launch.supervise import supervise
+
+    settings = read_settings(os.environ, env_file(), arguments)
+    plan = make_plan(settings, probe_for(settings))
+    if not isinstance(plan, Plan):
+        raise refusal(plan)
+    print(short(plan), flush=True)
+    return supervise(plan)
+
+
+def explain(arguments: Sequence[str]) -> int:
+    """Prints every decision of a start with its source and reason; starts nothing."""
+    from app.launch.explain import explain as render
+    from app.launch.plan import probe_for
+    from app.launch.settings import read_settings
+
+    as_json = "--json" in arguments
+    settings = read_settings(os.environ, env_file(), [argument for argument in arguments if argument != "--json"])
+    return render(settings, probe_for(settings), as_json=as_json)
+
+
+def healthcheck(_arguments: Sequence[str]) -> int:
+    """Tells the engine how this node is doing; 0 is healthy."""
+    from app.launch.health import healthcheck as report
+
+    return report()
+
+
+def env_file() -> Path:
+    return Path(os.environ.get("ENV_FILE") or ".env")
+
+
+COMMANDS: dict[str, Command] = {"run": run, "explain": explain, "healthcheck": healthcheck}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
