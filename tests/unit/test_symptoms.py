@@ -1,0 +1,162 @@
+"""The table of known errors: every entry finds its own text, and nothing harmless is taken for an error."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from app.launch.exitcodes import ExitCode
+from app.launch.symptoms import Symptom, all_symptoms, diagnose, known_errors, with_known_errors
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "troubleshooting.md"
+
+HARMLESS = (
+    "[W1124 01:46:38.881 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved. err=-3",
+    "Setting OMP_NUM_THREADS environment variable for each process to be 1 in default, to avoid your system being "
+    "overloaded, please further tune the variable for optimal performance in your application as needed.",
+    "node_rank is only used for static rdzv_backend. It will be ignored for rdzv_backend=c10d.",
+    "No health check server started",
+    "WARNING: destroy_process_group() was not called before program exit, which can leak resources.",
+    "[W1124 TCPStore.cpp:340] [c10d] TCP client failed to connect/validate to host 10.0.0.1:29400 - retrying (try=0, "
+    "timeout=300000ms, delay=2138ms): Connection reset by peer",
+    "[W socket.cpp:764] [c10d] The IPv6 network addresses of (node1, 29400) cannot be retrieved "
+    "(gai error: -9 - Address family for hostname not supported).",
+    "UserWarning: CUDA initialization: Found no NVIDIA driver on your system.",
+    "UserWarning: Failed to load image Python extension: '/venv/image.so: undefined symbol: _ZN5torch3jit'",
+    "Retrying (Retry(total=4)) after connection broken by 'NewConnectionError'",
+    "node0:101:101 [0] NCCL INFO NET/Socket : Using [0]eth0:10.0.0.1<0>",
+    "step 120  loss 2.31  52000 tokens/s",
+    "",
+)
+
+
+# What the peers of a failed process print: never the answer while anything else is known.
+CONSEQUENCES = {
+    "aborted",
+    "exit-barrier",
+    "gloo-pair-closed",
+    "gloo-peer-closed",
+    "gloo-peer-reset",
+    "ib-flushed",
+    "nccl-dump-elsewhere",
+    "nccl-followup",
+    "nccl-ib-not-found",
+    "nccl-peer-closed",
+    "nccl-remote-error",
+    "nccl-store-gone",
+    "stopped",
+    "store-lost",
+}
+
+
+def by_id(symptom: Symptom) -> str:
+    return symptom.id
+
+
+@pytest.mark.parametrize("symptom", all_symptoms(), ids=by_id)
+def test_each_sample_is_diagnosed_as_its_own_entry(symptom: Symptom) -> None:
+    found = diagnose(symptom.sample)
+    assert found is not None
+    assert found.id == symptom.id
+
+
+@pytest.mark.parametrize("symptom", all_symptoms(), ids=by_id)
+def test_each_alternative_text_of_an_entry_leads_to_it_or_to_a_more_specific_one(symptom: Symptom) -> None:
+    for text in symptom.match:
+        found = diagnose(f"[rank1]: {text.replace('...', ' 17 ')} and more")
+        assert found is not None, text
+        assert found.id == symptom.id or found.rank > symptom.rank, (text, found.id)
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_harmless_messages_are_no_diagnosis(text: str) -> None:
+    assert diagnose(text) is None
+
+
+@pytest.mark.parametrize("name", sorted(CONSEQUENCES))
+def test_a_consequence_loses_against_any_cause_wherever_it_stands(name: str) -> None:
+    consequence = next(symptom for symptom in all_symptoms() if symptom.id == name)
+    for cause in all_symptoms():
+        if cause.id in CONSEQUENCES:
+            continue
+        found = diagnose(f"{consequence.sample}\n{cause.sample}\n{consequence.sample}")
+        assert found is not None
+        assert found.id == cause.id
+
+
+def test_a_worker_killed_for_memory_is_the_cause_and_its_peers_complaint_is_not() -> None:
+    log = """
+[default0]:RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:39558. This is typically
+caused by a remote worker crashing. Check the logs of the remote worker before reporting an error. GLHF!
+  exitcode  : 1 (pid: 6477)
+  exitcode  : -9 (pid: 6478)  (SIGKILL)
+torch.distributed.elastic.multiprocessing.api.SignalException: Process 6531 got signal: 15
+"""
+    found = diagnose(log)
+    assert found is not None
+    assert found.id == "killed-9"
+    assert found.line == "exitcode  : -9 (pid: 6478)  (SIGKILL)"
+
+
+def test_among_equals_the_earliest_is_the_diagnosis() -> None:
+    first, second = "ModuleNotFoundError: No module named 'einops'", "OSError: [Errno 28] No space left on device"
+    assert [found.id for text in (f"{first}\n{second}", f"{second}\n{first}") if (found := diagnose(text))] == [
+        "package-missing",
+        "disk-full",
+    ]
+
+
+def test_the_diagnosis_carries_the_line_that_gave_it_away() -> None:
+    found = diagnose("step 1\n[default1]:ModuleNotFoundError: No module named 'einops'\nmore")
+    assert found is not None
+    assert found.line == "[default1]:ModuleNotFoundError: No module named 'einops'"
+
+
+def test_a_known_text_is_found_across_the_line_break_of_a_wrapped_message() -> None:
+    found = diagnose("RuntimeError: Found no NVIDIA driver on\n    your system.")
+    assert found is not None
+    assert found.id == "gpu-no-driver"
+
+
+def test_the_table_has_sixty_entries_and_each_is_complete_and_unique() -> None:
+    symptoms = all_symptoms()
+    assert len(symptoms) >= 60
+    assert len({symptom.id for symptom in symptoms}) == len(symptoms)
+    for symptom in symptoms:
+        assert 0 <= symptom.rank <= 4, symptom.id
+        assert all((symptom.match, symptom.sample, symptom.cause, symptom.cure, symptom.source)), symptom.id
+        assert re.fullmatch(r"[a-z0-9-]+", symptom.id), symptom.id
+        assert f"### {symptom.id}\n" in known_errors(), f"{symptom.id} has a group that is not in the table"
+
+
+def test_the_samples_carry_no_path_of_the_machine_they_were_made_on() -> None:
+    assert not [symptom.id for symptom in all_symptoms() if re.search(r"/(root|work|tmp/sym)/", symptom.sample)]
+
+
+def test_the_page_holds_the_table_as_it_is_now() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_known_errors(page) == page, "run: python -m app.launch.symptoms docs/troubleshooting.md"
+
+
+def test_the_page_explains_every_exit_code_of_ours() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert [code.name for code in ExitCode if f"\n| {code.value} | " not in page] == []
+
+
+def test_a_page_without_the_marks_is_refused_and_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("no marks")
+    done = subprocess.run([sys.executable, "-m", "app.launch.symptoms", str(page)], cwd=ROOT, capture_output=True)
+    assert done.returncode != 0
+    assert page.read_text() == "no marks"
+
+
+def test_a_megabyte_of_unknown_output_is_read_in_under_two_seconds_of_cpu() -> None:
+    text = "[default0]:step 120  loss 2.31  52000 tokens/s  Error rate 0.1, connection fine, CUDA ok\n" * 12_000
+    started = time.process_time()
+    assert diagnose(text) is None
+    assert time.process_time() - started < 2
