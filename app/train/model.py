@@ -1,0 +1,72 @@
+"""The model: a GPT small enough to read. This is the one file to replace with your own."""
+
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # the name the whole field uses
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Causal self-attention, then a feed-forward layer, each normalised before and added to its input."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.merge = nn.Linear(width, width, bias=False)
+        self.norm_feed = nn.LayerNorm(width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(sequences, tokens, width) to the same shape."""
+        n, t, width = x.shape
+        q, k, v = self.qkv(self.norm_attention(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.merge(attended.transpose(1, 2).reshape(n, t, width))
+        fed: Tensor = self.down(F.gelu(self.up(self.norm_feed(x)), approximate="tanh"))
+        return x + fed
+
+
+class GPT(nn.Module):
+    """A decoder with learned positions; the output shares the weights of the input embedding."""
+
+    def __init__(self, *, vocab: int, context: int, layers: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab, width)
+        self.positions = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, bias=False)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                into_residual = name.endswith(("merge.weight", "down.weight"))
+                nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * layers) if into_residual else 1))
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward per token: 6 per parameter, and attention."""
+        context, width = self.positions.weight.shape
+        in_matrices = sum(weight.numel() for weight in self.parameters()) - self.positions.weight.numel()
+        return 6 * in_matrices + 12 * len(self.blocks) * width * context
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (sequences, tokens, vocab) of the next token; with targets, the sum of their losses in nats."""
+        x = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.norm(x), self.tokens.weight)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
+
+@torch.no_grad()
+def generate(model: nn.Module, prompt: Tensor, *, count: int, context: int, seed: int) -> Tensor:
+    """`count` tokens sampled after `prompt` (tokens,). Every rank draws the same ones, as sharded models need."""
+    generator = torch.Generator(prompt.device).manual_seed(seed)
+    text = prompt
+    for _ in range(count):
+        probabilities = model(text[None, -context:])[0, -1].float().softmax(-1)
+        text = torch.cat([text, torch.multinomial(probabilities, 1, generator=generator)])
+    return text
