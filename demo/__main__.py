@@ -31,7 +31,7 @@ class Node:
 
 def main() -> int:
     run_name = time.strftime("demo-%Y%m%d-%H%M%S")
-    print(f"Two nodes (127.0.0.1, 127.0.0.2) of one process each train a small GPT on this machine for {STEPS} steps.")
+    print("Two nodes (127.0.0.1, 127.0.0.2) of one process each train a small GPT on this machine.")
     print(f"Checkpoints and logs go to {runs_of(0)} and {runs_of(1)}, in {run_name}/. Ctrl-C stops both.", flush=True)
     missing = missing_engine() or build_image()
     print(f"The nodes are {'two native launchers: ' + missing if missing else 'two compose stacks'}.", flush=True)
@@ -56,18 +56,18 @@ def missing_engine() -> str:
 
 
 def runs_of(rank: int) -> Path:
-    return PROJECT / "runs" / f"node{rank}"
+    return Path(os.environ.get("RUNS_ROOT") or PROJECT / "runs").absolute() / f"node{rank}"
 
 
 def job(rank: int, run_name: str) -> dict[str, str]:
     return {
+        "TRAIN_STEPS": str(STEPS),
         **os.environ,
         "NODES": "127.0.0.1,127.0.0.2",
         "NODE_RANK": str(rank),
         "NPROC_PER_NODE": "1",
         "RUN_NAME": run_name,
         "HARDWARE": "cpu",
-        "TRAIN_STEPS": str(STEPS),
     }
 
 
