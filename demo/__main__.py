@@ -61,7 +61,7 @@ def runs_of(rank: int) -> Path:
 
 def job(rank: int, run_name: str) -> dict[str, str]:
     return {
-        "TRAIN_STEPS": str(STEPS),
+        "TRAIN_ARGS": f"--steps={STEPS}",
         **os.environ,
         "NODES": "127.0.0.1,127.0.0.2",
         "NODE_RANK": str(rank),

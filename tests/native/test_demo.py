@@ -13,7 +13,7 @@ def test_without_an_engine_two_native_nodes_train_with_falling_loss_and_say_wher
     tmp_path: Path,
 ) -> None:
     # An empty PATH has no docker; the interpreter is named by its own path.
-    environment = {**os.environ, "PATH": str(tmp_path), "TRAIN_STEPS": "40", "RUNS_ROOT": str(tmp_path)}
+    environment = {**os.environ, "PATH": str(tmp_path), "TRAIN_ARGS": "--steps=40", "RUNS_ROOT": str(tmp_path)}
     demo = subprocess.run(
         [sys.executable, "-m", "demo"], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=180
     )
