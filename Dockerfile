@@ -38,15 +38,16 @@ COPY requirements/${TORCH}.txt /tmp/requirements.txt
 RUN --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/venv \
- && install="/opt/venv/bin/pip install --require-hashes --only-binary=:all: --find-links=/wheels -r /tmp/requirements.txt" \
- && pages="" \
- && if [ "$TORCH" = cpu ] && ! ls /wheels/torch-*.whl >/dev/null 2>&1; then \
-        pages="--find-links=https://download.pytorch.org/whl/cpu/torch/"; \
-    fi \
- && { $install --no-index 2>/dev/null || $install $pages; }
+ && set -- /opt/venv/bin/pip install --require-hashes --only-binary=:all: --find-links=/wheels -r /tmp/requirements.txt \
+ && if ! "$@" --no-index 2>/dev/null; then \
+        if [ "$TORCH" = cpu ] && ! ls /wheels/torch-*.whl >/dev/null 2>&1; then \
+            set -- "$@" --find-links=https://download.pytorch.org/whl/cpu/torch/; \
+        fi; \
+        "$@"; \
+    fi
 # C++ test programs and protoc, 130 MB that nothing loads; torch_shm_manager beside them is needed.
-RUN cd /opt/venv/lib/python3*/site-packages/torch \
- && rm -rf test && find bin -type f ! -name torch_shm_manager -delete
+RUN rm -rf /opt/venv/lib/python3*/site-packages/torch/test \
+ && find /opt/venv/lib/python3*/site-packages/torch/bin -type f ! -name torch_shm_manager -delete
 
 # hadolint ignore=DL3006
 FROM os-${TORCH}
