@@ -8,7 +8,6 @@ from app.launch.workers import Workers
 
 SETTINGS = (
     "MASTER_PORT",
-    "CONTROL_PORT",
     "RUN_NAME",
     "START_TIMEOUT",
     "REJOIN_TIMEOUT",
@@ -28,7 +27,13 @@ SETTINGS = (
 
 
 def must_be_equal(
-    settings: Settings, host: Host, member: Membership, workers: Workers, script: Script
+    settings: Settings,
+    host: Host,
+    member: Membership,
+    workers: Workers,
+    transport: str,
+    script: Script,
+    control_port: int,
 ) -> tuple[tuple[str, str], ...]:
     """Pairs of name and value, sorted; what belongs to one node (rank, interface, HCA, paths) is not among them."""
     found = {name: settings.text(name) for name in SETTINGS if settings.text(name)}
@@ -37,6 +42,10 @@ def must_be_equal(
         found["NODES"] = ",".join(member.names)
     found["NPROC_PER_NODE"] = str(workers.nproc)
     found["BACKEND"] = workers.backend
+    found["CONTROL_PORT"] = str(control_port)
+    if workers.backend == "nccl":
+        # NCCL fails, or falls back, when one node talks InfiniBand and another RoCE or sockets.
+        found["transport of NCCL"] = transport
     found["TRAIN_SCRIPT"] = " ".join(script.command)
     found |= {f"content of {path}": digest for path, digest in host.files.items() if digest and path in script.command}
     found |= {"python": host.python.rpartition(".")[0], **host.packages}

@@ -6,13 +6,14 @@ from app.launch.host import Host
 from app.launch.host_net import Nic
 from app.launch.ledger import Ledger
 from app.launch.membership import Membership
+from app.launch.needs import check_interface, speed_of
 
 
 def decide_interface(member: Membership, host: Host, ledger: Ledger, exports: Exports) -> None:
     """NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, and what is odd about the interface."""
     own = member.own
     nic = next((each for each in host.nics if each.name == own.interface), None)
-    facts = "" if nic is None else f" ({', '.join(describe(nic))})"
+    facts = "" if nic is None else f" ({', '.join(describe(nic, host))})"
     rejected = tuple(
         f"{each.name}: {_why_not(each)}" for each in host.nics if each.name != own.interface and each.kind != "loopback"
     )
@@ -20,15 +21,17 @@ def decide_interface(member: Membership, host: Host, ledger: Ledger, exports: Ex
     ledger.decide("address", own.address, "detected", f"this node's address on {own.interface}")
     exports.offer("NCCL_SOCKET_IFNAME", f"={own.interface}", "= makes NCCL take exactly this name, not a prefix")
     exports.offer("GLOO_SOCKET_IFNAME", own.interface, "Gloo takes plain names only")
+    check_interface(host, own, ledger)
     if nic is not None and family(own.address) == 6 and any(family(each.text) == 4 for each in nic.addresses):
         exports.offer("NCCL_SOCKET_FAMILY", "AF_INET6", f"NODES are IPv6, and {own.interface} also has IPv4 addresses")
 
 
-def describe(nic: Nic) -> list[str]:
+def describe(nic: Nic, host: Host) -> list[str]:
     """What is known of an interface, in a few words each."""
     facts = [nic.kind if not nic.lower else f"{nic.kind} over {'+'.join(nic.lower)}"]
-    if nic.speed is not None:
-        facts.append(f"{nic.speed / 1000:g} Gb/s")
+    speed = speed_of(nic, host)
+    if speed is not None:
+        facts.append(f"{speed / 1000:g} Gb/s")
     if nic.mtu is not None:
         facts.append(f"MTU {nic.mtu}")
     return [*facts, nic.operstate if nic.operstate != "unknown" else "up"]

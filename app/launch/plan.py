@@ -9,10 +9,13 @@ from app.launch.equal import must_be_equal
 from app.launch.errors import Problem
 from app.launch.exports import Exports, common_exports, environment, removals
 from app.launch.host import Host, probe
+from app.launch.hygiene import warn_costs, warn_typos
 from app.launch.ledger import Decision, Ledger, shown
 from app.launch.membership import Membership, names_to_resolve
+from app.launch.needs import check_needs
 from app.launch.network import decide_interface
 from app.launch.nodes import decide_listed
+from app.launch.rdma import decide_rdma
 from app.launch.script import Script, decide_script, files_to_look_at
 from app.launch.settings import Settings
 from app.launch.workers import Workers, decide_workers
@@ -101,17 +104,22 @@ def draft(settings: Settings, host: Host) -> Draft:
     exports = Exports(settings=settings, ledger=ledger)
     member = _decide_member(settings, host, ledger)
     ports = _decide_ports(settings, host, ledger)
+    workers = decide_workers(settings, host, ledger, exports)
+    own = None if member is None else member.own
     if member is not None:
         decide_interface(member, host, ledger, exports)
-    workers = decide_workers(settings, host, ledger, exports)
+    transport = decide_rdma(host, own, workers.backend, ledger, exports)
+    check_needs(host, workers, transport, ledger)
     script = decide_script(settings, host, ledger)
     common_exports(exports, host, script, ports.ras)
     min_nodes = _decide_times(settings, member, ledger)
     env = environment(settings, exports)
     removed = removals(settings, env, ledger)
+    warn_costs(settings, host, ledger)
+    warn_typos(settings, ledger)
     plan = None
     if member is not None and not ledger.problems:
-        plan = _plan(settings, host, ledger, member, workers, script, ports, env, removed, min_nodes)
+        plan = _plan(settings, host, ledger, member, workers, transport, script, ports, env, removed, min_nodes)
     return Draft(
         plan=plan,
         problems=tuple(ledger.problems),
@@ -192,6 +200,7 @@ def _plan(
     ledger: Ledger,
     member: Membership,
     workers: Workers,
+    transport: str,
     script: Script,
     ports: Ports,
     env: Mapping[str, str],
@@ -224,7 +233,7 @@ def _plan(
         min_nodes=min_nodes,
         stopped_exit_code=int(settings.text("STOPPED_EXIT_CODE")),
         token_file=script.token_file,
-        equal=must_be_equal(settings, host, member, workers, script),
+        equal=must_be_equal(settings, host, member, workers, transport, script, ports.control),
         decisions=tuple(ledger.decisions),
         warnings=tuple(ledger.warnings),
     )
