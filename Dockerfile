@@ -19,13 +19,13 @@ FROM ${BASE_IMAGE} AS os-cpu
 # NCCL loads libibverbs by name; torch's wheels do not bring it. The providers are the cards' user-space drivers.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ibverbs-providers libibverbs1 librdmacm1 python3 python3-venv \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 
 # Triton compiles its launchers at run time, with gcc and Python's headers.
 FROM os-cpu AS os-cuda
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 
 # hadolint ignore=DL3006
 FROM os-${TORCH} AS venv
@@ -57,11 +57,15 @@ COPY --from=venv /opt/venv /opt/venv
 RUN getent passwd 1000 >/dev/null || useradd --uid 1000 --create-home --shell /usr/sbin/nologin trainer; \
     install -d -o 1000 -g 1000 /runs /workspace
 # The NVIDIA_* pair is what the GPU runtime reads; other bases than nvidia/cuda do not set it, and without a GPU nobody
-# reads it. HOME and the caches are on the tmpfs, the only place to write besides /runs.
+# reads it. There are two places to write: /tmp, in memory and without execution, and /runs, where compiled kernels can
+# be loaded from and outlast the container.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
+    XDG_CACHE_HOME=/runs/.cache \
+    TRITON_CACHE_DIR=/runs/.cache/triton \
+    TORCHINDUCTOR_CACHE_DIR=/runs/.cache/inductor \
     RUNS_ROOT=/runs \
     ENV_FILE=/etc/torchrun-compose/.env \
     NVIDIA_VISIBLE_DEVICES=all \

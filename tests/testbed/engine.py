@@ -42,6 +42,7 @@ class Engine:
     netns: str | None
     """Name of the network namespace, None for the machine's own."""
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    sdk: docker.DockerClient | None = field(default=None, init=False)
 
     @property
     def docker_host(self) -> str:
@@ -120,14 +121,16 @@ class Engine:
         if not (self.home / "docker.sock").exists():
             return False
         try:
-            with contextlib.closing(self.client(timeout=5)) as client:
-                return bool(client.ping())
+            return bool(self.client.ping())
         except (DockerException, requests.exceptions.RequestException):
             return False
 
-    def client(self, timeout: int = 60) -> docker.DockerClient:
-        """A client of the docker SDK for this engine."""
-        return docker.DockerClient(base_url=self.docker_host, timeout=timeout, version="1.43")
+    @property
+    def client(self) -> docker.DockerClient:
+        """The docker SDK's client of this engine; it outlives a restart of the engine."""
+        if self.sdk is None:
+            self.sdk = docker.DockerClient(base_url=self.docker_host, timeout=60, version="1.43")
+        return self.sdk
 
     @property
     def first_pid(self) -> int | None:
@@ -154,6 +157,9 @@ class Engine:
         self.process.kill()
         self.process.wait(10)
         self.process = None
+        if self.sdk is not None:
+            self.sdk.close()
+            self.sdk = None
 
 
 def remove_cgroups(name: str) -> None:

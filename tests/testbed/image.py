@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.testbed.base import base_image
-from tests.testbed.engine import Engine
+from tests.testbed.engine import Engine, remove_cgroups
 from tests.testbed.engines import Tools
 from tests.testbed.shell import PROJECT, cache_folder, locked, run, say
 
@@ -32,6 +32,7 @@ def builder(tools: Tools) -> Iterator[Engine]:
         yield engine
     finally:
         engine.stop()
+        remove_cgroups(BUILDER)
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -66,7 +67,9 @@ def build(engine: Engine, *, progress: str = "quiet", project: Path = PROJECT) -
     command = ["docker", "buildx", "build", f"--progress={progress}", "--network=host", f"--tag={IMAGE}"]
     command += [f"--build-arg=BASE_IMAGE={base}", *(f"--build-arg={name}={os.environ[name]}" for name in proxies)]
     command += [f"--build-context=wheels={wheelhouse()}", str(project)]
-    return run(command, env=engine.environment, timeout=1800)
+    output = run(command, env=engine.environment, timeout=1800)
+    run(["docker", "image", "prune", "--force"], env=engine.environment)
+    return output
 
 
 def wheelhouse() -> Path:

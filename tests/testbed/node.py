@@ -182,11 +182,10 @@ class Node:
         self.restore()
         if self.engine.first_pid is None:
             self.start_engine()
-        with contextlib.closing(self.engine.client()) as client:
-            for container in client.containers.list(all=True):
-                container.remove(force=True, v=True)
-            for volume in client.volumes.list():
-                volume.remove(force=True)
+        for container in self.engine.client.containers.list(all=True):
+            container.remove(force=True, v=True)
+        for volume in self.engine.client.volumes.list():
+            volume.remove(force=True)
         shutil.rmtree(self.folders, ignore_errors=True)
         self.stacks.clear()
 

@@ -57,7 +57,7 @@ class Stack:
     def container(self, service: str = SERVICE) -> Container:
         """The newest container of a service. Raises BedError if there is none."""
         labels = [f"com.docker.compose.project={self.project}", f"com.docker.compose.service={service}"]
-        found = self.engine.client().containers.list(all=True, filters={"label": labels})
+        found = self.engine.client.containers.list(all=True, filters={"label": labels})
         if not found:
             raise BedError(f"{self.engine.name} has no container of {service}")
         return found[0]
@@ -149,7 +149,7 @@ class Stack:
     def remove(self) -> None:
         """Remove the stack with its volumes."""
         try:
-            for container in self.engine.client().containers.list(
+            for container in self.engine.client.containers.list(
                 all=True, filters={"label": f"com.docker.compose.project={self.project}"}
             ):
                 container.remove(force=True, v=True)
