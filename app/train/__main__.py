@@ -1,4 +1,4 @@
-"""`torchrun ... -m app.train [--flags]`: reads the settings before it imports torch, so that a mistake shows at once."""
+"""`torchrun ... -m app.train [--flags]`. Settings are read before torch is imported, so that mistakes show at once."""
 
 import os
 import sys

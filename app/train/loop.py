@@ -21,6 +21,7 @@ from app.train.checkpoint import Checkpoints, State
 from app.train.data import Corpus, held_out_batch, load_corpus, training_batch
 from app.train.metrics import Clock, Journal, SlowRanks, Summary, Window, peak_flops, summarize
 from app.train.model import GPT, generate
+from app.train.picture import loss_picture
 from app.train.ranks import Place, StopRequest, agree, connect, gathered
 from app.train.settings import Settings, UserError, refuse
 
@@ -230,6 +231,7 @@ class Run:
             self._say_once(f"stopped by signal {number} after step {self.step} of {self.settings.steps}")
         else:
             self._sample()
+            self._draw()
             self._say_once(f"finished {self.settings.steps} steps; metrics: {self.journal.path}")
         dist.destroy_process_group()
         return 128 + number if number else int(not saved)
@@ -243,6 +245,13 @@ class Run:
                 self.net, prompt, count=self.settings.sample, context=self.settings.context, seed=self.settings.seed
             )
         self._say_once("a sample:\n" + bytes(text.tolist()).decode(errors="replace"))
+
+    def _draw(self) -> None:
+        records = self.journal.read() if self.place.rank == 0 else {}
+        losses = {step: record["loss"] for step, record in records.items() if "loss" in record}
+        held_out = {step: record["eval_loss"] for step, record in records.items() if "eval_loss" in record}
+        if losses:
+            self.journal.keep("loss.png", loss_picture(losses, held_out))
 
     def _autocast(self) -> torch.autocast:
         enabled = self.bf16 and self.settings.sharding == "ddp"

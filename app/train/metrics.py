@@ -149,6 +149,13 @@ class Journal:
                 self.say(f"metrics cannot be written to {self.path}: {error.strerror}. Training goes on without.")
             self.failed = True
 
+    def keep(self, name: str, content: bytes) -> None:
+        """Writes a file beside the metrics."""
+        try:
+            self.path.with_name(name).write_bytes(content)
+        except OSError as error:
+            self.say(f"{name} cannot be written to {self.path.parent}: {error.strerror}.")
+
     def read(self) -> dict[int, dict[str, Any]]:
         """What was written last about each step, earlier starts of the run included; a torn line is left out."""
         merged: dict[int, dict[str, Any]] = {}

@@ -48,7 +48,7 @@ class Settings:
     heads: int = _setting(4, "attention heads per block")
     width: int = _setting(128, "model width, a multiple of heads")
     vocab: int = _setting(256, "token values; 256 for text, which is read as bytes")
-    lr: float = _setting(2e-3, "peak learning rate")
+    lr: float = _setting(1e-3, "peak learning rate")
     min_lr: float = _setting(0.1, "learning rate at the last step, as a share of the peak")
     warmup: int = _setting(10, "steps of linear warm-up before the cosine")
     weight_decay: float = _setting(0.1, "AdamW weight decay of matrices")
