@@ -39,14 +39,14 @@ class Node:
         self,
         env: Mapping[str, str] | None = None,
         *,
-        shell: Mapping[str, str] | None = None,
+        exports: Mapping[str, str] | None = None,
         files: Mapping[str, str] | None = None,
         project: str = PROJECT_NAME,
     ) -> Stack:
         """Lay out a checkout with `env` as its .env file; `files` by their paths in it, such as workspace/my.py."""
         folder = self.folders / f"stack{next(_numbers)}"
         lay_out(folder, env or {}, files or {})
-        stack = Stack(engine=self.engine, folder=folder, project=project, shell=dict(shell or {}))
+        stack = Stack(engine=self.engine, folder=folder, project=project, exports=dict(exports or {}))
         self.stacks.append(stack)
         return stack
 
@@ -54,18 +54,18 @@ class Node:
         self,
         env: Mapping[str, str] | None = None,
         *,
-        shell: Mapping[str, str] | None = None,
+        exports: Mapping[str, str] | None = None,
         files: Mapping[str, str] | None = None,
         project: str = PROJECT_NAME,
     ) -> Stack:
-        """`docker compose up` with `env` in .env and `shell` in the user's shell; returns once it is started."""
-        stack = self.stack(env, shell=shell, files=files, project=project)
+        """`docker compose up` with `env` in .env and `exports` in the user's shell; returns once it is started."""
+        stack = self.stack(env, exports=exports, files=files, project=project)
         stack.compose("up", "--detach", "--no-build", timeout=120)
         return stack
 
-    def create(self, env: Mapping[str, str] | None = None, *, shell: Mapping[str, str] | None = None) -> Stack:
+    def create(self, env: Mapping[str, str] | None = None, *, exports: Mapping[str, str] | None = None) -> Stack:
         """`docker compose create`: all that the engine would be asked for, without starting it."""
-        stack = self.stack(env, shell=shell)
+        stack = self.stack(env, exports=exports)
         stack.compose("create", "--no-build")
         return stack
 
@@ -73,13 +73,13 @@ class Node:
         self,
         *words: str,
         env: Mapping[str, str] | None = None,
-        shell: Mapping[str, str] | None = None,
+        exports: Mapping[str, str] | None = None,
         files: Mapping[str, str] | None = None,
         options: tuple[str, ...] = (),
         timeout: float = 120,
     ) -> Finished:
         """`docker compose run --rm OPTIONS trainer WORDS`; its exit code and all it said."""
-        stack = self.stack(env, shell=shell, files=files, project=f"{PROJECT_NAME}-run")
+        stack = self.stack(env, exports=exports, files=files, project=f"{PROJECT_NAME}-run")
         command = stack.command("run", "--rm", "--no-TTY", *options, SERVICE, *words)
         try:
             done = subprocess.run(

@@ -38,7 +38,7 @@ class Stack:
     engine: Engine
     folder: Path
     project: str
-    shell: Mapping[str, str]
+    exports: Mapping[str, str]
     """What the user's shell would have set when compose was started."""
 
     def compose(self, *words: str, timeout: float = 120) -> str:
@@ -52,7 +52,7 @@ class Stack:
     @property
     def environment(self) -> dict[str, str]:
         """The environment of the compose command."""
-        return {**self.engine.environment, **self.shell}
+        return {**self.engine.environment, **self.exports}
 
     def container(self, service: str = SERVICE) -> Container:
         """The newest container of a service. Raises BedError if there is none."""
