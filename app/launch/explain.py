@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TextIO
 
 from app.launch.host import Host
-from app.launch.ledger import Decision
+from app.launch.ledger import Decision, count
 from app.launch.plan import Draft, Plan, draft
 from app.launch.settings import Settings
 
@@ -44,16 +44,18 @@ def explain(settings: Settings, host: Host, *, as_json: bool = False, out: TextI
 def short(plan: Plan) -> str:
     """The plan in five lines, printed at each start."""
     found = {each.name: each for each in plan.decisions}
-    rank, gpus, rdma = found["NODE_RANK"], found["GPUs"], found.get("RDMA ports")
-    used = (
-        rdma is not None and plan.env.get("NCCL_IB_DISABLE", found["NCCL_IB_DISABLE"].value) != "1" if rdma else False
-    )
-    devices = f"{gpus.value} GPU(s)" if plan.backend == "nccl" else "the CPU"
-    warnings = f"{len(plan.warnings)} warning(s), below; " if plan.warnings else ""
+    rank, gpus = found["NODE_RANK"], found["GPUs"]
+    rdma, disabled = found.get("RDMA ports"), found.get("NCCL_IB_DISABLE")
+    transport = "sockets only"
+    if rdma is not None and plan.backend == "nccl" and (disabled is None or disabled.value == "0"):
+        transport = found["NCCL_IB_HCA"].value if plan.env.get("NCCL_IB_HCA") else rdma.value
+        transport = f"RDMA through {transport.removeprefix('=')}"
+    devices = count(int(gpus.value), "GPU") if plan.backend == "nccl" else "the CPU"
+    warnings = f"{count(len(plan.warnings), 'warning')}; " if plan.warnings else ""
     return "\n".join(
         [
             f"run {plan.run_name}: node {plan.node_rank} of {len(plan.nodes)}, {plan.address} ({rank.source})",
-            f"network: {plan.interface}, {'RDMA ports ' + rdma.value if rdma and used else 'sockets only'}",
+            f"network: {plan.interface}, {transport}",
             f"workers: {plan.nproc} of {plan.world_size} on {devices}, {plan.backend}",
             f"script: {' '.join(plan.command)}, in {plan.run_dir}",
             f"store: {plan.master_addr} port {plan.master_port}; {warnings}`explain` tells the reasons",
@@ -130,7 +132,7 @@ def to_json(found: Draft) -> str:
     plan = None
     if found.plan is not None:
         plan = {name: value for name, value in asdict(found.plan).items() if name not in ("decisions", "warnings")}
-        plan["world_size"] = found.plan.world_size
+        plan |= {"equal": dict(found.plan.equal), "world_size": found.plan.world_size}
     content = {
         "plan": plan,
         "decisions": [asdict(each) for each in found.decisions],

@@ -23,8 +23,9 @@ class Exports:
         """Exports `value`, unless the user set the variable."""
         given = self.settings.values.get(name)
         if given is not None:
-            instead = "the same as derived" if given.text == str(value) else f"in place of {value}"
-            self.ledger.decide(name, given.text, given.source, f"as you set it, {instead}", rejected)
+            same = given.text == str(value)
+            why = f"as you set it; {reason}" if same else f"as you set it, in place of {value}"
+            self.ledger.decide(name, given.text, given.source, why, rejected)
             return
         self.env[name] = str(value)
         self.ledger.decide(name, value, "derived", reason, rejected)

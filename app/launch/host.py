@@ -72,7 +72,7 @@ def probe(root: Path = Path("/"), resolve: Sequence[str] = (), paths: Sequence[s
         answers=resolve_names(resolve, root),
         files={path: _digest(root, path) for path in paths},
         python=platform.python_version(),
-        packages=_packages(),
+        packages=_packages(root),
     )
 
 
@@ -91,13 +91,14 @@ def _digest(root: Path, path: str) -> str | None:
         return ""
 
 
-def _packages() -> dict[str, str]:
+def _packages(root: Path) -> dict[str, str]:
     # The folder's name carries the version: importlib.metadata would parse every package's metadata for the same.
     wanted = {"torch": "torch", "nvidia_nccl_cu12": "nccl", "nvidia_nccl_cu13": "nccl"}
+    installed = [Path(entry) for entry in sys.path if entry.endswith("-packages")]
+    folders = installed if root == Path("/") else list(root.glob("opt/venv/lib/python3*/site-packages"))
     found: dict[str, str] = {}
-    for folder in (Path(entry) for entry in sys.path if entry.endswith("-packages")):
-        for info in folder.glob("*.dist-info"):
-            name, _, version = info.name.removesuffix(".dist-info").partition("-")
-            if name in wanted:
-                found.setdefault(wanted[name], version)
+    for info in (info for folder in folders for info in folder.glob("*.dist-info")):
+        name, _, version = info.name.removesuffix(".dist-info").partition("-")
+        if name in wanted:
+            found.setdefault(wanted[name], version)
     return found

@@ -47,3 +47,8 @@ class Ledger:
 def shown(name: str, value: Value) -> str:
     """`NODE_RANK=3 (.env:2)`: how every message names a value."""
     return f"{name}={value.text} ({value.source})"
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """`1 process`, `2 processes`."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"

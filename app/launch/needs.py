@@ -2,7 +2,7 @@
 
 from app.launch.host import Host
 from app.launch.host_net import Nic
-from app.launch.ledger import Ledger
+from app.launch.ledger import Ledger, count
 from app.launch.local import Own
 from app.launch.rdma_access import direct, memlock_obstacle
 from app.launch.workers import Workers
@@ -15,7 +15,7 @@ MEMORY_PER_PROCESS = 1 << 30
 
 def check_needs(host: Host, workers: Workers, transport: str, ledger: Ledger) -> None:
     """Limits as facts in the plan, and warnings or problems where they are too low for it."""
-    limits = host.limits
+    limits, processes = host.limits, count(workers.nproc, "process", "processes")
     ledger.decide("limits", _summary(host), "detected", "of this process")
     blocked = memlock_obstacle(host)
     if blocked and workers.backend == "nccl" and transport != "sockets":
@@ -23,7 +23,7 @@ def check_needs(host: Host, workers: Workers, transport: str, ledger: Ledger) ->
     wanted = SHM_PER_GPU * workers.nproc if workers.backend == "nccl" else 64 << 20
     if limits.shm is not None and limits.shm < wanted:
         ledger.warn(
-            f"Shared memory (/dev/shm) has {_size(limits.shm)}, and {workers.nproc} processes with NCCL want about "
+            f"Shared memory (/dev/shm) has {_size(limits.shm)}, and {processes} with NCCL want about "
             f"{_size(wanted)}. Set SHM_SIZE in .env; otherwise it may end with 'No space left on device'."
         )
     if limits.open_files is not None and limits.open_files < OPEN_FILES:
@@ -33,11 +33,11 @@ def check_needs(host: Host, workers: Workers, transport: str, ledger: Ledger) ->
         )
     if limits.memory is not None and limits.memory < MEMORY_PER_PROCESS * workers.nproc:
         ledger.warn(
-            f"The memory limit is {_size(limits.memory)} for {workers.nproc} processes of torch, which take about "
+            f"The memory limit is {_size(limits.memory)} for {processes} of torch, which take about "
             f"{_size(MEMORY_PER_PROCESS)} each before they load anything. Raise it or lower NPROC_PER_NODE."
         )
     if workers.nproc > limits.cpus and workers.backend == "gloo":
-        ledger.warn(f"{workers.nproc} processes share {limits.cpus} CPU(s): they will slow each other down.")
+        ledger.warn(f"{workers.nproc} processes share {count(limits.cpus, 'CPU')}: they will slow each other down.")
     if workers.backend == "nccl" and transport != "sockets":
         _report_direct(host, transport, ledger)
 
@@ -121,7 +121,7 @@ def _slot(nic: Nic) -> str:
 def _summary(host: Host) -> str:
     limits = host.limits
     parts = [
-        f"{limits.cpus} CPUs",
+        count(limits.cpus, "CPU"),
         f"memory {_size(limits.memory)}",
         f"locked memory {_size(limits.memlock)}",
         f"shared memory {_size(limits.shm) if limits.shm is not None else 'none'}",

@@ -14,9 +14,7 @@ def decide_interface(member: Membership, host: Host, ledger: Ledger, exports: Ex
     own = member.own
     nic = next((each for each in host.nics if each.name == own.interface), None)
     facts = "" if nic is None else f" ({', '.join(describe(nic, host))})"
-    rejected = tuple(
-        f"{each.name}: {_why_not(each)}" for each in host.nics if each.name != own.interface and each.kind != "loopback"
-    )
+    rejected = _rejected(host, own.interface)
     ledger.decide("interface", own.interface, "detected", f"{own.reason}{facts}", rejected)
     ledger.decide("address", own.address, "detected", f"this node's address on {own.interface}")
     exports.offer("NCCL_SOCKET_IFNAME", f"={own.interface}", "= makes NCCL take exactly this name, not a prefix")
@@ -37,9 +35,18 @@ def describe(nic: Nic, host: Host) -> list[str]:
     return [*facts, nic.operstate if nic.operstate != "unknown" else "up"]
 
 
+def _rejected(host: Host, chosen: str) -> tuple[str, ...]:
+    """The other interfaces, those with the same reason together: a Docker host may have dozens of bridges."""
+    by_reason: dict[str, list[str]] = {}
+    for nic in host.nics:
+        if nic.name != chosen and nic.kind != "loopback":
+            by_reason.setdefault(_why_not(nic), []).append(nic.name)
+    return tuple(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+
+
 def _why_not(nic: Nic) -> str:
     if nic.kind == "container":
-        return "container network, its addresses are the same on every machine"
+        return "container networks have the same addresses on every machine"
     addresses = ", ".join(address.text for address in nic.addresses)
     state = "" if nic.up else f"; it is {nic.operstate}"
     if not addresses:

@@ -9,7 +9,7 @@ from app.launch.gid import decide_gid
 from app.launch.host import Host
 from app.launch.host_net import Nic
 from app.launch.host_rdma import RdmaPort
-from app.launch.ledger import Ledger
+from app.launch.ledger import Ledger, count
 from app.launch.local import Own
 from app.launch.rdma_access import obstacle
 
@@ -44,8 +44,9 @@ def decide_rdma(host: Host, own: Own | None, backend: str, ledger: Ledger, expor
             ledger.warn("RDMA devices are on this machine, but no port is usable: " + "; ".join(why_not) + ".")
         return "sockets"
     layer = LAYER[chosen[0].link_layer]
-    names = ", ".join(f"{port.name} {port.rate:g} Gb/s" for port in chosen)
-    ledger.decide("RDMA ports", ",".join(port.name for port in chosen), "detected", f"{layer}: {names}", why_not)
+    rates = " and ".join(f"{rate:g}" for rate in sorted({port.rate for port in chosen}))
+    summary = f"{layer}, {count(len(chosen), 'usable port')} of {rates} Gb/s"
+    ledger.decide("RDMA ports", ",".join(port.name for port in chosen), "detected", summary, why_not)
     near = affinity(host, chosen)
     if near:
         ledger.decide("GPU to port", near, "detected", "the port that shares most of each GPU's PCI path")
@@ -89,12 +90,14 @@ def choose(host: Host) -> tuple[list[RdmaPort], list[Rejected]]:
 
 
 def _unusable(port: RdmaPort, host: Host) -> str:
+    if port.link_layer == "InfiniBand" and port.state in ("INIT", "ARMED"):
+        return f"the port is {port.state}, with a link but not set up by a subnet manager: does opensm run?"
     if port.state != "ACTIVE":
-        return f"the port is {port.state}"
+        return f"the port is {port.state}: no cable, or the other end is off"
     if port.management:
         return "it manages the NVLink switches, no traffic goes through it"
     if port.link_layer == "InfiniBand":
-        return "" if port.lid and port.sm_lid else "no subnet manager has set it up (lid or sm_lid is 0)"
+        return "" if port.lid and port.sm_lid else "no subnet manager has set it up (its lid is 0): does opensm run?"
     if any(carries_address(nic) for nic in carriers(port, host.nics)):
         return ""
     return f"its interface {' '.join(port.netdevs) or '(none here)'} has no address"
@@ -142,16 +145,16 @@ def _decide_hca(host: Host, chosen: list[RdmaPort], rejected: list[Rejected], ex
     value = "=" + ",".join(port.name for port in chosen)
     if wrong:
         names = ", ".join(each.port.name for each in wrong)
-        exports.offer("NCCL_IB_HCA", value, f"by itself NCCL would also take {names}", tuple(map(str, wrong)))
+        exports.offer("NCCL_IB_HCA", value, f"by itself NCCL would also take {names}")
     elif exports.settings.is_set("NCCL_IB_HCA"):
-        exports.offer("NCCL_IB_HCA", value, "")
+        exports.offer("NCCL_IB_HCA", value, "all usable ports")
     else:
         exports.ledger.decide("NCCL_IB_HCA", "(unset)", "derived", "NCCL takes exactly these ports by itself")
 
 
 def affinity(host: Host, ports: Sequence[RdmaPort]) -> str:
     """For each GPU the port that shares most of its PCI path: `GPU0 mlx5_0 (same switch)`."""
-    words = {0: "across CPUs", 1: "same root complex"}
+    words = {0: "another root complex", 1: "same root complex"}
     found = []
     for gpu in host.gpus.visible:
         if gpu.pci and ports:

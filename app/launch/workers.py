@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from app.launch.exports import Exports
 from app.launch.host import Host
-from app.launch.ledger import Ledger, shown
+from app.launch.ledger import Ledger, count, shown
 from app.launch.settings import Settings
 
 
@@ -33,7 +33,11 @@ def decide_workers(settings: Settings, host: Host, ledger: Ledger, exports: Expo
     nproc = _nproc(settings, host, gpus, backend, ledger)
     exports.env["BACKEND"] = backend
     cpus = host.limits.cpus
-    exports.offer("OMP_NUM_THREADS", max(1, cpus // nproc), f"{cpus} CPUs allowed, shared by {nproc} processes")
+    exports.offer(
+        "OMP_NUM_THREADS",
+        max(1, cpus // nproc),
+        f"{count(cpus, 'CPU')} allowed, shared by {count(nproc, 'process', 'processes')}",
+    )
     return Workers(nproc=nproc, backend=backend, gpus=gpus)
 
 
@@ -59,12 +63,14 @@ def _check_hardware(settings: Settings, host: Host, ledger: Ledger) -> None:
     cards = len(host.gpus.on_bus)
     if word is None and cards and not host.gpus.visible:
         if not host.container:
-            ledger.warn(f"This machine has {cards} NVIDIA GPU(s), but no driver offers them: training runs on the CPU.")
+            ledger.warn(
+                f"This machine has {count(cards, 'NVIDIA GPU')}, but no driver offers them: training runs on the CPU."
+            )
             return
         fitting = "nvidia-ib" if host.rdma_ports else "nvidia"
         ledger.refuse(
             "HARDWARE",
-            f"HARDWARE is not set, and this machine has {cards} NVIDIA GPU{'s' if cards > 1 else ''} that the "
+            f"HARDWARE is not set, and this machine has {count(cards, 'NVIDIA GPU')} that the "
             f"container was not given. Set HARDWARE={fitting} in .env (or HARDWARE=cpu to train without "
             f"{'them' if cards > 1 else 'it'}).",
         )
@@ -90,13 +96,13 @@ def _backend(settings: Settings, host: Host, gpus: int, asked: str, ledger: Ledg
     elif cpu_build:
         backend, reason = "gloo", f"torch {host.packages['torch']} is built without CUDA"
         ledger.warn(
-            f"{gpus} GPU(s) are here, but torch {host.packages['torch']} is built without CUDA: training runs on the "
-            "CPU. Build the image with HARDWARE=nvidia, or set HARDWARE=cpu."
+            f"{count(gpus, 'GPU')} here, but torch {host.packages['torch']} is built without CUDA: training runs "
+            "on the CPU. Build the image with HARDWARE=nvidia, or set HARDWARE=cpu."
         )
     elif asked == "cpu":
         backend, reason = "gloo", "NPROC_PER_NODE=cpu asks for CPU workers"
     else:
-        backend, reason = "nccl", f"{gpus} GPU(s) here"
+        backend, reason = "nccl", f"{count(gpus, 'GPU')} here"
     ledger.decide("BACKEND", backend, "derived", reason)
     return backend
 
@@ -128,7 +134,7 @@ def _nproc(settings: Settings, host: Host, gpus: int, backend: str, ledger: Ledg
     if backend == "nccl" and nproc > gpus:
         ledger.refuse(
             "NPROC_PER_NODE",
-            f"{shown('NPROC_PER_NODE', value)}, but this node has {gpus} usable GPU(s), and NCCL needs one for each "
-            f"process. Set at most {gpus}, or auto.",
+            f"{shown('NPROC_PER_NODE', value)}, but this node has {count(gpus, 'usable GPU')}, and NCCL needs one for "
+            f"each process. Set at most {gpus}, or auto.",
         )
     return nproc

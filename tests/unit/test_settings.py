@@ -1,0 +1,172 @@
+"""Settings: sources, empty values, broken values, and one table for code, `.env.example` and compose.yaml."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from app.launch import envfile
+from app.launch.envfile import Value
+from app.launch.settings import TABLE, Settings, read_settings
+
+PROJECT = Path(__file__).parents[2]
+
+
+def read(tmp_path: Path, lines: str, **environ: str) -> Settings:
+    file = tmp_path / ".env"
+    file.write_text(lines, encoding="utf-8")
+    return read_settings(environ, file)
+
+
+def messages(settings: Settings) -> list[str]:
+    return [problem.message for problem in settings.problems]
+
+
+def test_the_environment_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
+    settings = read(tmp_path, "MASTER_PORT=1111\nRUN_NAME=file\n", MASTER_PORT="2222")
+    assert settings.get("MASTER_PORT") == Value(text="2222", source="environment")
+    assert settings.get("RUN_NAME") == Value(text="file", source=".env:2")
+    assert settings.get("MAX_RESTARTS") == Value(text="3", source="default")
+
+
+@pytest.mark.parametrize("setting", [each for each in TABLE if each.scope != "compose"], ids=lambda each: each.name)
+def test_shell_beats_file_beats_default_for_every_setting(setting: object, tmp_path: Path) -> None:
+    name = getattr(setting, "name", "")
+    one, two = ("cpu", "nvidia") if name == "HARDWARE" else ("gloo", "nccl") if name == "BACKEND" else ("41", "42")
+    assert read(tmp_path, f"{name}={one}", **{name: two}).get(name) == Value(text=two, source="environment")
+    assert read(tmp_path, f"{name}={one}").get(name) == Value(text=one, source=".env:1")
+    unset = read(tmp_path, "").get(name)
+    assert unset is None or unset.source == "default"
+
+
+def test_a_value_that_compose_passed_on_from_the_file_is_the_files_line(tmp_path: Path) -> None:
+    settings = read(tmp_path, "# nodes\n\nNODES=10.0.0.1,10.0.0.2 # two\n", NODES="10.0.0.1,10.0.0.2")
+    assert settings.get("NODES") == Value(text="10.0.0.1,10.0.0.2", source=".env:3")
+
+
+def test_an_empty_value_is_unset_even_over_a_line_of_the_file(tmp_path: Path) -> None:
+    settings = read(tmp_path, "NODE_RANK=1\nNODES=\nRUN_NAME=' '\n", NODE_RANK="")
+    assert not settings.is_set("NODE_RANK")
+    assert not settings.is_set("NODES")
+    assert settings.text("RUN_NAME") == "default"
+
+
+def test_the_last_of_two_lines_wins_and_nothing_is_interpolated(tmp_path: Path) -> None:
+    settings = read(tmp_path, 'RUN_NAME=a\nexport RUN_NAME="b"\nTRAIN_ARGS=$HOME ${RUN_NAME}\n')
+    assert settings.get("RUN_NAME") == Value(text="b", source=".env:2")
+    assert settings.text("TRAIN_ARGS") == "$HOME ${RUN_NAME}"
+
+
+def test_a_line_that_is_no_assignment_is_named_without_its_text(tmp_path: Path) -> None:
+    settings = read(tmp_path, "NODES=10.0.0.1\n\nsecret-without-a-name\n")
+    assert messages(settings) == [
+        ".env:3 is not a line of the form NAME=value. Correct it or put a # before it.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("NODE_RANK=one", "NODE_RANK=one (.env:1) is not a number. Write a whole number of at least 0."),
+        ("NODE_RANK=-1", "NODE_RANK=-1 (.env:1) is out of range. Write a whole number of at least 0."),
+        ("MASTER_PORT=0", "MASTER_PORT=0 (.env:1) is out of range. Write a whole number from 1 to 65535."),
+        ("CONTROL_PORT=65536", "CONTROL_PORT=65536 (.env:1) is out of range. Write a whole number from 1 to 65535."),
+        ("NPROC_PER_NODE=0", "NPROC_PER_NODE=0 (.env:1) is neither a number of at least 1 nor auto, gpu or cpu."),
+        ("HARDWARE=gpu", "HARDWARE=gpu (.env:1) is unknown. Write one of cpu, nvidia, nvidia-ib, cdi."),
+        ("BACKEND=mpi", "BACKEND=mpi (.env:1) is unknown. Write one of auto, gloo, nccl."),
+        ("START_TIMEOUT=5m", "START_TIMEOUT=5m (.env:1) is not a number of seconds, like 30 or 2.5."),
+        ("HEARTBEAT_TIMEOUT=0.5", "HEARTBEAT_TIMEOUT=0.5 (.env:1) is too short. Write at least 1 seconds."),
+        (
+            "RUN_NAME=../other",
+            "RUN_NAME=../other (.env:1) is not a folder's name. Write up to 64 letters, digits, dots, dashes or "
+            "underscores.",
+        ),
+        (
+            "TRAIN_ARGS=--name \"it's",
+            "TRAIN_ARGS=--name \"it's (.env:1) has broken shell quoting (no closing quotation). Close the quote or "
+            "escape it with \\.",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_line_and_the_cure(line: str, message: str, tmp_path: Path) -> None:
+    assert messages(read(tmp_path, line)) == [message]
+
+
+def test_all_wrong_values_are_told_at_once_and_read_as_unset(tmp_path: Path) -> None:
+    settings = read(tmp_path, "MASTER_PORT=x\nNODE_RANK=y\nBACKEND=z\n")
+    assert len(settings.problems) == 3
+    assert settings.text("MASTER_PORT") == "29400"
+    assert not settings.is_set("NODE_RANK")
+
+
+def test_a_missing_default_file_is_no_file(tmp_path: Path) -> None:
+    assert read_settings({}, tmp_path / ".env").problems == ()
+
+
+def test_a_missing_file_that_the_user_named_is_a_problem(tmp_path: Path) -> None:
+    file = tmp_path / "other.env"
+    assert messages(read_settings({"ENV_FILE": str(file)}, file)) == [
+        f"ENV_FILE={file} (environment): there is no such file. Correct the path or unset ENV_FILE."
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:
+    # A folder stands for a file without permission, which root, who may run the tests, could read.
+    assert messages(read_settings({}, tmp_path)) == [
+        f"{tmp_path} cannot be read: Is a directory. Make it readable by this user, or name another with ENV_FILE."
+    ]
+    (tmp_path / "latin").write_bytes(b"NAME=\xff\n")
+    assert "it is not UTF-8 text" in messages(read_settings({}, tmp_path / "latin"))[0]
+
+
+def test_the_file_that_compose_mounts_only_names_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(envfile, "MOUNTED", tmp_path)
+    settings = read_settings({"NODES": "10.0.0.1"}, tmp_path)
+    assert settings.problems == ()
+    assert settings.get("NODES") == Value(text="10.0.0.1", source="environment")
+
+
+def test_a_secret_is_not_in_the_settings_text() -> None:
+    assert "hunter2" not in repr(read_settings({"WANDB_API_KEY": "hunter2"}, None))
+
+
+def example_names() -> list[str]:
+    lines = (PROJECT / ".env.example").read_text(encoding="utf-8").splitlines()
+    return [match[1] for line in lines if (match := re.match(r"(?:# )?([A-Z][A-Z0-9_]+)=", line))]
+
+
+def test_the_example_describes_each_setting_of_the_table_once() -> None:
+    assert sorted(example_names()) == sorted(setting.name for setting in TABLE)
+
+
+def test_the_example_shows_the_defaults_of_the_table() -> None:
+    text = (PROJECT / ".env.example").read_text(encoding="utf-8")
+    for setting in TABLE:
+        # RUNS_ROOT's differs between the image and a bare machine, STOPPED_EXIT_CODE's too: their comments say so.
+        if setting.default is not None and setting.name not in ("RUNS_ROOT", "STOPPED_EXIT_CODE"):
+            assert f"# {setting.name}={setting.default}\n" in text
+
+
+def test_the_example_is_valid_as_it_stands(tmp_path: Path) -> None:
+    settings = read(tmp_path, (PROJECT / ".env.example").read_text(encoding="utf-8"))
+    assert settings.problems == ()
+    assert set(settings.values) == {"ENV_FILE"}
+
+
+def test_every_line_of_the_example_is_valid_without_its_comment_sign(tmp_path: Path) -> None:
+    text = (PROJECT / ".env.example").read_text(encoding="utf-8")
+    assert read(tmp_path, re.sub(r"^# (?=[A-Z][A-Z0-9_]+=)", "", text, flags=re.MULTILINE)).problems == ()
+
+
+def test_compose_passes_every_setting_on_and_reads_those_of_its_own() -> None:
+    stack = (PROJECT / "compose.yaml").read_text(encoding="utf-8")
+    fragments = "".join(file.read_text(encoding="utf-8") for file in (PROJECT / "hardware").glob("*.yaml"))
+    block = stack.split("    environment:\n")[1].split("\n\n")[0]
+    passed = re.findall(r"^ {6}([A-Z][A-Z0-9_]+):", block, re.MULTILINE)
+    inside = {setting.name for setting in TABLE if setting.scope != "compose"}
+    assert set(passed) == inside | {"ENV_FILE"}
+    # BASE_IMAGE is a build argument without a value, which Compose fills in the same way.
+    read_by_compose = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+)", stack + fragments)) | {"BASE_IMAGE"}
+    own = {setting.name for setting in TABLE if setting.scope == "compose"}
+    assert own <= read_by_compose
+    assert read_by_compose - own <= inside
