@@ -1,0 +1,121 @@
+"""Every pair of nodes by itself, both directions, so that one slow node or cable can be told from the others."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from app.bench.collectives import Ranks, synchronize
+from app.bench.figures import PairSpeed
+from app.bench.verdict import slow_pairs
+
+CHUNK = 1 << 20
+"""Bytes per message; large enough for the bandwidth of any link, small enough for a slow one."""
+TRIAL_SECONDS = 0.15
+TRIALS = 2
+PING_PONGS = 20
+SECOND_LOOKS = 3
+"""A busy moment of a machine passes, a slow link stays: a pair that looks slow is measured again, the best counts."""
+SEQUENTIAL_PAIRS = 28
+"""Up to 8 nodes one pair after the other, since each then has the network for itself; above that in rounds."""
+
+Pair = tuple[int, int]
+
+
+def schedule(nodes: int) -> list[list[Pair]]:
+    """Steps of pairs that share no node; together every pair of `nodes` once."""
+    pairs = [(low, high) for low in range(nodes) for high in range(low + 1, nodes)]
+    if len(pairs) <= SEQUENTIAL_PAIRS:
+        return [[pair] for pair in pairs]
+    # The circle method of tournaments: one place is fixed, the others turn; an odd number has one node resting.
+    circle: list[int | None] = [*range(nodes), *([None] if nodes % 2 else [])]
+    steps = []
+    for _ in range(len(circle) - 1):
+        meetings = zip(circle[: len(circle) // 2], reversed(circle[len(circle) // 2 :]), strict=True)
+        steps.append([(min(a, b), max(a, b)) for a, b in meetings if a is not None and b is not None])
+        circle = [circle[0], circle[-1], *circle[1:-1]]
+    return steps
+
+
+def measure_pairs(ranks: Ranks, leaders: Sequence[int]) -> tuple[PairSpeed, ...]:
+    """Both directions of every pair of nodes, measured between `leaders`: the first rank of each node.
+
+    All ranks must call it; all return the same.
+    """
+    best = _measure_steps(ranks, leaders, schedule(len(leaders)))
+    for _ in range(SECOND_LOOKS):
+        slow = slow_pairs(best.values())
+        suspects = sorted({(min(pair.source, pair.target), max(pair.source, pair.target)) for pair in slow})
+        again = _measure_steps(ranks, leaders, [[pair] for pair in suspects])
+        best |= {edge: max(best[edge], pair, key=lambda pair: pair.bandwidth) for edge, pair in again.items()}
+    return tuple(best[edge] for edge in sorted(best))
+
+
+def _measure_steps(ranks: Ranks, leaders: Sequence[int], steps: list[list[Pair]]) -> dict[Pair, PairSpeed]:
+    """Every direction of the pairs in `steps`, by (source, target); the same on all ranks."""
+    own: list[PairSpeed] = []
+    for step in steps:
+        for pair in step:
+            if ranks.rank in (leaders[pair[0]], leaders[pair[1]]):
+                own += _measure_pair(ranks, leaders, pair)
+        dist.barrier()
+    gathered: list[list[PairSpeed]] = [[] for _ in range(ranks.world)]
+    dist.all_gather_object(gathered, own)
+    return {(pair.source, pair.target): pair for some in gathered for pair in some}
+
+
+def _measure_pair(ranks: Ranks, leaders: Sequence[int], pair: Pair) -> list[PairSpeed]:
+    """What this rank sends, measured here; the other rank returns the other direction."""
+    first = ranks.rank == leaders[pair[0]]
+    peer = leaders[pair[1]] if first else leaders[pair[0]]
+    latency = _latency(ranks, peer, first=first)
+    rates = [_rate(ranks, peer, sending=first), _rate(ranks, peer, sending=not first)]
+    source, target = pair if first else (pair[1], pair[0])
+    return [PairSpeed(source=source, target=target, bandwidth=max(rates), latency=latency)]
+
+
+def _latency(ranks: Ranks, peer: int, *, first: bool) -> float:
+    token = torch.zeros(1, device=ranks.device)
+    started = 0.0
+    # The first exchange opens the connection and is not counted.
+    for turn in range(PING_PONGS + 1):
+        if turn == 1:
+            synchronize(ranks.device)
+            started = time.perf_counter()
+        _turn(token, peer, sending=first)
+        _turn(token, peer, sending=not first)
+    synchronize(ranks.device)
+    return (time.perf_counter() - started) / PING_PONGS / 2
+
+
+def _rate(ranks: Ranks, peer: int, *, sending: bool) -> float:
+    """Bytes per second to `peer`, the best of some trials; 0 on the receiving side."""
+    best = 0.0
+    repeats = torch.ones(1, device=ranks.device)
+    for _ in range(TRIALS + 1):
+        seconds = _stream(ranks, peer, int(repeats), sending=sending)
+        best = max(best, int(repeats) * CHUNK / seconds)
+        # The first trial is a single message and only tells how many fill the time.
+        if sending:
+            repeats.fill_(max(1, min(256, int(TRIAL_SECONDS * best / CHUNK))))
+        _turn(repeats, peer, sending=sending)
+    return best if sending else 0.0
+
+
+def _stream(ranks: Ranks, peer: int, repeats: int, *, sending: bool) -> float:
+    chunk, receipt = torch.zeros(CHUNK // 4, device=ranks.device), torch.zeros(1, device=ranks.device)
+    synchronize(ranks.device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        _turn(chunk, peer, sending=sending)
+    _turn(receipt, peer, sending=not sending)
+    synchronize(ranks.device)
+    return time.perf_counter() - started
+
+
+def _turn(tensor: torch.Tensor, peer: int, *, sending: bool) -> None:
+    if sending:
+        dist.send(tensor, peer)
+    else:
+        dist.recv(tensor, peer)

@@ -1,0 +1,101 @@
+"""The table for people, and the files: the figures as JSON and the baseline of this cluster."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from app.bench.figures import Findings, readable_rate, readable_size
+from app.bench.verdict import changes, is_good, key_figures, of_link, slow_parts, spread
+
+SCHEMA = 1
+
+
+def render(findings: Findings) -> str:
+    """The figures and the verdict, as printed by rank 0."""
+    return "\n".join([*_head(findings), "", *_table(findings), "", *_verdict(findings)])
+
+
+def keep(findings: Findings, folder: Path) -> tuple[str, ...]:
+    """Writes the figures into `folder`, compares them with the baseline, and returns what to say about both.
+
+    The first good result of a cluster becomes its baseline, and stays it until the file is deleted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    result, baseline = folder / "result.json", folder / f"baseline-{_cluster(findings)}.json"
+    _write(result, as_json(findings))
+    if baseline.exists():
+        before = json.loads(baseline.read_text(encoding="utf-8"))
+        changed = changes(findings, before["figures"]) or ("no figure differs by more than a quarter",)
+        return (f"Against the baseline {baseline}:", *(f"  {line}" for line in changed), f"Figures: {result}")
+    if is_good(findings):
+        _write(baseline, {"schema": SCHEMA, "figures": key_figures(findings)})
+        return (f"Kept as the baseline for later runs: {baseline}", f"Figures: {result}")
+    return (f"Figures: {result} (not kept as a baseline, since something is wrong)",)
+
+
+def as_json(findings: Findings) -> dict[str, Any]:
+    """Everything that was found: sizes in bytes, times in seconds, bandwidths in bytes per second."""
+    measures = [
+        {
+            **asdict(measure),
+            "algorithm_bandwidth": measure.algorithm_bandwidth,
+            "bus_bandwidth": measure.bus_bandwidth,
+        }
+        for measure in findings.measures
+    ]
+    slow = slow_parts(findings.pairs, findings.nodes)
+    return {"schema": SCHEMA, **asdict(findings), "measures": measures, "slow": slow, "good": is_good(findings)}
+
+
+def _cluster(findings: Findings) -> str:
+    return f"{len(findings.nodes)}x{findings.ranks}-{findings.backend}-{findings.device.split()[0]}"
+
+
+def _write(path: Path, value: object) -> None:
+    # Whole or not at all: a reader never sees half a file.
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _head(findings: Findings) -> Iterator[str]:
+    nodes = len(findings.nodes)
+    yield f"bench: {findings.ranks} ranks on {nodes} node{'s' * (nodes > 1)}, {findings.backend} on {findings.device}"
+    for node, (name, link) in enumerate(zip(findings.nodes, findings.links, strict=True)):
+        rate = readable_rate(link.rate) if link.rate else "rate unknown"
+        yield f"  node {node} ({name}): {link.name or 'interface unknown'}, {rate}"
+    for pair in findings.pairs:
+        share = of_link(pair.bandwidth, findings, (pair.source, pair.target))
+        yield (
+            f"  node {pair.source} to node {pair.target}: {readable_rate(pair.bandwidth):>12}"
+            f"{f' ({share:.0%} of the link)' if share else ''}, latency {pair.latency * 1e6:.0f} us"
+        )
+
+
+def _table(findings: Findings) -> Iterator[str]:
+    yield f"{'collective':<15}{'size':>10}{'time us':>12}{'algbw GB/s':>12}{'busbw GB/s':>12}{'of link':>9}  result"
+    for measure in findings.measures:
+        share = of_link(measure.bus_bandwidth, findings)
+        yield (
+            f"{measure.collective:<15}{readable_size(measure.size):>10}{measure.seconds * 1e6:>12.1f}"
+            f"{measure.algorithm_bandwidth / 1e9:>12.3f}{measure.bus_bandwidth / 1e9:>12.3f}"
+            f"{f'{share:.0%}' if share else '-':>9}  {'right' if measure.correct else 'WRONG'}"
+        )
+    for name in findings.unsupported:
+        yield f"{name:<15} not supported by {findings.backend}"
+    if findings.cut_short:
+        yield f"Larger sizes left out for want of time or memory: {', '.join(findings.cut_short)} (raise --seconds)."
+
+
+def _verdict(findings: Findings) -> Iterator[str]:
+    wrong = sorted({measure.collective for measure in findings.measures if not measure.correct})
+    if wrong:
+        yield f"WRONG RESULTS: {', '.join(wrong)}. Do not train on this cluster; test memory and GPUs of each node."
+    slow = slow_parts(findings.pairs, findings.nodes)
+    yield from (f"SLOW: {sentence}" for sentence in slow)
+    if findings.pairs and not slow:
+        yield f"No node or path is slower than the others: {spread(findings.pairs)}."
+    if not findings.pairs:
+        yield "One node: nothing was sent over the network."

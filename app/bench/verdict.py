@@ -1,0 +1,131 @@
+"""What the figures say: which node or path is slow, and what changed since the baseline. Pure."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from statistics import median
+
+from app.bench.figures import Findings, PairSpeed, readable_rate, readable_size
+
+SLOW = 0.5
+"""A direction below this share of what the better half of the cluster reaches is slow."""
+CHANGED = 0.25
+"""Two runs on an idle network differ by less than this share."""
+BANDWIDTH_SIZE = 250_000
+"""Bytes; below it the time is all latency."""
+
+
+def slow_parts(pairs: Sequence[PairSpeed], names: Sequence[str]) -> tuple[str, ...]:
+    """One sentence per node or path that is slow against the others; empty when all are alike.
+
+    A node is named when every direction from it (or to it) is slow, else the single path. With two nodes nothing tells
+    the ends apart: the sentence names both.
+    """
+    usual = _usual(pairs)
+    slow = {(pair.source, pair.target): pair.bandwidth for pair in slow_pairs(pairs)}
+    sentences: list[str] = []
+    explained: set[tuple[int, int]] = set()
+    if len(names) > 2:
+        for node in range(len(names)):
+            out, into = _edges(node, pairs, outgoing=True), _edges(node, pairs, outgoing=False)
+            for verb, edges in (("sends and receives", out | into), ("sends", out), ("receives", into)):
+                if slow.keys() >= edges and not edges <= explained:
+                    rate = median(slow[edge] for edge in edges)
+                    sentences.append(_node_sentence(_name(names, node), verb, rate, usual))
+                    explained |= edges
+    for (source, target), bandwidth in sorted(slow.items()):
+        if (source, target) not in explained:
+            sentences.append(
+                f"From {_name(names, source)} to {_name(names, target)}: {readable_rate(bandwidth)}, while "
+                f"others reach {readable_rate(usual)}. Check the cable, port and duplex on this path (`ethtool NIC`)."
+            )
+    return tuple(sentences)
+
+
+def slow_pairs(pairs: Collection[PairSpeed]) -> tuple[PairSpeed, ...]:
+    """The directions that are slow against the better half of all."""
+    limit = SLOW * _usual(pairs)
+    return tuple(pair for pair in pairs if pair.bandwidth < limit)
+
+
+def spread(pairs: Sequence[PairSpeed]) -> str:
+    """The range of all pairs in a few words."""
+    rates, latencies = [pair.bandwidth for pair in pairs], [pair.latency for pair in pairs]
+    return (
+        f"{readable_rate(min(rates))} to {readable_rate(max(rates))}, "
+        f"latency {min(latencies) * 1e6:.0f} to {max(latencies) * 1e6:.0f} us"
+    )
+
+
+def changes(findings: Findings, baseline: Mapping[str, float]) -> tuple[str, ...]:
+    """What differs from `baseline` (see `key_figures`) by more than `CHANGED`, worse first, one sentence each.
+
+    Of each collective the largest size that both have is compared.
+    """
+    found: list[tuple[bool, str]] = []
+    compared: set[str] = set()
+    for name, now in key_figures(findings).items():
+        before, subject = baseline.get(name), name.partition(", ")[0]
+        if not before or subject in compared:
+            continue
+        compared.add(subject)
+        if abs(now / before - 1) > CHANGED:
+            # Latencies are better when smaller.
+            better = (now > before) != ("latency" in name)
+            found.append(
+                (better, f"{name}: {_value(name, now)}, baseline {_value(name, before)} ({now / before - 1:+.0%})")
+            )
+    return tuple(sentence for _, sentence in sorted(found))
+
+
+def key_figures(findings: Findings) -> dict[str, float]:
+    """The figures that a later run is compared with, bytes per second or seconds, the largest sizes first."""
+    figures = {}
+    large = [measure for measure in findings.measures if measure.size >= BANDWIDTH_SIZE]
+    for measure in sorted(large, key=lambda measure: -measure.size):
+        figures[f"{measure.collective}, bus bandwidth at {readable_size(measure.size)}"] = measure.bus_bandwidth
+    for name in dict.fromkeys(measure.collective for measure in findings.measures):
+        smallest = min((m for m in findings.measures if m.collective == name), key=lambda measure: measure.size)
+        figures[f"{name} latency, at {readable_size(smallest.size)}"] = smallest.seconds
+    for pair in findings.pairs:
+        names = findings.nodes
+        figures[f"{_name(names, pair.source)} to {_name(names, pair.target)}"] = pair.bandwidth
+    return figures
+
+
+def of_link(rate: float, findings: Findings, nodes: Iterable[int] = ()) -> float | None:
+    """`rate` as a share of the slowest link of `nodes` (all, if none are given); None when a rate is unknown."""
+    if len(findings.nodes) < 2:
+        return None
+    chosen = [findings.links[node].rate for node in nodes] or [link.rate for link in findings.links]
+    rates = [link for link in chosen if link]
+    return rate / min(rates) if len(rates) == len(chosen) else None
+
+
+def is_good(findings: Findings) -> bool:
+    """Whether these figures may serve as a baseline: all results right, nothing slow."""
+    return all(measure.correct for measure in findings.measures) and not slow_parts(findings.pairs, findings.nodes)
+
+
+def _usual(pairs: Collection[PairSpeed]) -> float:
+    # One slow node of four touches half of all pairs, so the plain median would be spoilt by it.
+    rates = sorted(pair.bandwidth for pair in pairs)
+    return median(rates[len(rates) // 2 :]) if rates else 0.0
+
+
+def _edges(node: int, pairs: Sequence[PairSpeed], *, outgoing: bool) -> set[tuple[int, int]]:
+    return {(pair.source, pair.target) for pair in pairs if (pair.source if outgoing else pair.target) == node}
+
+
+def _node_sentence(node: str, verb: str, rate: float, usual: float) -> str:
+    return (
+        f"{node} {verb} slowly: {readable_rate(rate)} with every other node, while others reach "
+        f"{readable_rate(usual)}. Check its cable, switch port, duplex and errors (`ethtool NIC`, `ip -s link`), and "
+        "what else uses its network."
+    )
+
+
+def _value(name: str, value: float) -> str:
+    return f"{value * 1e6:.0f} us" if "latency" in name else readable_rate(value)
+
+
+def _name(names: Sequence[str], node: int) -> str:
+    return f"node {node} ({names[node]})"

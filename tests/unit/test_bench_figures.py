@@ -1,0 +1,236 @@
+"""What the bench concludes from its figures: bandwidths, slow nodes, changes against a baseline, the link's rate."""
+
+import argparse
+import json
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+from app.bench.__main__ import main, options, size
+from app.bench.figures import Findings, Link, Measure, PairSpeed, readable_rate, readable_size
+from app.bench.link import read_link
+from app.bench.report import as_json, keep, render
+from app.bench.verdict import changes, key_figures, of_link, slow_parts
+
+NAMES = ("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4")
+FULL, TENTH = 1.2e9, 1.2e8
+
+
+def pairs(nodes: int, slow: dict[tuple[int, int], float] | None = None) -> tuple[PairSpeed, ...]:
+    """Every direction between `nodes`, a little uneven, with the bandwidths of `slow`."""
+    slow = slow or {}
+    return tuple(
+        PairSpeed(
+            source=source,
+            target=target,
+            bandwidth=slow.get((source, target), FULL * (1 - 0.03 * ((source + 2 * target) % 4))),
+            latency=2e-5,
+        )
+        for source, target in permutations(range(nodes), 2)
+    )
+
+
+def measure(collective: str, seconds: float, *, ranks: int = 4, size: int = 1 << 20, correct: bool = True) -> Measure:
+    return Measure(collective=collective, ranks=ranks, size=size, seconds=seconds, correct=correct)
+
+
+def findings(*measures: Measure, speeds: tuple[PairSpeed, ...] = (), nodes: int = 2) -> Findings:
+    return Findings(
+        nodes=NAMES[:nodes],
+        ranks=4,
+        backend="gloo",
+        device="cpu",
+        links=tuple(Link(name="eth0", rate=1.25e9) for _ in range(nodes)),
+        pairs=speeds,
+        measures=measures,
+        unsupported=(),
+        cut_short=(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("collective", "factor"),
+    [
+        ("all_reduce", 2 * 3 / 4),
+        ("all_gather", 3 / 4),
+        ("reduce_scatter", 3 / 4),
+        ("all_to_all", 3 / 4),
+        ("broadcast", 1),
+        ("send_recv", 1),
+    ],
+)
+def test_the_bus_bandwidth_is_that_of_nccl_tests(collective: str, factor: float) -> None:
+    one = measure(collective, 0.5, size=2_000_000_000)
+    assert one.algorithm_bandwidth == pytest.approx(4e9)
+    assert one.bus_bandwidth == pytest.approx(4e9 * factor)
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4])
+def test_a_healthy_cluster_has_no_slow_part(nodes: int) -> None:
+    assert slow_parts(pairs(nodes), NAMES[:nodes]) == ()
+
+
+@pytest.mark.parametrize("nodes", [3, 4])
+@pytest.mark.parametrize("way", ["sends", "receives", "sends and receives"])
+def test_a_slow_node_is_named_with_its_direction(nodes: int, way: str) -> None:
+    for node in range(nodes):
+        slow = {
+            (source, target): TENTH
+            for source, target in permutations(range(nodes), 2)
+            if (source == node and "sends" in way) or (target == node and "receives" in way)
+        }
+        (sentence,) = slow_parts(pairs(nodes, slow), NAMES[:nodes])
+        assert sentence.startswith(f"node {node} ({NAMES[node]}) {way} slowly: 0.12 GB/s with every other node")
+
+
+def test_a_single_slow_path_is_named_by_both_ends() -> None:
+    (sentence,) = slow_parts(pairs(4, {(1, 3): TENTH}), NAMES)
+    assert sentence.startswith("From node 1 (10.0.0.2) to node 3 (10.0.0.4): 0.12 GB/s")
+
+
+def test_two_nodes_cannot_be_told_apart_so_the_path_is_named() -> None:
+    (sentence,) = slow_parts(pairs(2, {(0, 1): TENTH}), NAMES[:2])
+    assert sentence.startswith("From node 0 (10.0.0.1) to node 1 (10.0.0.2)")
+
+
+def test_one_node_has_no_pairs_and_no_slow_part() -> None:
+    assert slow_parts((), NAMES[:1]) == ()
+
+
+def test_changes_beyond_a_quarter_are_told_worst_first_and_smaller_ones_are_not() -> None:
+    before = key_figures(
+        findings(measure("all_reduce", 0.001), measure("broadcast", 0.001), measure("all_gather", 0.001))
+    )
+    after = findings(measure("all_reduce", 0.0005), measure("broadcast", 0.002), measure("all_gather", 0.0011))
+    lines = changes(after, before)
+    assert lines[0] == "broadcast latency, at 1 MiB: 2000 us, baseline 1000 us (+100%)"
+    assert lines[1] == "broadcast, bus bandwidth at 1 MiB: 0.52 GB/s, baseline 1.05 GB/s (-50%)"
+    assert [line.partition(",")[0] for line in lines[2:]] == ["all_reduce latency", "all_reduce"]
+
+
+def test_only_the_largest_common_size_is_compared() -> None:
+    before = key_figures(findings(measure("broadcast", 0.01, size=1 << 22), measure("broadcast", 0.001)))
+    after = findings(
+        measure("broadcast", 0.1, size=1 << 24), measure("broadcast", 0.02, size=1 << 22), measure("broadcast", 0.001)
+    )
+    assert changes(after, before) == ("broadcast, bus bandwidth at 4 MiB: 0.21 GB/s, baseline 0.42 GB/s (-50%)",)
+
+
+def test_the_first_good_result_is_the_baseline_and_stays_it(tmp_path: Path) -> None:
+    first, second = findings(measure("all_reduce", 0.001)), findings(measure("all_reduce", 0.01))
+    assert "Kept as the baseline" in keep(first, tmp_path)[0]
+    told = keep(second, tmp_path)
+    assert "all_reduce, bus bandwidth at 1 MiB: 0.16 GB/s, baseline 1.57 GB/s (-90%)" in told[1] + told[2]
+    assert json.loads((tmp_path / "result.json").read_text())["measures"][0]["seconds"] == 0.01
+    assert "no figure differs by more than a quarter" in keep(first, tmp_path)[1]
+
+
+@pytest.mark.parametrize("bad", ["wrong", "slow"])
+def test_a_bad_result_is_never_the_baseline(tmp_path: Path, bad: str) -> None:
+    speeds = pairs(2, {(0, 1): TENTH}) if bad == "slow" else ()
+    told = keep(findings(measure("all_reduce", 0.001, correct=bad != "wrong"), speeds=speeds), tmp_path)
+    assert "not kept as a baseline" in told[0]
+    assert not list(tmp_path.glob("baseline*"))
+
+
+def test_another_number_of_ranks_has_a_baseline_of_its_own(tmp_path: Path) -> None:
+    keep(findings(measure("all_reduce", 0.001)), tmp_path)
+    assert "Kept as the baseline" in keep(replace(findings(measure("all_reduce", 0.1)), ranks=8), tmp_path)[0]
+
+
+def test_the_report_says_wrong_results_unsupported_collectives_and_shares_of_the_link() -> None:
+    text = render(
+        replace(
+            findings(measure("broadcast", 0.001), measure("all_reduce", 0.001, correct=False), speeds=pairs(2)),
+            unsupported=("all_to_all",),
+            cut_short=("all_reduce",),
+        )
+    )
+    assert "WRONG RESULTS: all_reduce. Do not train on this cluster" in text
+    assert "all_to_all      not supported by gloo" in text
+    assert "84%  right" in text
+    assert "node 0 to node 1:    1.13 GB/s (90% of the link)" in text
+    assert "No node or path is slower than the others" in text
+
+
+def test_the_share_of_the_link_is_that_of_the_slowest_and_unknown_if_one_is_unknown() -> None:
+    one = replace(findings(), links=(Link(name="eth0", rate=1e9), Link(name="eth0", rate=2e9)))
+    assert of_link(5e8, one) == pytest.approx(0.5)
+    assert of_link(5e8, one, (1,)) == pytest.approx(0.25)
+    assert of_link(5e8, replace(one, links=(Link(name="eth0", rate=1e9), Link(name="", rate=None)))) is None
+    assert of_link(5e8, findings(nodes=1)) is None
+
+
+def test_the_json_carries_both_bandwidths_and_the_verdict() -> None:
+    found = as_json(findings(measure("all_reduce", 0.001), speeds=pairs(2, {(0, 1): TENTH})))
+    assert found["measures"][0]["bus_bandwidth"] == pytest.approx(1.5 * found["measures"][0]["algorithm_bandwidth"])
+    assert found["good"] is False
+    assert len(found["slow"]) == 1
+    assert json.loads(json.dumps(found))["pairs"][0]["source"] == 0
+
+
+def made_up_sys(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / "sys/class" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return root
+
+
+def test_gloo_is_measured_against_the_interface_of_the_launcher(tmp_path: Path) -> None:
+    root = made_up_sys(tmp_path, {"net/eth0/speed": "25000", "net/veth/speed": "-1"})
+    assert read_link({"GLOO_SOCKET_IFNAME": "eth0"}, backend="gloo", root=root) == Link(name="eth0", rate=25e9 / 8)
+    assert read_link({"GLOO_SOCKET_IFNAME": "veth"}, backend="gloo", root=root) == Link(name="veth", rate=None)
+    assert read_link({}, backend="gloo", root=root) == Link(name="", rate=None)
+
+
+def test_nccl_is_measured_against_its_active_rdma_ports_together(tmp_path: Path) -> None:
+    root = made_up_sys(
+        tmp_path,
+        {
+            "net/eth0/speed": "25000",
+            **{f"infiniband/{name}/ports/1/rate": "400 Gb/sec (4X NDR)" for name in ("mlx5_0", "mlx5_1", "mlx5_10")},
+            "infiniband/mlx5_0/ports/1/state": "4: ACTIVE",
+            "infiniband/mlx5_1/ports/1/state": "1: DOWN",
+            "infiniband/mlx5_10/ports/1/state": "4: ACTIVE",
+        },
+    )
+    both = Link(name="mlx5_0:1+mlx5_10:1", rate=100e9)
+    assert read_link({}, backend="nccl", root=root) == both
+    assert read_link({"NCCL_IB_HCA": "mlx5"}, backend="nccl", root=root) == both
+    assert read_link({"NCCL_IB_HCA": "=mlx5_10:1"}, backend="nccl", root=root) == Link(name="mlx5_10:1", rate=50e9)
+    assert read_link({"NCCL_IB_HCA": "^=mlx5_10"}, backend="nccl", root=root) == Link(name="mlx5_0:1", rate=50e9)
+    sockets = {"NCCL_IB_DISABLE": "1", "NCCL_SOCKET_IFNAME": "=eth0"}
+    assert read_link(sockets, backend="nccl", root=root) == Link(name="eth0", rate=25e9 / 8)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("4096", 4096), ("64K", 65536), ("1MiB", 1 << 20), ("2g", 2 << 30)])
+def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
+    assert size(text) == expected
+    assert options(["--largest", text]).largest == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "1.5M", "10X", "-1"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size: write 64K"):
+        size(text)
+
+
+def test_figures_are_written_as_people_say_them() -> None:
+    assert [readable_size(number) for number in (1020, 1 << 16, 1 << 20, 3 << 29)] == [
+        "1020 B",
+        "64 KiB",
+        "1 MiB",
+        "1.5 GiB",
+    ]
+    assert [readable_rate(rate) for rate in (1.5e6, 1.25e9)] == ["1.50 MB/s", "1.25 GB/s"]
+
+
+def test_one_rank_alone_has_nothing_to_measure_and_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main([]) == 2
+    assert "bench needs at least two ranks: list two nodes in NODES" in capsys.readouterr().err
