@@ -3,53 +3,176 @@
 import asyncio
 import os
 import signal
+import socket
 import sys
-import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 
+from app.launch import torchrun
+from app.launch.errors import UserError
 from app.launch.exitcodes import ExitCode
+from app.launch.final import read_final, write_final
+from app.launch.gang.facts import gather
+from app.launch.gang.hub import Hub
+from app.launch.gang.member import Member, Place, Surroundings
+from app.launch.gang.verdict import Verdict
+from app.launch.gang.wire import MAX_LINE, Wire
+from app.launch.health import keep_state
 from app.launch.plan import Plan
-from app.launch.torchrun import Failure, Outcome, Torchrun, adopt_orphans, command_line, environment, sweep
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SHORTEST_TOKEN = 16
 
 
 def supervise(plan: Plan) -> int:
-    """Runs torchrun on this node and looks after it; returns the exit code (`ExitCode`)."""
-    adopt_orphans()
-    return asyncio.run(_one_round(plan))
+    """Brings this node into the gang, runs torchrun round by round, and returns the exit code (`ExitCode`).
+
+    Raises UserError where a file or folder of the settings cannot be used."""
+    folder = plan.run_dir.parent
+    if again := read_final(folder):
+        say(f"not started again: {again.text}")
+        return again.code
+    token = read_token(plan)
+    make_folders(plan)
+    torchrun.adopt_orphans()
+    verdict, own_stop = asyncio.run(_take_part(plan, token))
+    say(verdict.text)
+    if verdict.code == ExitCode.STOPPED:
+        return int(verdict.code) if own_stop else plan.stopped_exit_code
+    if verdict.code != ExitCode.DONE:
+        write_final(folder, int(verdict.code), verdict.text)
+    return int(verdict.code)
 
 
-async def _one_round(plan: Plan) -> int:
-    run_id = f"{plan.run_name}-0"
-    (plan.run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    command = command_line(
+def say(text: str) -> None:
+    """Prints on stderr, each line with the program's name: compose adds only the service's."""
+    sys.stderr.write("".join(f"torchrun-compose: {line}\n" for line in text.splitlines()))
+    sys.stderr.flush()
+
+
+def read_token(plan: Plan) -> bytes:
+    """The cluster token; b"" without one. Raises UserError."""
+    if plan.token_file is None:
+        if len(plan.nodes) > 1:
+            say("warning: without CLUSTER_TOKEN_FILE whoever reaches CONTROL_PORT can join or stop this job")
+        return b""
+    try:
+        token = plan.token_file.read_bytes().strip()
+    except OSError as error:
+        raise UserError(f"CLUSTER_TOKEN_FILE={plan.token_file} cannot be read: {error.strerror}.") from None
+    if len(token) < SHORTEST_TOKEN:
+        cure = "Make one with `openssl rand -hex 32` and copy it to all nodes."
+        raise UserError(f"CLUSTER_TOKEN_FILE={plan.token_file} holds only {len(token)} bytes. {cure}")
+    return token
+
+
+def make_folders(plan: Plan) -> None:
+    """The run's folder with its logs. Raises UserError."""
+    try:
+        (plan.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"RUN_DIR={plan.run_dir} cannot be written: {error.strerror}.") from None
+
+
+def progress(plan: Plan) -> str:
+    """What changes when the training has got on: the first line of RUN_DIR/progress if the script writes that file,
+    otherwise name and time of the newest entry of CHECKPOINT_DIR (hidden and temporary ones apart); "" for none."""
+    try:
+        return (plan.run_dir / "progress").read_text(errors="replace").partition("\n")[0][:100]
+    except OSError:
+        pass
+    try:
+        entries = [entry for entry in plan.checkpoint_dir.iterdir() if _is_complete(entry)]
+        newest = max(((entry.stat().st_mtime, entry.name) for entry in entries), default=None)
+    except OSError:
+        return ""
+    return f"{newest[1][:80]} {newest[0]:.3f}" if newest else ""
+
+
+def _is_complete(entry: Path) -> bool:
+    return not entry.name.startswith(".") and "tmp" not in entry.name and not entry.name.endswith((".new", ".partial"))
+
+
+async def _take_part(plan: Plan, token: bytes) -> tuple[Verdict, bool]:
+    """The verdict, and whether the stop came from this node's own user."""
+    hub = Hub(plan, token, say)
+    server = await _listen(plan, hub)
+    presiding = asyncio.ensure_future(hub.preside()) if server or len(plan.nodes) == 1 else None
+    path, state = keep_state(plan.run_name, plan.node_rank, lambda: progress(plan))
+    around = Surroundings(
+        dial=_dial_inside(hub) if presiding else _dial(plan),
+        launch=lambda place: _launch(plan, place),
+        clean=torchrun.sweep,
+        progress=lambda: progress(plan),
+        say=say,
+        state=state,
+    )
+    member = Member(plan, token, gather(plan) if len(plan.nodes) > 1 else {}, around)
+    for number in SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, member.stop)
+    part = asyncio.ensure_future(member.take_part())
+    try:
+        # A bug in node 0's hub must end the job with its traceback, not leave it waiting for a verdict.
+        await asyncio.wait([part, presiding] if presiding else [part], return_when=asyncio.FIRST_COMPLETED)
+        if presiding and presiding.done():
+            presiding.result()
+        verdict = await part
+        if presiding and member.stops < 2:
+            await presiding
+    finally:
+        part.cancel()
+        path.unlink(missing_ok=True)
+        if server:
+            server.close()
+        torchrun.sweep()
+    return verdict, member.stops > 0
+
+
+async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:
+    """Node 0's ear, on its fabric address only. None on other nodes, and where another process has the port: that one
+    may be a second node 0 or another job, and will say so when this node comes as a guest."""
+    if plan.node_rank or len(plan.nodes) == 1:
+        return None
+    try:
+        return await asyncio.start_server(
+            hub.serve, plan.nodes[0], plan.control_port, limit=MAX_LINE, backlog=2 * len(plan.nodes) + 64
+        )
+    except OSError as error:
+        say(
+            f"node 0 cannot listen on {plan.nodes[0]} port {plan.control_port}: {os.strerror(error.errno or 0).lower()}"
+        )
+        return None
+
+
+def _dial(plan: Plan) -> Callable[[], Awaitable[Wire]]:
+    async def dial() -> Wire:
+        own = (plan.address, 0)
+        return Wire(*await asyncio.open_connection(plan.nodes[0], plan.control_port, local_addr=own, limit=MAX_LINE))
+
+    return dial
+
+
+def _dial_inside(hub: Hub) -> Callable[[], Awaitable[Wire]]:
+    """Node 0 is a member of its own gang, over a pair of sockets that nobody else can reach."""
+    tasks = set()
+
+    async def dial() -> Wire:
+        here, there = socket.socketpair()
+        tasks.add(asyncio.ensure_future(hub.serve(*await asyncio.open_connection(sock=there, limit=MAX_LINE))))
+        return Wire(*await asyncio.open_connection(sock=here, limit=MAX_LINE))
+
+    return dial
+
+
+def _launch(plan: Plan, place: Place) -> torchrun.Torchrun:
+    command = torchrun.command_line(
         plan,
-        node_rank=plan.node_rank,
-        nnodes=len(plan.nodes),
+        node_rank=place.node_rank,
+        nnodes=place.nnodes,
         master_addr=plan.master_addr,
         master_port=plan.master_port,
-        run_id=run_id,
+        run_id=place.run_id,
     )
-    torchrun = Torchrun(command, environment(plan, os.environ, run_id=run_id))
-    stops = 0
-
-    def stop() -> None:
-        nonlocal stops
-        stops += 1
-        torchrun.terminate() if stops == 1 else torchrun.kill()
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, stop)
-    outcome = await torchrun.watch(lambda: None)
-    sweep()
-    if outcome.code == 0:
-        return ExitCode.DONE
-    if stops:
-        return ExitCode.STOPPED
-    print(f"torchrun-compose: {_culprit(plan, outcome)}", file=sys.stderr, flush=True)
-    return ExitCode.TRAINING
-
-
-def _culprit(plan: Plan, outcome: Outcome) -> str:
-    failure = next(iter(outcome.failures), Failure(rank=-1, exitcode=outcome.code, text="", time=time.time()))
-    who = "torchrun" if failure.rank < 0 else f"rank {failure.rank}"
-    what = f"exit code {failure.exitcode}" if failure.exitcode >= 0 else signal.Signals(-failure.exitcode).name
-    return f"node {plan.node_rank} ({plan.address}) {who}: {what} {failure.text}".rstrip()
+    if place.round > 1:
+        say(f"round {place.round}: node rank {place.node_rank} of {place.nnodes}")
+    return torchrun.Torchrun(command, torchrun.environment(plan, os.environ, run_id=place.run_id))

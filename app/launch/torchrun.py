@@ -114,25 +114,40 @@ class Torchrun:
             await asyncio.sleep(0.01)
         return Outcome(code=self.process.returncode, failures=failures)
 
-    def terminate(self) -> None:
-        """Asks torchrun to end: it passes SIGTERM to the workers and kills those left after --shutdown-timeout."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGTERM)
+    async def end(self, *, gently: bool, grace: float) -> None:
+        """Ends the workers: asks, and kills what is left after `grace` seconds; torchrun then ends by itself.
 
-    def kill_workers(self) -> None:
-        """Ends the workers at once; torchrun then ends by itself and tells what it knows."""
-        import psutil
-
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
+        Gently (the user stops the job), torchrun is asked and passes SIGTERM on. Otherwise (another node failed) only
+        its workers are: torchrun then still tells if one of them had failed before."""
+        if gently or not self._tell_workers(signal.SIGTERM):
+            self._tell(signal.SIGTERM)
+        await asyncio.sleep(grace)
+        # Of the user's grace torchrun's own --shutdown-timeout comes first.
+        await asyncio.sleep(KILL_AFTER if gently else 0)
+        self._tell_workers(signal.SIGKILL)
+        await asyncio.sleep(KILL_AFTER)
+        self.kill()
 
     def kill(self) -> None:
         """Ends torchrun and all below it at once."""
-        self.kill_workers()
+        self._tell_workers(signal.SIGKILL)
+        self._tell(signal.SIGKILL)
+
+    def _tell(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+            self.process.send_signal(number)
+
+    def _tell_workers(self, number: signal.Signals) -> int:
+        """Signals all below torchrun; returns how many those are."""
+        import psutil
+
+        workers: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            workers = psutil.Process(self.process.pid).children(recursive=True)
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.send_signal(number)
+        return len(workers)
 
 
 def adopt_orphans() -> None:

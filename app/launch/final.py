@@ -1,0 +1,57 @@
+"""Keeps Docker from starting a finished job again: `restart: on-failure` restarts whatever ends non-zero.
+
+A launcher that ends with a final verdict leaves a marker named after its container. Docker's own retry comes within
+seconds and finds it; a start by a person comes later, or in a new container, and does not.
+"""
+
+import contextlib
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+RETRY_WINDOW = 6.0
+"""Seconds. Docker waits 0.1 s before its first retry and doubles that each time (moby, restartmanager): at most 1.6 s
+between five retries, plus the start of the container. Each refused start renews the marker."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    code: int
+    text: str
+
+
+def read_final(folder: Path, root: Path = Path("/")) -> Ending | None:
+    """How this very container ended a moment ago, if it did; else forgets what an earlier run left. Never raises."""
+    path = _marker(folder, root)
+    if path is None:
+        return None
+    try:
+        fields = json.loads(path.read_text())
+        ending = Ending(code=int(fields["code"]), text=str(fields["text"]))
+        fresh = abs(time.time() - float(fields["time"])) < RETRY_WINDOW
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if fresh:
+        write_final(folder, ending.code, ending.text, root)
+        return ending
+    with contextlib.suppress(OSError):
+        path.unlink()
+    return None
+
+
+def write_final(folder: Path, code: int, text: str, root: Path = Path("/")) -> None:
+    """Leaves the marker, inside a container only; best effort."""
+    path = _marker(folder, root)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            path.write_text(json.dumps({"code": code, "text": text, "time": time.time()}))
+
+
+def _marker(folder: Path, root: Path) -> Path | None:
+    """Docker mounts the container's own hostname file from a folder named after its id."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"/containers/([0-9a-f]{64})/", (root / "proc/self/mountinfo").read_text())
+        return folder / f".final-{found[1][:16]}" if found else None
+    return None

@@ -1,0 +1,100 @@
+"""What the nodes compare before they start, and how a difference is told."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from app.launch.plan import Plan
+
+Facts = Mapping[str, str]
+
+TOLERATED = {"cuda driver", "hcas", "link layer", "mtu", "python"}
+"""Facts that may differ for a good reason: said, not refused. So may times and whatever tunes NCCL."""
+CURES = {
+    "NODES": "Copy one .env to all nodes.",
+    "NNODES": "Copy one .env to all nodes.",
+    "NPROC_PER_NODE": "Set NPROC_PER_NODE to one number on all nodes.",
+    "torch": "Use the same image on all nodes.",
+    "content": "Copy the script to all nodes, or use the same image.",
+}
+
+
+def gather(plan: Plan, root: Path = Path("/")) -> dict[str, str]:
+    """This node's facts, as texts by name. Reads a few small files below `root`, imports nothing of torch."""
+    ports = sorted((root / "sys/class/infiniband").glob("*/ports/*"))
+    active = [port for port in ports if _read(port / "state").startswith("4:")]
+    found = {
+        "cuda driver": _driver(root),
+        "hcas": str(len(active)) if active else "",
+        "link layer": ",".join(sorted({_read(port / "link_layer") for port in active})),
+        "mtu": _read(root / "sys/class/net" / plan.interface / "mtu"),
+        "content of module": module_digest(plan.command, (plan.env.get("PYTHONPATH", "")).split(":")),
+    }
+    return {**{name: value for name, value in found.items() if value}, **dict(plan.equal)}
+
+
+def host_id(root: Path = Path("/")) -> str:
+    """Which machine and which boot of it, short enough to print: "gpu-a 3fa2c1d0/77ab0132"."""
+    machine = _read(root / "etc/machine-id") or "?"
+    return f"{os.uname().nodename} {machine[:8]}/{_read(root / 'proc/sys/kernel/random/boot_id')[:8]}"
+
+
+def module_digest(command: Sequence[str], python_path: Sequence[str]) -> str:
+    """A digest of the module that `-m` names: its file, or all Python files of its package; "" if it is not found."""
+    if command[:1] != ("-m",) or len(command) < 2:
+        return ""
+    for folder in [".", *filter(None, python_path), *filter(None, sys.path)]:
+        place = Path(folder, *command[1].split("."))
+        files = sorted(place.glob("**/*.py")) if (place / "__main__.py").is_file() else [place.with_suffix(".py")]
+        if all(file.is_file() for file in files):
+            digest = hashlib.sha256()
+            for file in files:
+                digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+            return digest.hexdigest()[:12]
+    return ""
+
+
+def differences(facts: Mapping[int, Facts]) -> tuple[str, str]:
+    """Compares the nodes' facts by rank: (what must not differ, what may), each a small table or ""."""
+    names = sorted({name for known in facts.values() for name in known})
+    # Most names are equal everywhere, and 1,000 nodes must not cost 1,000 tables.
+    uneven = [name for name in names if len({known.get(name) for known in facts.values()}) > 1]
+    wrong = [name for name in uneven if not _tolerated(name)]
+    return _table(facts, wrong, cure=True), _table(facts, [name for name in uneven if name not in wrong])
+
+
+def _tolerated(name: str) -> bool:
+    return name in TOLERATED or name.startswith("NCCL_") or name.endswith(("_TIMEOUT", "_GRACE", "_RESTARTS"))
+
+
+def _table(facts: Mapping[int, Facts], names: Sequence[str], *, cure: bool = False) -> str:
+    width = max((len(name) for name in names), default=0)
+    lines = [f"  {name:{width}}  {'   '.join(_by_value(facts, name))}" for name in names]
+    cures = dict.fromkeys(CURES[key] for name in names for key in CURES if cure and name.partition(" ")[0] == key)
+    return "\n".join([*lines, *(f"  {text}" for text in cures)])
+
+
+def _by_value(facts: Mapping[int, Facts], name: str) -> list[str]:
+    holders: dict[str, list[int]] = {}
+    for rank, known in sorted(facts.items()):
+        holders.setdefault(known.get(name, "-")[:80], []).append(rank)
+    return [f"{value} ({_nodes(ranks)})" for value, ranks in holders.items()]
+
+
+def _nodes(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:6])) + (f" and {len(ranks) - 6} more" if len(ranks) > 6 else "")
+    return f"node {shown}" if len(ranks) == 1 else f"nodes {shown}"
+
+
+def _driver(root: Path) -> str:
+    words = _read(root / "proc/driver/nvidia/version").split()
+    return next((word for word in words if word[0].isdigit() and "." in word), "")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

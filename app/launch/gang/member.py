@@ -1,0 +1,336 @@
+"""Every node's part, node 0 included: come, answer, run the rounds, say how they ended, obey."""
+
+import asyncio
+import contextlib
+import secrets
+import signal
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from app.launch.exitcodes import ExitCode
+from app.launch.gang import reach
+from app.launch.gang.facts import host_id
+from app.launch.gang.hub import BEATS, SAY_AFTER, SAY_EVERY
+from app.launch.gang.messages import Say
+from app.launch.gang.verdict import Verdict
+from app.launch.gang.wire import HANDSHAKE, Message, UntrustedError, Wire, WireError, integer, introduce, items, text
+from app.launch.plan import Plan
+from app.launch.torchrun import Failure, Outcome
+
+RETRY = 1.0
+"""Longest pause in seconds between two tries to connect."""
+STOPPED = Verdict(code=ExitCode.STOPPED, text="stopped before the training was done")
+
+
+class Engine(Protocol):
+    """A running torchrun, as far as the gang cares (app.launch.torchrun.Torchrun)."""
+
+    async def watch(self, failing: Callable[[], None]) -> Outcome: ...
+
+    async def end(self, *, gently: bool, grace: float) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """This node's place in a round."""
+
+    round: int
+    run_id: str
+    node_rank: int
+    nnodes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a member needs of its node."""
+
+    dial: Callable[[], Awaitable[Wire]]
+    """Connects to node 0. Raises OSError."""
+    launch: Callable[[Place], Engine]
+    clean: Callable[[], int]
+    """Ends whatever torchrun left behind; returns how many processes that were."""
+    progress: Callable[[], str]
+    """A text that changes with every checkpoint."""
+    say: Say
+    state: Callable[[str, int], None]
+    """Told of every change: (waiting, running or stopping; the round)."""
+
+
+class Member:
+    """One node of the gang. `take_part` returns when the job has ended for this node."""
+
+    def __init__(self, plan: Plan, token: bytes, facts: Mapping[str, str], around: Surroundings) -> None:
+        self.plan = plan
+        self.token = token
+        self.facts = facts
+        self.around = around
+        self.life = secrets.token_hex(8)
+        self.stops = 0
+        self._stopping = asyncio.Event()
+        self._inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
+        self._key = secrets.token_hex(16)
+        self._answering = reach.Answering(self._key)
+        self._engine: Engine | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._round = 0
+        self._failures = 0
+        self._before = ""
+        self._halted = self._killed = self._failing = float("inf")
+        self._last: Outcome | None = None
+
+    def stop(self) -> None:
+        """The user wants this job to end; called a second time, at once."""
+        self.stops += 1
+        self._stopping.set()
+        self._inbox.put_nowait(("stop", {}))
+
+    async def take_part(self) -> Verdict:
+        limit = self.plan.start_timeout
+        try:
+            while True:
+                wire = await self._join(limit)
+                if isinstance(wire, Verdict):
+                    return wire
+                verdict = await self._obey(wire)
+                if verdict:
+                    return verdict
+                if self.stops:
+                    return STOPPED
+                limit = self.plan.rejoin_timeout if self._round else limit
+        finally:
+            self._answering.close()
+            if self._engine:
+                self._engine.kill()
+            for task in self._tasks:
+                task.cancel()
+
+    async def _join(self, limit: float) -> Wire | Verdict:
+        """Connects to node 0 and says hello, again and again for `limit` seconds."""
+        start, said, pause = time.monotonic(), (0.0, ""), 0.02
+        self.around.state("waiting", self._round)
+        node0 = f"node 0, {self.plan.nodes[0]} port {self.plan.control_port}"
+        while True:
+            if self.stops:
+                return STOPPED
+            try:
+                async with asyncio.timeout(reach.CONNECT + HANDSHAKE):
+                    return await self._greet()
+            except UntrustedError as error:
+                return Verdict(code=ExitCode.UNTRUSTED, text=str(error))
+            except WireError as error:
+                why = f"something else answers there ({error})"
+            except (OSError, TimeoutError) as error:
+                why = reach.why(error)
+            now = time.monotonic()
+            if now > start + limit:
+                return self._nobody(node0, now - start, why)
+            if now > start + SAY_AFTER and (now > said[0] + SAY_EVERY or why != said[1]):
+                said = (now, why)
+                end = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() + start + limit - now))
+                self.around.say(f"waiting {now - start:.0f} s for {node0}: {why} (until {end})")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause)
+            pause = min(2 * pause, RETRY)
+
+    def _nobody(self, node0: str, waited: float, why: str) -> Verdict:
+        if self._round:
+            told = f"{node0} was lost and not back within {waited:.0f} s (REJOIN_TIMEOUT): {why}"
+            return Verdict(code=ExitCode.LOST, text=told)
+        told = f"{node0} did not answer within {waited:.0f} s (START_TIMEOUT): {why}"
+        cure = f"Start it there, and let this node in: iptables -I INPUT -p tcp -s {self.plan.address} -j ACCEPT"
+        return Verdict(code=ExitCode.UNREACHABLE, text=f"{told}. {cure}")
+
+    async def _greet(self) -> Wire:
+        wire = await self.around.dial()
+        try:
+            try:
+                await self._listen()
+            except OSError as error:
+                port = f" port {self.plan.master_port} (MASTER_PORT)" * (self.plan.node_rank == 0)
+                raise OSError(f"this node cannot listen on {self.plan.address}{port}: {reach.why(error)}") from None
+            hello = {
+                "run": self.plan.run_name,
+                "rank": self.plan.node_rank,
+                "nnodes": len(self.plan.nodes),
+                "host": host_id(),
+                "life": self.life,
+                "key": self._key,
+                "facts": dict(self.facts),
+                "round": self._round,
+                "failures": self._failures,
+                **self._ready(),
+            }
+            await introduce(wire, self.token, hello)
+            wire.give_up_after(self.plan.heartbeat_timeout)
+        except BaseException:
+            wire.close()
+            raise
+        return wire
+
+    async def _listen(self) -> None:
+        """Opens this node's listeners anew; node 0 also tries the port that torchrun needs next."""
+        self._answering.close()
+        self._answering = reach.Answering(self._key)
+        if len(self.plan.nodes) > 1:
+            await self._answering.open(self.plan.address, [self.plan.master_port] * (self.plan.node_rank == 0))
+
+    def _ready(self) -> dict[str, object]:
+        ports = [{"port": port} for port in self._answering.ports]
+        return {"ports": ports, "progress": self.around.progress()}
+
+    async def _obey(self, wire: Wire) -> Verdict | None:
+        """Does what node 0 says until there is a verdict; None when node 0 is lost and torchrun has ended."""
+        self._inbox = asyncio.Queue()
+        self._spawn(self._read(wire))
+        if self.stops:
+            wire.send("stop")
+        heard = time.monotonic()
+        beat = self.plan.heartbeat_timeout / BEATS
+        sent = gone = 0.0
+        while not (gone and not self._engine):
+            now = time.monotonic()
+            if now >= sent + beat:
+                wire.send("beat")
+                sent = now
+            if not gone and now > heard + self.plan.heartbeat_timeout:
+                self._inbox.put_nowait(("gone", {"why": f"no sign of life for {now - heard:.0f} s"}))
+            try:
+                async with asyncio.timeout(beat):
+                    kind, message = await self._inbox.get()
+            except TimeoutError:
+                continue
+            if kind == "gone":
+                gone = gone or self._abandon(wire, str(message["why"]))
+            elif kind == "stop" and self.stops > 1:
+                return STOPPED
+            elif kind != "said":
+                await self._notice(wire, kind)
+            else:
+                heard = now
+                try:
+                    verdict = self._follow(wire, message)
+                except WireError as error:
+                    gone = gone or self._abandon(wire, f"it does not speak the protocol ({error})")
+                    continue
+                if verdict:
+                    return verdict
+        return None
+
+    def _follow(self, wire: Wire, message: Message) -> Verdict | None:
+        """One message of node 0."""
+        kind = message["kind"]
+        if kind in ("verdict", "refuse"):
+            code = integer(message, "code", 0, 255)
+            known = ExitCode(code) if code in {*ExitCode} else ExitCode.FAILED
+            return Verdict(code=known, text=text(message, "text", 8000))
+        if kind == "news":
+            self.around.say(text(message, "text", 8000))
+        elif kind == "probe":
+            limit = 6 * len(self.plan.nodes)
+            found = [_target(item) for item in items(message, "targets", limit)]
+            self._spawn(self._probe(wire, found))
+        elif kind == "go":
+            self._go(message)
+        elif kind == "halt" and self._engine:
+            self.around.say(f"{text(message, 'text')}; ending the workers of this node")
+            self._end(gently=message.get("why") == "stop", grace=float(integer(message, "grace", 0, 1 << 20)))
+        return None
+
+    async def _probe(self, wire: Wire, found: list[reach.Target]) -> None:
+        failed = await reach.dial_all(self.plan.address, found)
+        told = [{"rank": target.rank, "port": target.port, "why": why} for target, why in failed]
+        wire.send("reached", failed=told)
+
+    def _go(self, message: Message) -> None:
+        size = integer(message, "nnodes", 1, len(self.plan.nodes))
+        place = Place(
+            round=integer(message, "round", 1, 1 << 20),
+            run_id=text(message, "run_id", 200),
+            node_rank=integer(message, "node_rank", 0, size - 1),
+            nnodes=size,
+        )
+        self._answering.close()
+        self._round, self._failures = place.round, integer(message, "failures", 0, 1 << 20)
+        self._before = self.around.progress()
+        self._halted = self._killed = self._failing = float("inf")
+        self.around.state("running", self._round)
+        self._engine = self.around.launch(place)
+        self._spawn(self._watch(self._engine))
+
+    async def _watch(self, engine: Engine) -> None:
+        self._last = await engine.watch(lambda: self._inbox.put_nowait(("failing", {})))
+        self._inbox.put_nowait(("outcome", {}))
+
+    async def _notice(self, wire: Wire, kind: str) -> None:
+        """Something happened on this node: tells node 0."""
+        if kind == "stop":
+            wire.send("stop")
+            self._end(gently=True, grace=self.plan.stop_grace)
+        elif kind == "failing":
+            self._failing = min(self._failing, time.monotonic())
+            if self._halted == float("inf"):
+                wire.send("failing")
+        elif self._engine and self._last:
+            outcome, self._engine = self._last, None
+            left = self.around.clean()
+            if left:
+                self.around.say(f"{left} processes outlived torchrun and were killed")
+            with contextlib.suppress(OSError):
+                await self._listen()
+            self.around.state("waiting", self._round)
+            wire.send("ended", code=_clamp(outcome.code), failures=self._reports(outcome), **self._ready())
+
+    def _reports(self, outcome: Outcome) -> list[dict[str, object]]:
+        """At most one failure: the first worker's, or torchrun's own."""
+        itself = Failure(rank=-1, exitcode=outcome.code, text="", time=time.time())
+        first = next(iter(outcome.failures), itself)
+        halted = self._failing > (self._killed if first.exitcode == -signal.SIGKILL else self._halted)
+        if not outcome.code or (halted and first is itself):
+            return []
+        told = {"rank": first.rank, "exitcode": _clamp(first.exitcode), "text": first.text, "time": int(first.time)}
+        return [{**told, "halted": halted}]
+
+    def _end(self, *, gently: bool, grace: float) -> None:
+        if self._engine:
+            self._halted = min(self._halted, time.monotonic())
+            self._killed = min(self._killed, self._halted + grace)
+            self.around.state("stopping", self._round)
+            self._spawn(self._engine.end(gently=gently, grace=grace))
+
+    def _abandon(self, wire: Wire, why: str) -> float:
+        """Node 0 is lost: nothing of this round can be saved."""
+        self.around.say(f"node 0 ({self.plan.nodes[0]}) was lost: {why}")
+        wire.close()
+        self._end(gently=False, grace=2.0)
+        if self._engine:
+            self._failures = 1 if self.around.progress() != self._before else self._failures + 1
+        return time.monotonic()
+
+    async def _read(self, wire: Wire) -> None:
+        try:
+            while True:
+                self._inbox.put_nowait(("said", await wire.receive()))
+        except (WireError, OSError) as error:
+            self._inbox.put_nowait(("gone", {"why": str(error)}))
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _target(item: Message) -> reach.Target:
+    return reach.Target(
+        rank=integer(item, "rank", 0, 1 << 20),
+        address=text(item, "address", 64),
+        port=integer(item, "port", 1, 65535),
+        key=text(item, "key", 64),
+    )
+
+
+def _clamp(code: int) -> int:
+    return max(-64, min(255, code))

@@ -1,0 +1,120 @@
+"""Proof that nodes can connect to each other: every node answers on random ports, and its peers dial them."""
+
+import asyncio
+import contextlib
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CONNECT = 3.0
+"""Seconds for a connection: long enough for one lost SYN."""
+PASS = 4.0
+"""Seconds for the payload to pass both ways once connected."""
+PAYLOAD = bytes(72 * 1024)
+"""More than one packet of the largest MTU in use (65,520 bytes, IP over InfiniBand), so full-size packets must pass."""
+LISTENERS = 2
+ALL_PAIRS = 16
+"""Up to so many nodes every pair is tried both ways; above, see `targets`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A peer's listener."""
+
+    rank: int
+    address: str
+    port: int
+    key: str
+
+
+class Answering:
+    """This node's listeners for one roll call: they answer whoever knows `key`, and nobody else."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.ports: list[int] = []
+        self._servers: list[asyncio.Server] = []
+        self._busy = 0
+
+    async def open(self, address: str, fixed: Sequence[int] = ()) -> None:
+        """Listens on random ports and on those of `fixed` (node 0: the port torchrun will need). Raises OSError."""
+        for port in [*fixed, *[0] * LISTENERS]:
+            server = await asyncio.start_server(self._answer, address, port, limit=4096)
+            self._servers.append(server)
+            self.ports.append(int(server.sockets[0].getsockname()[1]))
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._busy += 1
+        with contextlib.suppress(OSError, ValueError, TimeoutError, EOFError):
+            async with asyncio.timeout(CONNECT + PASS):
+                # A stranger without the key gets no byte back; at most 256 callers are heard at a time.
+                if self._busy <= 256 and secrets.compare_digest((await reader.readline()).strip(), self.key.encode()):
+                    writer.write(b"here\n")
+                    await reader.readexactly(len(PAYLOAD))
+                    writer.write(PAYLOAD)
+                    await writer.drain()
+                    await reader.read(1)
+        self._busy -= 1
+        writer.close()
+
+
+def targets(index: int, count: int) -> list[int]:
+    """Which of `count` nodes the node at `index` dials.
+
+    All others up to ALL_PAIRS nodes. Above that node 0, both neighbours, and those 2, 4, 8... places further on: every
+    node dials and is dialled by about log2(count) others, so a node that is cut off is found by all of them and a
+    firewall rule that is missing on a node is found by its callers; a fault of one single pair may be missed."""
+    if count <= ALL_PAIRS:
+        return [other for other in range(count) if other != index]
+    strides = [2**power for power in range(count.bit_length()) if 2**power < count]
+    return sorted({0, (index - 1) % count, *((index + stride) % count for stride in strides)} - {index})
+
+
+async def dial_all(own: str, found: Sequence[Target]) -> list[tuple[Target, str]]:
+    """Dials all targets, a few at a time; returns those that failed with the reason."""
+    gate = asyncio.Semaphore(32)
+
+    async def one(target: Target) -> str:
+        async with gate:
+            return await dial(own, target)
+
+    reasons = await asyncio.gather(*(one(target) for target in found))
+    return [(target, reason) for target, reason in zip(found, reasons, strict=True) if reason]
+
+
+async def dial(own: str, target: Target) -> str:
+    """Connects to one target and sends a full-size payload both ways; returns "" or what went wrong."""
+    try:
+        async with asyncio.timeout(CONNECT):
+            reader, writer = await asyncio.open_connection(target.address, target.port, local_addr=(own, 0))
+    except (OSError, TimeoutError) as error:
+        return why(error)
+    try:
+        async with asyncio.timeout(PASS):
+            writer.write(target.key.encode() + b"\n")
+            if await reader.readline() != b"here\n":
+                return "something else answers on its port"
+            writer.write(PAYLOAD)
+            await reader.readexactly(len(PAYLOAD))
+    except TimeoutError:
+        return "connects, but full-size packets do not pass: a smaller MTU on the way? Compare `ip link` of both nodes"
+    except (OSError, EOFError) as error:
+        return f"connects, then breaks off ({type(error).__name__})"
+    finally:
+        writer.transport.abort()
+    return ""
+
+
+def why(error: BaseException) -> str:
+    """A connection's failure in a few words, the same on every node."""
+    if isinstance(error, TimeoutError):
+        return "no answer (machine down, or a firewall drops it)"
+    number = getattr(error, "errno", None)
+    # asyncio puts the address into strerror, which would make every line of a table different.
+    return os.strerror(number).lower() if number else str(error)

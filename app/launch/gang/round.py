@@ -1,0 +1,89 @@
+"""One round of the gang as node 0 follows it: who still runs, who is to be told to end, and what went wrong."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from app.launch.exitcodes import ExitCode
+from app.launch.gang.messages import Event
+from app.launch.gang.verdict import Final, Trouble, worker_trouble
+
+HALT_GRACE = 2.0
+"""Seconds that workers have to end after another node failed; their collectives cannot finish any more."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Round:
+    """`take` every event of the round in order until nobody is `running`, then read the `result`."""
+
+    names: Mapping[int, str]
+    """The nodes of the round by rank, as shown."""
+    stop_grace: float
+    patience: float
+    """Seconds beyond the grace after which a node that does not end is given up."""
+    halt: Callable[[str, float, str], None]
+    """Tells all nodes to end: ("failure" or "stop", grace in seconds, reason)."""
+    running: set[int] = field(default_factory=set)
+    limit: float = float("inf")
+    """Monotonic time at which those that still run are given up."""
+    troubles: list[Trouble] = field(default_factory=list)
+    stopped_by: str = ""
+    _signs: dict[int, float] = field(default_factory=dict)
+    _codes: dict[int, int] = field(default_factory=dict)
+    _halted: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.running = set(self.names)
+
+    def take(self, event: Event, now: float) -> None:
+        node = self.names.get(event.rank, "")
+        if not node:
+            return
+        if event.kind == "stop":
+            self.stopped_by = self.stopped_by or node
+            self._end("stop", self.stop_grace, f"stopped on {node}", now)
+        elif event.kind == "failing":
+            self._signs.setdefault(event.rank, now)
+            self._end("failure", HALT_GRACE, f"a worker on {node} ended early (the first sign; the cause follows)", now)
+        elif event.rank in self.running and event.kind in ("lost", "ended"):
+            self.running.discard(event.rank)
+            self._close(event, node, now)
+
+    def _close(self, event: Event, node: str, now: float) -> None:
+        if event.kind == "lost":
+            self.troubles.append(lost(event, node, now))
+            self._end("failure", HALT_GRACE, f"{node} was lost", now)
+            return
+        self._codes[event.rank] = event.code
+        if event.report:
+            self.troubles.append(worker_trouble(node, event.report, self._signs.get(event.rank, now)))
+        if event.code:
+            self._end("failure", HALT_GRACE, f"{node} failed", now)
+
+    def _end(self, why: str, grace: float, reason: str, now: float) -> None:
+        if why not in self._halted and "stop" not in self._halted:
+            self._halted.add(why)
+            self.limit = now + grace + self.patience
+            self.halt(why, grace, reason)
+
+    def give_up(self, now: float) -> None:
+        """Counts those that still run after `limit` as failed."""
+        stuck = [Trouble(node=self.names[rank], what="does not end", seen=now) for rank in sorted(self.running)]
+        self.troubles += stuck
+        self.running.clear()
+
+    def result(self) -> list[Trouble]:
+        """What went wrong. Raises Final when all ended well or the user stopped the job."""
+        if self._codes.keys() == self.names.keys() and not any(self._codes.values()):
+            nodes = f"{len(self.names)} nodes" if len(self.names) > 1 else "this node"
+            raise Final(ExitCode.DONE, f"done: all workers of {nodes} ended well")
+        if self.stopped_by:
+            raise Final(ExitCode.STOPPED, f"stopped on {self.stopped_by} before the training was done")
+        nobody = Trouble(node="torchrun", what="ended without saying why", seen=time.monotonic())
+        return self.troubles or [nobody]
+
+
+def lost(event: Event, node: str, now: float) -> Trouble:
+    return Trouble(
+        node=node, what=f"was lost: {event.why}", seen=now, clock=time.time(), code=ExitCode.LOST, sudden=True
+    )

@@ -1,0 +1,89 @@
+"""What ended a round, and which of many failures was the first cause."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from signal import SIGKILL, SIGTERM, Signals
+
+from app.launch.exitcodes import ExitCode
+from app.launch.gang.messages import Report
+
+CASCADE = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|connectFullMesh|"
+    r"Timed out waiting \d+ms|wait timeout after|Socket Timeout|DistNetworkError|DistStoreError|"
+    r"ncclRemoteError|remote process exited|NCCL communicator was aborted|collective operation timeout|"
+    r"recvValue failed|failed to recv, got 0 bytes",
+    re.IGNORECASE,
+)
+"""What workers say whose peer has gone (texts of gloo, NCCL and c10d; measured, or found in torch 2.13's binaries)."""
+HEAD_START = 3.0
+"""Seconds by which a lost node or a signal may come after the errors it caused: they are found by polling."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """How the job ended, the same on all nodes."""
+
+    code: ExitCode
+    text: str
+
+
+class Final(Exception):  # noqa: N818 - an end, not always an error
+    """The job ends here."""
+
+    def __init__(self, code: ExitCode, text: str) -> None:
+        super().__init__(text)
+        self.verdict = Verdict(code=code, text=text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """One node's part in the end of a round."""
+
+    node: str
+    """As shown: "node 1 (192.168.5.229)"."""
+    what: str
+    seen: float
+    """Monotonic seconds of node 0, when the first sign of it came in."""
+    clock: float = 0.0
+    """Seconds since the epoch on the failing node; 0 where it could not tell."""
+    code: ExitCode = ExitCode.TRAINING
+    sudden: bool = False
+    """A lost node or a signal: a cause that nobody else's error explains."""
+    cascade: bool = False
+    """Explained by another node's trouble."""
+
+
+def first_cause(troubles: Sequence[Trouble]) -> Trouble:
+    """The trouble that explains the others: not a cascade, and the earliest, with a head start for sudden ends."""
+    return min(troubles, key=lambda one: (one.cascade, one.seen - HEAD_START * one.sudden))
+
+
+def account(troubles: Sequence[Trouble]) -> str:
+    """One line: the culprit, what it died of, when, and who followed."""
+    cause = first_cause(troubles)
+    when = datetime.fromtimestamp(cause.clock, UTC).strftime(", at %H:%M:%S UTC") if cause.clock else ""
+    followers = sorted({one.node for one in troubles} - {cause.node})
+    more = f" and {len(followers) - 4} more" if len(followers) > 4 else ""
+    also = f" ({', '.join(followers[:4])}{more} ended because of it)" if followers else ""
+    return f"{cause.node}: {cause.what}{when}{also}"
+
+
+def worker_trouble(node: str, report: Report, seen: float) -> Trouble:
+    """What a node's report means for the search of the first cause."""
+    code, who = report.exitcode, f"rank {report.rank}" if report.rank >= 0 else "torchrun"
+    if code < 0:
+        name = Signals(-code).name if -code in {*Signals} else f"signal {-code}"
+        what = f"{who} was ended by {name}" + " (out of memory, or killed by hand)" * (-code == SIGKILL)
+    else:
+        what = f"{who} failed with exit code {code}" + (f": {report.text}" if report.text else "")
+    silent_end = not report.text and code in {-SIGTERM, -SIGKILL, 1, 128 + SIGTERM}
+    return Trouble(
+        node=node,
+        what=what,
+        seen=seen,
+        clock=float(report.time),
+        sudden=code < 0 and not report.halted,
+        cascade=bool(CASCADE.search(report.text)) or (report.halted and silent_end),
+    )
