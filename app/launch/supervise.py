@@ -135,12 +135,10 @@ async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:
         return None
     try:
         return await asyncio.start_server(
-            hub.serve, plan.nodes[0], plan.control_port, limit=MAX_LINE, backlog=2 * len(plan.nodes) + 64
+            hub.serve, plan.address, plan.control_port, limit=MAX_LINE, backlog=2 * len(plan.nodes) + 64
         )
     except OSError as error:
-        say(
-            f"node 0 cannot listen on {plan.nodes[0]} port {plan.control_port}: {os.strerror(error.errno or 0).lower()}"
-        )
+        say(f"node 0 cannot listen on {plan.address} port {plan.control_port}: {os.strerror(error.errno or 0).lower()}")
         return None
 
 
