@@ -43,6 +43,8 @@ def run(arguments: Sequence[str]) -> int:
     if not isinstance(plan, Plan):
         raise refusal(plan)
     print(short(plan), flush=True)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     return supervise(plan)
 
 

@@ -112,14 +112,14 @@ def test_explain_imports_nothing_heavy() -> None:
     assert not loaded & {"torch", "numpy", "docker", "rich", "asyncio", "urllib.request", "ssl"}
 
 
-def test_explain_takes_less_than_200_ms() -> None:
-    explain_here()
-    # The fastest of five: the machine that runs the tests may be busy, the program is not slower for that.
+def test_explain_takes_less_than_200_ms_of_cpu() -> None:
+    # It waits for nothing, so its time on an idle machine is its CPU time, which holds on a busy one too.
     durations = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = os.times()
         assert explain_here().returncode == 0
-        durations.append(time.perf_counter() - start)
+        after = os.times()
+        durations.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(durations) < 0.2
 
 
