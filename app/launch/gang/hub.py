@@ -103,7 +103,7 @@ class Hub:
             raise WireError(f"it belongs to another job, run {run!r}")
         wire.give_up_after(self.plan.heartbeat_timeout)
         # A node with a longer list must get a seat, or its list could not be shown next to ours.
-        return read_hello(message, wire, max(self.nnodes, integer(message, "nnodes", 1, 1 << 20)))
+        return read_hello(message, wire.peer, max(self.nnodes, integer(message, "nnodes", 1, 1 << 20)))
 
     async def preside(self) -> Verdict:
         """Leads the job to its end; returns the verdict that every node was told."""
