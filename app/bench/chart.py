@@ -29,7 +29,7 @@ def bandwidth_chart(findings: Findings) -> str:
         return BOTTOM - (BOTTOM - TOP) * (log10(rate) - low) / max(1, high - low)
 
     parts = [
-        _text(LEFT, 22, f"Bus bandwidth: {findings.ranks} ranks on {len(findings.nodes)} nodes, {findings.backend}")
+        _text(LEFT, 22, f"Bus bandwidth, {findings.backend}, {findings.ranks} ranks on {', '.join(findings.nodes)}")
     ]
     for power in range(low, high + 1):
         parts += [
@@ -40,7 +40,7 @@ def bandwidth_chart(findings: Findings) -> str:
         parts.append(_text(x(size) - 14, BOTTOM + 20, readable_size(size), small=True))
     if links:
         parts += [_line(LEFT, y(min(links)), RIGHT, y(min(links)), "#202020", dashed=True)]
-        parts.append(_text(RIGHT + 8, y(min(links)) + 4, f"link {readable_rate(min(links))}"))
+        parts.append(_text(LEFT + 8, y(min(links)) - 6, f"link {readable_rate(min(links))}"))
     names = dict.fromkeys(measure.collective for measure in findings.measures)
     for row, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
         curve = [measure for measure in findings.measures if measure.collective == name]
