@@ -32,7 +32,20 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Makes this node's plan, prints it in five lines, and takes part in the job until it ends."""
+    """Takes part in the job until it ends; at once where Docker only repeats a start that has its verdict already."""
+    from app.launch.final import read_final, write_final
+
+    if again := read_final():
+        raise UserError(f"not started again: {again.text}", again.code)
+    try:
+        return train(arguments)
+    except UserError as error:
+        write_final(error.code, error.message)
+        raise
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Makes this node's plan, prints it in five lines, and carries it out."""
     from app.launch.errors import refusal
     from app.launch.explain import short
     from app.launch.plan import Plan, make_plan, probe_for
