@@ -50,6 +50,8 @@ class Nic:
     pci: tuple[str, ...] = ()
     rdma: tuple[str, ...] = ()
     """RDMA devices of the same PCI function."""
+    arp_ignore: int = 0
+    """0: it answers for every address of this machine, also for those of other interfaces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +65,7 @@ def read_nics(root: Path) -> tuple[Nic, ...]:
     """All interfaces, in the kernel's naming order."""
     found = _captured(root) if root != Path("/") else _live()
     names = sorted({*entries(root / "sys/class/net"), *found} - {"bonding_masters"})
-    return tuple(_nic(root / "sys/class/net" / name, name, found.get(name, ())) for name in names)
+    return tuple(_nic(root, name, found.get(name, ())) for name in names)
 
 
 def _live() -> dict[str, tuple[Address, ...]]:
@@ -99,7 +101,9 @@ def _captured(root: Path) -> dict[str, tuple[Address, ...]]:
     }
 
 
-def _nic(folder: Path, name: str, addresses: tuple[Address, ...]) -> Nic:
+def _nic(root: Path, name: str, addresses: tuple[Address, ...]) -> Nic:
+    folder = root / "sys/class/net" / name
+    settings = root / "proc/sys/net/ipv4/conf"
     operstate = text(folder / "operstate") or "unknown"
     speed = number(folder / "speed")
     return Nic(
@@ -114,6 +118,7 @@ def _nic(folder: Path, name: str, addresses: tuple[Address, ...]) -> Nic:
         lower=_lower(folder),
         pci=pci_path(folder / "device"),
         rdma=entries(folder / "device/infiniband"),
+        arp_ignore=max(number(settings / part / "arp_ignore") or 0 for part in ("all", name)),
     )
 
 

@@ -64,6 +64,7 @@ def check_interface(host: Host, own: Own, ledger: Ledger) -> None:
     _warn_first_address(nic, own, ledger)
     _warn_slow(nic, host, own, ledger)
     _warn_mtu(nic, host, ledger)
+    _warn_arp(nic, host, own, ledger)
     if nic.kind == "tunnel":
         ledger.warn(f"{nic.name} is a tunnel (VPN): expect a fraction of the network's speed.")
 
@@ -112,6 +113,19 @@ def _warn_mtu(nic: Nic, host: Host, ledger: Ledger) -> None:
                 f"{nic.name} has MTU {nic.mtu}, its twin {other.name} has {other.mtu}: packets of the larger size are "
                 "lost where the smaller one is in the way. Give both, on all nodes, the same MTU."
             )
+
+
+def _warn_arp(nic: Nic, host: Host, own: Own, ledger: Ledger) -> None:
+    mine = next((each.network for each in nic.addresses if each.text == own.address), None)
+    for other in host.nics:
+        shared = other.name != nic.name and other.kind != "container" and other.up and not other.arp_ignore
+        if mine is not None and mine.version == 4 and shared and any(each.network == mine for each in other.addresses):
+            ledger.warn(
+                f"{nic.name} and {other.name} are both in {mine}, and each answers for the other's address, so traffic "
+                "may take the wrong card. `sysctl -w net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2` "
+                "on this machine ends that."
+            )
+            return
 
 
 def _slot(nic: Nic) -> str:
