@@ -117,6 +117,10 @@ class Node:
         """Firewall TCP ports against the other nodes: silence, or a refusal with `reject`."""
         network.block(self.engine.tools, self.name, ports=ports, reject=reject)
 
+    def translate(self, addresses: Mapping[str, str]) -> None:
+        """Have this node reach nodes under other addresses, {listed: real}, as behind address translation."""
+        network.translate(self.engine.tools, self.name, self.interface, addresses)
+
     def slow(self, rate: str) -> None:
         """Limit the node's link, such as 10mbit."""
         network.slow(self.name, self.interface, self.port, rate)
