@@ -80,6 +80,10 @@ class Node:
     ) -> Finished:
         """`docker compose run --rm OPTIONS trainer WORDS`; its exit code and all it said."""
         stack = self.stack(env, exports=exports, files=files, project=f"{PROJECT_NAME}-run")
+        return self.run_in(stack, *words, options=options, timeout=timeout)
+
+    def run_in(self, stack: Stack, *words: str, options: tuple[str, ...] = (), timeout: float = 120) -> Finished:
+        """The same in a checkout that `stack` has laid out."""
         command = stack.command("run", "--rm", "--no-TTY", *options, SERVICE, *words)
         try:
             done = subprocess.run(
