@@ -47,6 +47,14 @@ def environment(settings: Settings, exports: Exports) -> dict[str, str]:
     return dict(sorted({**from_file, **exports.env}.items()))
 
 
+def keep_others(exports: Exports) -> None:
+    """Records the variables of NCCL, Gloo and torch that nothing was derived for."""
+    decided = {each.name for each in exports.ledger.decisions}
+    for name in sorted(exports.settings.values):
+        if name.startswith(LIBRARIES) and name not in decided:
+            exports.keep(name, "as you set it, for the workers")
+
+
 def removals(settings: Settings, env: dict[str, str], ledger: Ledger) -> tuple[str, ...]:
     """Names to take out of the process environment: stray PET_* and empty variables of the libraries."""
     strays = sorted(name for name in {*settings.given, *settings.values} if name.startswith("PET_"))

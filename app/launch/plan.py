@@ -1,13 +1,13 @@
 """The launch plan: the only place where decisions are made, each with its source and reason."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.launch.classic import decide_classic
 from app.launch.equal import must_be_equal
 from app.launch.errors import Problem
-from app.launch.exports import Exports, common_exports, environment, removals
+from app.launch.exports import Exports, common_exports, environment, keep_others, removals
 from app.launch.host import Host, probe
 from app.launch.hygiene import warn_costs, warn_typos
 from app.launch.ledger import Decision, Ledger, shown
@@ -45,8 +45,8 @@ class Plan:
     backend: str
     command: tuple[str, ...]
     """The script part of torchrun's command."""
-    env: Mapping[str, str]
-    """To add to the process environment for torchrun, sorted by name."""
+    env: Mapping[str, str] = field(repr=False)
+    """To add to the process environment for torchrun, sorted by name; secrets of the user's included."""
     removed: tuple[str, ...]
     """To take out of the process environment first."""
     run_dir: Path
@@ -113,6 +113,7 @@ def draft(settings: Settings, host: Host) -> Draft:
     script = decide_script(settings, host, ledger)
     common_exports(exports, host, script, ports.ras)
     min_nodes = _decide_times(settings, member, ledger)
+    keep_others(exports)
     env = environment(settings, exports)
     removed = removals(settings, env, ledger)
     warn_costs(settings, host, ledger)

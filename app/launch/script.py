@@ -9,6 +9,9 @@ from app.launch.host import Host
 from app.launch.ledger import Ledger, shown
 from app.launch.settings import Settings
 
+IMAGE = Path("/opt/torchrun-compose")
+"""Where this project lies in its image."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
@@ -72,7 +75,9 @@ def _check_command(command: tuple[str, ...], source: str, host: Host, ledger: Le
     script = command[0]
     if script == "-m" or script not in host.files or host.files[script] is not None:
         return
-    where = "in the container; ./workspace of this folder is mounted at /workspace" if host.container else "here"
+    where = "here"
+    if host.project == IMAGE:
+        where = "in the container, which has ./workspace of the stack's folder as /workspace"
     ledger.refuse(
         "TRAIN_SCRIPT",
         f"TRAIN_SCRIPT={printable(script)} ({source}): there is no such file {where}. Correct the path, "

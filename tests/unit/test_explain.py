@@ -12,6 +12,8 @@ from pathlib import Path
 from app.launch.errors import refusal
 from app.launch.explain import explain, short, to_table
 from app.launch.host_limits import Limits
+from app.launch.plan import Plan, make_plan
+from app.launch.settings import read_settings
 from tests.machines.facts import drafted, host_of, settings_of
 from tests.machines.library import MACHINES
 from tests.unit.launch_facts import card, decide, given, machine, planned
@@ -97,6 +99,19 @@ def test_a_value_cannot_forge_a_line() -> None:
     _, text = shown(io.StringIO(), TRAIN_ARGS="--x 'a\nwarning: forged\033[2J'")
     assert not [line for line in text.splitlines() if line.startswith("warning: forged")]
     assert "\033" not in text
+
+
+def test_a_secret_of_the_users_file_is_handed_on_and_never_shown(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("WANDB_API_KEY=hunter2\nNCCL_IB_TC=106\n")
+    settings = read_settings({}, tmp_path / ".env")
+    plan = make_plan(settings, HOST)
+    assert isinstance(plan, Plan)
+    assert plan.env["WANDB_API_KEY"] == "hunter2"
+    for as_json in (False, True):
+        out = io.StringIO()
+        explain(settings, HOST, as_json=as_json, out=out)
+        assert "106" in out.getvalue()
+        assert "hunter2" not in out.getvalue() + repr(plan) + short(plan)
 
 
 def explain_here(*options: str) -> subprocess.CompletedProcess[str]:
