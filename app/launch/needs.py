@@ -16,7 +16,7 @@ MEMORY_PER_PROCESS = 1 << 30
 def check_needs(host: Host, workers: Workers, transport: str, ledger: Ledger) -> None:
     """Limits as facts in the plan, and warnings or problems where they are too low for it."""
     limits, processes = host.limits, count(workers.nproc, "process", "processes")
-    ledger.decide("limits", _summary(host), "detected", "of this process")
+    ledger.decide("limits", count(limits.cpus, "CPU"), "detected", _summary(host))
     blocked = memlock_obstacle(host)
     if blocked and workers.backend == "nccl" and transport != "sockets":
         ledger.refuse("memlock", f"{transport} is chosen, but {blocked}. (NCCL_IB_DISABLE=1 would use sockets.)")
@@ -135,7 +135,6 @@ def _slot(nic: Nic) -> str:
 def _summary(host: Host) -> str:
     limits = host.limits
     parts = [
-        count(limits.cpus, "CPU"),
         f"memory {_size(limits.memory)}",
         f"locked memory {_size(limits.memlock)}",
         f"shared memory {_size(limits.shm) if limits.shm is not None else 'none'}",

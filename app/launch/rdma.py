@@ -47,9 +47,7 @@ def decide_rdma(host: Host, own: Own | None, backend: str, ledger: Ledger, expor
     rates = " and ".join(f"{rate:g}" for rate in sorted({port.rate for port in chosen}))
     summary = f"{layer}, {count(len(chosen), 'usable port')} of {rates} Gb/s"
     ledger.decide("RDMA ports", ",".join(port.name for port in chosen), "detected", summary, why_not)
-    near = affinity(host, chosen)
-    if near:
-        ledger.decide("GPU to port", near, "detected", "the port that shares most of each GPU's PCI path")
+    decide_affinity(host, chosen, ledger)
     blocked = obstacle(host, chosen)
     if blocked:
         exports.offer("NCCL_IB_DISABLE", "1", f"{layer} is here, but unusable: {blocked}")
@@ -152,13 +150,17 @@ def _decide_hca(host: Host, chosen: list[RdmaPort], rejected: list[Rejected], ex
         exports.ledger.decide("NCCL_IB_HCA", "(unset)", "derived", "NCCL takes exactly these ports by itself")
 
 
-def affinity(host: Host, ports: Sequence[RdmaPort]) -> str:
-    """For each GPU the port that shares most of its PCI path: `GPU0 mlx5_0 (same switch)`."""
-    words = {0: "another root complex", 1: "same root complex"}
-    found = []
+def decide_affinity(host: Host, ports: Sequence[RdmaPort], ledger: Ledger) -> None:
+    """Reports for each GPU the port that shares most of its PCI path; NCCL finds the same by itself."""
+    words = {0: "another root complex", 1: "the same root complex"}
+    nearest: list[str] = []
+    distances: dict[str, list[str]] = {}
     for gpu in host.gpus.visible:
         if gpu.pci and ports:
             port = max(ports, key=lambda each: shared_bridges(each.pci, gpu.pci))
-            shared = shared_bridges(port.pci, gpu.pci)
-            found.append(f"GPU{gpu.index} {port.device} ({words.get(shared, 'same switch')})")
-    return ", ".join(found)
+            distance = words.get(shared_bridges(port.pci, gpu.pci), "the same switch")
+            nearest.append(port.device)
+            distances.setdefault(distance, []).append(str(gpu.index))
+    where = "; ".join(f"{distance}: GPU {' '.join(gpus)}" for distance, gpus in distances.items())
+    if nearest:
+        ledger.decide("GPU to port", ",".join(nearest), "detected", f"the nearest port of each GPU, on {where}")
