@@ -240,7 +240,10 @@ class Hub:
         ranks = sorted(self.seats)
         for index, rank in enumerate(ranks):
             peers = [ranks[other] for other in reach.targets(index, len(ranks))]
-            listeners = [(peer, self.seats[peer], port) for peer in peers for port in self.seats[peer].ports]
+            # On a large cluster one random port each, and MASTER_PORT, which comes first on node 0.
+            most = 1 if len(ranks) > reach.ALL_PAIRS else reach.LISTENERS
+            seats = [(peer, self.seats[peer]) for peer in peers]
+            listeners = [(peer, seat, port) for peer, seat in seats for port in seat.ports[: most + (peer == 0)]]
             found = [
                 {"rank": peer, "address": self._address(seat.hello), "port": port, "key": seat.hello.key}
                 for peer, seat, port in listeners
