@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import TextIO
 
 from app.launch.host import Host
-from app.launch.ledger import Decision, count
 from app.launch.plan import Draft, Plan, draft
+from app.launch.plan.ledger import Decision, count
 from app.launch.settings import BY_NAME, Settings
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -37,7 +37,11 @@ def explain(settings: Settings, host: Host, *, as_json: bool = False, out: TextI
         text = to_table(found, shutil.get_terminal_size().columns, colour="NO_COLOR" not in os.environ)
     else:
         text = to_lines(found)
-    print(text, file=target)
+    try:
+        print(text, file=target, flush=True)
+    except BrokenPipeError:
+        # `explain | head`: the reader has seen enough. Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 2 if found.problems else 0
 
 

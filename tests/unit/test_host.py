@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from app.launch.addresses import canonical, parse
-from app.launch.files import natural, number, pci_path
 from app.launch.host import probe
-from app.launch.host_gpu import nvml_facts, read_gpus
-from app.launch.host_limits import read_limits
-from app.launch.host_net import read_nics, read_routes, routed_by
-from app.launch.host_rdma import read_rdma_ports
-from app.launch.resolve import resolve_names
+from app.launch.host.addresses import canonical, parse
+from app.launch.host.files import natural, number, pci_path
+from app.launch.host.gpus import nvml_facts, read_gpus
+from app.launch.host.limits import read_limits
+from app.launch.host.names import resolve_names
+from app.launch.host.nics import read_nics, read_routes, routed_by
+from app.launch.host.rdma import read_rdma_ports
 from tests.machines.tree import Tree, finish, gpu, hca, nic, roce_gids
 
 
@@ -213,12 +213,12 @@ def test_waiting_for_a_name_is_bounded_and_told(
 ) -> None:
     import threading
 
-    from app.launch import resolve
+    from app.launch.host import names
 
     never = threading.Event()
-    monkeypatch.setattr(resolve, "SILENCE", 0.01)
-    monkeypatch.setattr(resolve, "DEADLINE", 0.05)
-    monkeypatch.setattr(resolve, "_lookup", lambda _name, _answers: never.wait(30))
+    monkeypatch.setattr(names, "SILENCE", 0.01)
+    monkeypatch.setattr(names, "DEADLINE", 0.05)
+    monkeypatch.setattr(names, "_lookup", lambda _name, _answers: never.wait(30))
     found = resolve_names(["slow"])
     never.set()
     assert found["slow"].failure == "no answer from the name server within 0 s"

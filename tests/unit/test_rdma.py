@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from app.launch.gid import picked
 from app.launch.host import Host
-from app.launch.host_gpu import Gpu, Gpus
-from app.launch.host_limits import Limits
-from app.launch.host_net import Nic
-from app.launch.host_rdma import Gid, RdmaPort, RdmaSoftware
-from app.launch.rdma import choose
+from app.launch.host.gpus import Gpu, Gpus
+from app.launch.host.limits import Limits
+from app.launch.host.nics import Nic
+from app.launch.host.rdma import Gid, RdmaPort, RdmaSoftware
+from app.launch.plan.gid import picked
+from app.launch.plan.rdma import choose
 from tests.machines.tree import mapped
 from tests.unit.launch_facts import card, decide, machine, planned, reason, refused, warned
 

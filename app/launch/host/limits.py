@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.launch.files import number, text
+from app.launch.host.files import number, text
 
 MADE_UP_SHM = "shm-bytes"
 """In a made-up root: the size of /dev/shm, which no file tells."""

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.launch.addresses import is_link_local
-from app.launch.exports import Exports
-from app.launch.gid import decide_gid
 from app.launch.host import Host
-from app.launch.host_net import Nic
-from app.launch.host_rdma import RdmaPort
-from app.launch.ledger import Ledger, count
-from app.launch.local import Own
-from app.launch.rdma_access import obstacle
+from app.launch.host.addresses import is_link_local
+from app.launch.host.nics import Nic
+from app.launch.host.rdma import RdmaPort
+from app.launch.plan.exports import Exports
+from app.launch.plan.gid import decide_gid
+from app.launch.plan.ledger import Ledger, count
+from app.launch.plan.local import Own
+from app.launch.plan.rdma_access import obstacle
 
 LAYER = {"InfiniBand": "InfiniBand", "Ethernet": "RoCE"}
 SLOW = 4.0

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from ipaddress import IPv4Network
 
-from app.launch.addresses import IpAddress, parse
-from app.launch.exports import Exports
 from app.launch.host import Host
-from app.launch.host_net import Nic
-from app.launch.host_rdma import Gid, RdmaPort
-from app.launch.ledger import Ledger
-from app.launch.local import Own
+from app.launch.host.addresses import IpAddress, parse
+from app.launch.host.nics import Nic
+from app.launch.host.rdma import Gid, RdmaPort
+from app.launch.plan.exports import Exports
+from app.launch.plan.ledger import Ledger
+from app.launch.plan.local import Own
 
 
 def decide_gid(host: Host, own: Own, ports: Sequence[RdmaPort], ledger: Ledger, exports: Exports) -> None:

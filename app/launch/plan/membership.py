@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass
 
-from app.launch.addresses import canonical, is_link_local, parse
 from app.launch.host import Host
-from app.launch.local import Own
-from app.launch.schedulers import scheduled
+from app.launch.host.addresses import canonical, is_link_local, parse
+from app.launch.plan.local import Own
+from app.launch.plan.schedulers import scheduled
 from app.launch.settings import Settings
 
 

@@ -1,11 +1,11 @@
 """What this plan needs of the machine, against what there is: interface, locked memory, shared memory, files, CPUs."""
 
 from app.launch.host import Host
-from app.launch.host_net import Nic
-from app.launch.ledger import Ledger, count
-from app.launch.local import Own
-from app.launch.rdma_access import direct, memlock_obstacle
-from app.launch.workers import Workers
+from app.launch.host.nics import Nic
+from app.launch.plan.ledger import Ledger, count
+from app.launch.plan.local import Own
+from app.launch.plan.rdma_access import direct, memlock_obstacle
+from app.launch.plan.workers import Workers
 
 SHM_PER_GPU = 1 << 30
 """Bytes of /dev/shm per process: NCCL's buffers between the GPUs of a machine, and batches of data loaders."""

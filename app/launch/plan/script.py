@@ -6,7 +6,7 @@ from pathlib import Path
 
 from app.launch.errors import printable
 from app.launch.host import Host
-from app.launch.ledger import Ledger, shown
+from app.launch.plan.ledger import Ledger, shown
 from app.launch.settings import Settings
 
 IMAGE = Path("/opt/torchrun-compose")

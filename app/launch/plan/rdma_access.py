@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from app.launch.host import Host
-from app.launch.host_rdma import RdmaPort
+from app.launch.host.rdma import RdmaPort
 
 ENOUGH_MEMLOCK = 64 << 20
 """Bytes. NCCL registers several MiB per channel and peer; Docker's default is 64 KiB to 8 MiB."""

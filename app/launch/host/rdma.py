@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.launch.addresses import parse
-from app.launch.files import entries, number, pci_path, text
+from app.launch.host.addresses import parse
+from app.launch.host.files import entries, number, pci_path, text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

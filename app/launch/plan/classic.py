@@ -1,12 +1,12 @@
 """Nodes without a list: one node alone, the classic variables (NNODES, NODE_RANK, MASTER_ADDR), or a scheduler."""
 
-from app.launch.addresses import family, is_loopback, parse
 from app.launch.envfile import Value
 from app.launch.host import Host
-from app.launch.ledger import Ledger, shown
-from app.launch.local import Own, local_addresses, loopback_interface, own_towards
-from app.launch.membership import Membership, addresses_of
-from app.launch.schedulers import Scheduled, scheduled
+from app.launch.host.addresses import family, is_loopback, parse
+from app.launch.plan.ledger import Ledger, shown
+from app.launch.plan.local import Own, local_addresses, loopback_interface, own_towards
+from app.launch.plan.membership import Membership, addresses_of
+from app.launch.plan.schedulers import Scheduled, scheduled
 from app.launch.settings import Settings
 
 

@@ -3,9 +3,9 @@
 import re
 from dataclasses import dataclass
 
-from app.launch.exports import Exports
 from app.launch.host import Host
-from app.launch.ledger import Ledger, count, shown
+from app.launch.plan.exports import Exports
+from app.launch.plan.ledger import Ledger, count, shown
 from app.launch.settings import Settings
 
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from app.launch.files import number, text
-from app.launch.host_gpu import Gpus, read_gpus
-from app.launch.host_limits import Limits, read_limits
-from app.launch.host_net import Nic, Route, read_nics, read_routes
-from app.launch.host_rdma import RdmaPort, RdmaSoftware, read_rdma_ports, read_rdma_software
-from app.launch.resolve import Answer, resolve_names
+from app.launch.host.files import number, text
+from app.launch.host.gpus import Gpus, read_gpus
+from app.launch.host.limits import Limits, read_limits
+from app.launch.host.names import Answer, resolve_names
+from app.launch.host.nics import Nic, Route, read_nics, read_routes
+from app.launch.host.rdma import RdmaPort, RdmaSoftware, read_rdma_ports, read_rdma_software
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

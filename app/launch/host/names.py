@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.launch.addresses import canonical
-from app.launch.files import text
+from app.launch.host.addresses import canonical
+from app.launch.host.files import text
 
 DEADLINE = 15.0
 """Seconds. The C library's resolver tries each of three servers twice for 5 s; two of them must have had their turn."""

@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable
 
 from app.launch.host import Host
-from app.launch.ledger import Ledger, shown
+from app.launch.plan.ledger import Ledger, shown
+from app.launch.plan.typos import misspelt
 from app.launch.settings import Settings
-from app.launch.typos import misspelt
 
 COSTS: tuple[tuple[str, Callable[[str], bool], str], ...] = (
     (

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
 from pathlib import Path
 
-from app.launch.addresses import IpAddress, canonical, parse
-from app.launch.files import entries, number, pci_path, text
+from app.launch.host.addresses import IpAddress, canonical, parse
+from app.launch.host.files import entries, number, pci_path, text
 
 CAPTURED = "ip-addr.json"
 """In a made-up root: the output of `ip -j addr`. /sys has no addresses."""

@@ -1,10 +1,10 @@
 """What must be the same on all nodes, for the roll call to compare."""
 
 from app.launch.host import Host
-from app.launch.membership import Membership
-from app.launch.script import Script
+from app.launch.plan.membership import Membership
+from app.launch.plan.script import Script
+from app.launch.plan.workers import Workers
 from app.launch.settings import Settings
-from app.launch.workers import Workers
 
 SETTINGS = (
     "MASTER_PORT",

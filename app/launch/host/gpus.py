@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.launch.files import entries, number, pci_path, text
+from app.launch.host.files import entries, number, pci_path, text
 
 if TYPE_CHECKING:
     import ctypes

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from app.launch.addresses import family, is_link_local, is_loopback, parse
 from app.launch.host import Host
-from app.launch.host_net import Nic, routed_by
+from app.launch.host.addresses import family, is_link_local, is_loopback, parse
+from app.launch.host.nics import Nic, routed_by
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

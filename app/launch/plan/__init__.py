@@ -4,21 +4,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.launch.classic import decide_classic
-from app.launch.equal import must_be_equal
 from app.launch.errors import Problem
-from app.launch.exports import Exports, common_exports, environment, keep_others, removals
 from app.launch.host import Host, probe
-from app.launch.hygiene import warn_costs, warn_typos
-from app.launch.ledger import Decision, Ledger, shown
-from app.launch.membership import Membership, names_to_resolve
-from app.launch.needs import check_needs
-from app.launch.network import decide_interface
-from app.launch.nodes import decide_listed
-from app.launch.rdma import decide_rdma
-from app.launch.script import Script, decide_script, files_to_look_at
+from app.launch.plan.classic import decide_classic
+from app.launch.plan.equal import must_be_equal
+from app.launch.plan.exports import Exports, common_exports, environment, keep_others, removals
+from app.launch.plan.hygiene import warn_costs, warn_typos
+from app.launch.plan.ledger import Decision, Ledger, shown
+from app.launch.plan.membership import Membership, names_to_resolve
+from app.launch.plan.needs import check_needs
+from app.launch.plan.network import decide_interface
+from app.launch.plan.nodes import decide_listed
+from app.launch.plan.rdma import decide_rdma
+from app.launch.plan.script import Script, decide_script, files_to_look_at
+from app.launch.plan.workers import Workers, decide_workers
 from app.launch.settings import Settings
-from app.launch.workers import Workers, decide_workers
 
 __all__ = ["Decision", "Draft", "Plan", "Problem", "draft", "make_plan", "probe_for"]
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from app.launch.host import Host
-from app.launch.ledger import Ledger
-from app.launch.script import Script
+from app.launch.plan.ledger import Ledger
+from app.launch.plan.script import Script
 from app.launch.settings import TABLE, Settings
 
 LIBRARIES = ("NCCL_", "GLOO_", "TORCH_")

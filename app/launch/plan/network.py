@@ -1,12 +1,12 @@
 """The interface for NCCL and Gloo: the owner of this node's listed address, in each library's own syntax."""
 
-from app.launch.addresses import family
-from app.launch.exports import Exports
 from app.launch.host import Host
-from app.launch.host_net import Nic
-from app.launch.ledger import Ledger
-from app.launch.membership import Membership
-from app.launch.needs import check_interface, speed_of
+from app.launch.host.addresses import family
+from app.launch.host.nics import Nic
+from app.launch.plan.exports import Exports
+from app.launch.plan.ledger import Ledger
+from app.launch.plan.membership import Membership
+from app.launch.plan.needs import check_interface, speed_of
 
 
 def decide_interface(member: Membership, host: Host, ledger: Ledger, exports: Exports) -> None:

@@ -1,12 +1,12 @@
 """Nodes from a list: which entry of NODES this machine is, by its addresses or by NODE_RANK."""
 
-from app.launch.addresses import canonical, family, is_loopback, parse
 from app.launch.envfile import Value
 from app.launch.errors import printable
 from app.launch.host import Host
-from app.launch.ledger import Ledger, shown
-from app.launch.local import listing, local_addresses, own_towards
-from app.launch.membership import Membership, addresses_of, listed, malformed
+from app.launch.host.addresses import canonical, family, is_loopback, parse
+from app.launch.plan.ledger import Ledger, shown
+from app.launch.plan.local import listing, local_addresses, own_towards
+from app.launch.plan.membership import Membership, addresses_of, listed, malformed
 from app.launch.settings import Settings
 
 
