@@ -16,7 +16,6 @@ from tests.testbed.engines import Tools
 from tests.testbed.shell import PROJECT, cache_folder, locked, run, say, try_lock
 
 IMAGE = "torchrun-compose:cpu"
-BUILDER = "trc-builder"
 # What the Dockerfile copies: an edit of anything else needs no build.
 INPUTS = ("Dockerfile", ".dockerignore", "entrypoint.py", "app", "requirements")
 
@@ -24,16 +23,17 @@ INPUTS = ("Dockerfile", ".dockerignore", "entrypoint.py", "app", "requirements")
 @contextlib.contextmanager
 def builder(tools: Tools) -> Iterator[Engine]:
     """A running engine in the machine's own network whose image store and build cache last."""
-    home = Path("/run") / BUILDER
+    name = f"trc-{store(tools).name}"
+    home = Path("/run") / name
     shutil.rmtree(home, ignore_errors=True)
-    engine = Engine(name=BUILDER, tools=tools, home=home, data=store(tools), netns=None)
+    engine = Engine(name=name, tools=tools, home=home, data=store(tools), netns=None)
     engine.launch()
     try:
         engine.ready()
         yield engine
     finally:
         engine.stop()
-        remove_cgroups(BUILDER)
+        remove_cgroups(name)
         shutil.rmtree(home, ignore_errors=True)
 
 
