@@ -93,6 +93,17 @@ def test_an_unresolvable_name_is_refused_with_what_the_resolver_said() -> None:
     )
 
 
+def test_two_names_of_one_machine_are_refused() -> None:
+    host = machine(FABRIC, answers=named(a=("10.0.0.1",), b=("10.0.0.1",)))
+    assert "a and b are both 10.0.0.1" in refused(host, NODES="a,10.0.0.2,b")
+
+
+def test_an_ipoib_interface_is_found_like_any_other() -> None:
+    plan = planned(machine(MANAGEMENT, card("ib0", "10.5.0.2/24", kind="infiniband")), NODES="10.5.0.1,10.5.0.2")
+    assert plan.env["NCCL_SOCKET_IFNAME"] == "=ib0"
+    assert plan.env["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
 def test_the_own_name_that_means_127_0_1_1_gets_the_address_towards_the_others() -> None:
     host = machine(MANAGEMENT, FABRIC, answers=named(a=("10.0.0.1",), me=("127.0.1.1",)))
     found = decide(host, NODES="a,me")

@@ -20,7 +20,7 @@ def decide_listed(written: Value, settings: Settings, host: Host, ledger: Ledger
         return None
     candidates = [addresses_of(name, host) for name in names]
     nodes = _one_family(names, candidates, written, host, ledger)
-    if nodes is None:
+    if nodes is None or not _distinct(names, nodes, written, ledger):
         return None
     ledger.decide("NODES", ",".join(nodes), written.source, f"{len(nodes)} nodes in rank order")
     _check_master(nodes, candidates, settings, host, ledger)
@@ -76,6 +76,19 @@ def _one_family(
         f"{shown('NODES', written)} mixes IPv4 and IPv6; Gloo and torch need one family. List all nodes in the same.",
     )
     return None
+
+
+def _distinct(names: tuple[str, ...], nodes: tuple[str, ...], written: Value, ledger: Ledger) -> bool:
+    for index, address in enumerate(nodes):
+        first = nodes.index(address)
+        if first != index:
+            ledger.refuse(
+                "NODES",
+                f"{shown('NODES', written)}: {names[first]} and {names[index]} are both {address}. List each node once, "
+                "by an address of its own.",
+            )
+            return False
+    return True
 
 
 def _without_loopback(
