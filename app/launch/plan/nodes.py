@@ -84,8 +84,8 @@ def _distinct(names: tuple[str, ...], nodes: tuple[str, ...], written: Value, le
         if first != index:
             ledger.refuse(
                 "NODES",
-                f"{shown('NODES', written)}: {names[first]} and {names[index]} are both {address}. List each node once, "
-                "by an address of its own.",
+                f"{shown('NODES', written)}: {names[first]} and {names[index]} are both {address}. List each node "
+                "once, by an address of its own.",
             )
             return False
     return True
