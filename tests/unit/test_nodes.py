@@ -175,6 +175,12 @@ def test_nothing_set_is_one_node_that_uses_no_network() -> None:
     assert planned(HOST, NNODES="1", NODE_RANK="0").nodes == ("127.0.0.1",)
 
 
+@pytest.mark.parametrize("master", ["localhost", "127.0.0.1", "10.0.0.2"])
+def test_a_left_over_master_addr_of_this_machine_is_still_one_node(master: str) -> None:
+    host = machine(FABRIC, answers=named(localhost=("127.0.0.1",)))
+    assert planned(host, MASTER_ADDR=master).nodes == ("127.0.0.1",)
+
+
 def test_one_listed_node_uses_its_own_interface() -> None:
     assert planned(HOST, NODES="10.0.0.2").interface == "ens1"
 
@@ -200,6 +206,7 @@ def test_classic_nodes_on_one_machine_get_an_address_each() -> None:
     [
         ({"NNODES": "2"}, "NODE_RANK and MASTER_ADDR are not set"),
         ({"NNODES": "2", "NODE_RANK": "1"}, "MASTER_ADDR is not set"),
+        ({"MASTER_ADDR": "10.0.0.1"}, "but NNODES and NODE_RANK are not set"),
         ({"NODE_RANK": "1"}, "NNODES and MASTER_ADDR are not set"),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.1"}, "ranks run from 0 to 1"),
         (

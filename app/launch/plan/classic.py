@@ -18,11 +18,19 @@ def decide_classic(settings: Settings, host: Host, ledger: Ledger) -> Membership
         ledger.refuse(job.rank.source, f"{job.wrong}.")
         return None
     count = nnodes or (job.nnodes if job else None)
-    if count is None and rank is None and job is None:
+    if count is None and rank is None and job is None and not _elsewhere(settings.values.get("MASTER_ADDR"), host):
         return _alone(host, ledger, Value(text="1", source="default"))
     if count is not None and int(count.text) == 1 and (rank is None or rank.text.strip("0+") == ""):
         return _alone(host, ledger, count)
     return _member(settings, host, ledger, job, rank, count)
+
+
+def _elsewhere(master: Value | None, host: Host) -> bool:
+    """Whether a master on another machine is named: then one node alone is not what was meant."""
+    if master is None:
+        return False
+    addresses = addresses_of(master.text.strip("[]"), host)
+    return not any(is_loopback(each) or each in local_addresses(host) for each in addresses)
 
 
 def _alone(host: Host, ledger: Ledger, count: Value) -> Membership:
