@@ -37,9 +37,9 @@ for step in range(100000):
         sys.exit(143)
     time.sleep(0.05)
 """
-WORKER = r"worker\.py /workspace"
-AGENT = r"agent\.py --nnodes"
-ENTRYPOINT = r"^python\S* \S*entrypoint\.py"
+WORKER = r"^\S+ -u \S*worker\.py"
+AGENT = r"^\S+ -P \S*agent\.py"
+ENTRYPOINT = r"^\S*python\S* \S*entrypoint\.py"
 SAID = r"torchrun-compose: "
 INTRODUCTION = """# Faults, measured
 
@@ -81,10 +81,18 @@ class Table:
         path.write_text("\n".join([kept.rstrip(), "", f"## {part}", "", head, *rows, ""]))
 
 
-def up(node: Node, nodes: str, script: str = TRAINS, files: Mapping[str, str] | None = None, **env: str) -> Stack:
+def up(
+    node: Node,
+    nodes: str,
+    env: Mapping[str, str] | None = None,
+    *,
+    script: str = TRAINS,
+    files: Mapping[str, str] | None = None,
+    project: str = "job",
+) -> Stack:
     """`docker compose up` of a node of the job `nodes`."""
     settings = {"NODES": nodes, "NPROC_PER_NODE": "1", "TRAIN_SCRIPT": "/workspace/train.py", "OMP_NUM_THREADS": "1"}
-    return node.up({**settings, **env}, files={"workspace/train.py": script, **(files or {})})
+    return node.up({**settings, **(env or {})}, files={"workspace/train.py": script, **(files or {})}, project=project)
 
 
 def heard(stack: Stack, pattern: str, since: float, deadline: float = 40) -> tuple[float, str]:

@@ -327,13 +327,13 @@ class Hub:
         return event
 
     async def _hear(self, until: float) -> Event | None:
-        """The next event; None after a second, at `until`, or when what was heard was no event."""
+        """The next event; None after a moment, at `until`, or when what was heard was no event."""
         if silent := self._silent():
             self._unseat(self.seats[silent[0]].wire)
             why = f"no sign of life for {self.plan.heartbeat_timeout:g} s (machine down, or its link is cut)"
             return Event(rank=silent[0], kind="lost", why=why, silent=True)
         try:
-            async with asyncio.timeout(max(0.0, min(1.0, until - time.monotonic()))):
+            async with asyncio.timeout(max(0.0, min(0.3, until - time.monotonic()))):
                 wire, said = await self._inbox.get()
         except TimeoutError:
             return None
