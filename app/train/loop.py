@@ -73,6 +73,7 @@ class Run:
         self.optimizer = _adamw(self.net, settings)
         self.parameters = [weight for weight in self.net.parameters() if weight.requires_grad]
         self.profiler: torch.profiler.profile | None = None
+        self.window = Window()
         self.step = self.position = 0
         self._resume()
 
@@ -95,25 +96,36 @@ class Run:
 
     def _train(self) -> int:
         settings, stop = self.settings, StopRequest()
-        self.window = Window()
+        if self.place.world > 2 and settings.sharding == "ddp":
+            self._settle_buckets()
+        self.window.started = time.perf_counter()
         number = 0
         while self.step < settings.steps and not number:
             self._profile()
-            self._step()
+            self.take_step()
             number = stop.agreed()
             last = number or self.step == settings.steps
             due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
             if last or due or self.step % settings.log_every == 0:
-                self._report()
+                self.report()
             if last or due:
-                self.checkpoints.save(self._state(), self.step)
+                self.checkpoints.save(self.state(), self.step)
             if settings.eval_every and (self.step % settings.eval_every == 0 or self.step == settings.steps):
                 self._evaluate()
             self.checkpoints.poll()
         stop.close()
         return self._end(number)
 
-    def _step(self) -> None:
+    def _settle_buckets(self) -> None:
+        """One pass that is thrown away. After its first backward DDP lays out its buckets anew, and with more than two
+        ranks the sums then round differently: so no step may be the first, or a resume would not repeat the bits.
+        """
+        for piece in self._pieces():
+            self.model(piece[:, :-1], piece[:, 1:]).backward()
+        self.optimizer.zero_grad()
+
+    def take_step(self) -> None:
+        """One optimizer step over `batch` sequences."""
         settings, place, window = self.settings, self.place, self.window
         began = time.perf_counter()
         # Randomness of a step (a dropout that you may add) depends on the step alone, so that a resume repeats it.
@@ -159,7 +171,7 @@ class Run:
         count = ceil(ceil(settings.batch / place.world) / settings.micro_batch)
         return [_to_device(piece, place.device) for piece in share.tensor_split(count)]
 
-    def _report(self) -> None:
+    def report(self) -> None:
         """One line, and one record per step since the last one.
 
         Raises:
@@ -230,13 +242,14 @@ class Run:
             self.journal.write([{"step": self.step, "eval_loss": value}])
             say(f"step {self.step}/{settings.steps}  held-out loss {value:.4f} nats/token")
 
-    def _state(self) -> State:
+    def state(self) -> State:
+        """What a checkpoint holds. Its tensors are those of the run, not copies."""
         model, optimizer = get_state_dict(self.net, self.optimizer)
         progress = {"step": self.step, "position": self.position, **_order(self.settings, self.corpus)}
         return {"model": model, "optimizer": optimizer, "progress": progress}
 
     def _resume(self) -> None:
-        state = self._state()
+        state = self.state()
         if self.checkpoints.restore(state) is None:
             self._say_once(f"starting at step 0: no complete checkpoint in {self.checkpoints.folder}")
             return
