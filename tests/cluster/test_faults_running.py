@@ -93,6 +93,19 @@ def one_culprit(job: Job, table: Table, fault: str, culprit: str, within: float)
     assert knows < within + SLACK
 
 
+def test_the_last_node_first_and_node_0_a_minute_later(shared: Job, table: Table) -> None:
+    shared.bed.clear()
+    first, second = shared.bed.nodes[:2]
+    addresses = f"{first.address},{second.address}"
+    since = shared.fault()
+    waiting = up(second, addresses, {"REJOIN_TIMEOUT": "60"})
+    _, line = heard(waiting, rf"waiting 5\d s for node 0, {first.address} port 29401", since, 90)
+    since = shared.fault()
+    shared.stacks = [up(first, addresses, {"REJOIN_TIMEOUT": "60"}), waiting]
+    took = shared.trains()
+    table.add("node 0 comes a minute after node 1", 0.0, f"trains {took:.1f} s after it came", verdict(line))
+
+
 def workers(stack: Stack) -> list[str]:
     return [line for line in stack.processes().values() if "worker.py" in line]
 
