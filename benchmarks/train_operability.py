@@ -76,13 +76,18 @@ Made by `benchmarks/train_operability.py` on {platform.machine()}, {os.cpu_count
 
 | | CPU ms per step, both ranks, median | best block |
 |---|---|---|
-| with stop agreement, metrics, a checkpoint every {BLOCK} steps | {statistics.median(costs[True]):.1f} | {min(costs[True]):.1f} |
-| the same loop without | {statistics.median(costs[False]):.1f} | {min(costs[False]):.1f} |
+| with stop agreement, metrics, a checkpoint every {BLOCK} steps | {shown(costs[True])} |
+| the same loop without | {shown(costs[False])} |
 
 Median of the pairs' ratios: {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f}).
 """
     print(text, flush=True)
     RESULTS.write_text(text)
+
+
+def shown(times: list[float]) -> str:
+    """Median and best, as two cells."""
+    return f"{statistics.median(times):.1f} | {min(times):.1f}"
 
 
 if __name__ == "__main__":
