@@ -78,7 +78,8 @@ class Hub:
                 if time.monotonic() > until:
                     self._without(missing, time.monotonic() - start)
                     break
-                self._tell_missing(missing, start, until)
+                here = f"{len(self.seats)} of {len(self.plan.nodes)} nodes are here"
+                self._tell_waiting(f"{self.seats.names(missing)}; {here}", start, until)
                 await self._rest(min(until, time.monotonic() + 0.5))
                 if self.seats.differences()[0]:
                     await self._pause(STRAGGLERS)
@@ -109,14 +110,13 @@ class Hub:
             f"there; if it runs there, let it connect to {self.plan.nodes[0]} port {self.plan.control_port}.",
         )
 
-    def _tell_missing(self, missing: Sequence[int], start: float, until: float) -> None:
-        now, who = time.monotonic(), self.seats.names(missing)
-        at, what = self._said
-        if now > start + SAY_AFTER and (now > at + SAY_EVERY or what != who):
-            self._said = (now, who)
+    def _tell_waiting(self, what: str, start: float, until: float) -> None:
+        """Says for whom the gang waits: after a while, then now and again, and on a change, once a second at most."""
+        now, (at, last) = time.monotonic(), self._said
+        if now > start + SAY_AFTER and now > at + (SAY_EVERY if what == last else 1.0):
+            self._said = (now, what)
             end = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() + until - now))
-            here = f"{len(self.seats)} of {len(self.plan.nodes)} nodes are here; until {end}"
-            self._tell(f"waiting {now - start:.0f} s for {who} ({here})")
+            self._tell(f"waiting {now - start:.0f} s for {what} (until {end})")
 
     async def _knock(self) -> None:
         """Keeps finding out why nodes are missing. Nobody listens there: the kind of refusal is the news."""
@@ -173,8 +173,10 @@ class Hub:
             self.seats[rank].wire.send("probe", targets=found)
         waiting, troubles = set(ranks), list[Trouble]()
         blocked: dict[tuple[int, int, str], list[int]] = {}
-        until = time.monotonic() + 3 * (reach.CONNECT + reach.PASS)
+        start = time.monotonic()
+        until = start + 3 * (reach.CONNECT + reach.PASS)
         while waiting and time.monotonic() < until:
+            self._tell_waiting(f"{self.seats.some(waiting)} to try whom it reaches", start, until)
             event = await self._rest(until)
             if event and event.kind in ("reached", "lost"):
                 waiting.discard(event.rank)
@@ -219,6 +221,8 @@ class Hub:
                 for rank in current.running & {*self.seats.ranks}:
                     self.seats.free(self.seats[rank].wire)
                 current.give_up(time.monotonic())
+            if current.halted_at and current.running:
+                self._tell_waiting(f"{self.seats.some(current.running)} to end", current.halted_at, current.limit)
         self._attending = False
         if any(rank in self.seats and self.seats[rank].progress != before[rank] for rank in ranks):
             self.failures = 0

@@ -1,7 +1,7 @@
 """Who is connected to node 0, under which name, and whether they are alive."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from app.launch.gang.facts import differences
@@ -129,5 +129,11 @@ class Seats:
 
     def names(self, ranks: Sequence[int]) -> str:
         """Missing nodes with the reasons."""
-        shown = [f"{self.name(rank)}: {self.absent.get(rank, 'no word yet')}" for rank in ranks[:8]]
-        return "; ".join(shown) + (f"; and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+        return _few([f"{self.name(rank)}: {self.absent.get(rank, 'no word yet')}" for rank in ranks])
+
+    def some(self, ranks: Collection[int]) -> str:
+        return _few([self.name(rank) for rank in sorted(ranks)])
+
+
+def _few(told: Sequence[str]) -> str:
+    return "; ".join(told[:8]) + (f"; and {len(told) - 8} more" if len(told) > 8 else "")
