@@ -170,7 +170,18 @@ def test_a_second_interrupt_ends_a_stubborn_script_at_once_and_the_other_node_st
         assert second.end() == 143
         assert time.monotonic() - asked < 2
         assert first.end() == 143
-        first.wait_for(r"waiting \d+ s for .*node 0 \(127\.0\.0\.1\).* to end \(until", 1)
+
+
+def test_scripts_that_do_not_stop_are_waited_for_aloud_and_killed_after_their_grace(tmp_path: Path) -> None:
+    stubborn = "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint('stubborn', flush=True)\ntime.sleep(600)"
+    with nodes(tmp_path, 2, stubborn, STOP_GRACE="3") as job:
+        first, second = job.start_all()
+        for launcher in (first, second):
+            launcher.wait_for("stubborn")
+        second.signal(signal.SIGTERM)
+        assert ends([first, second], 20) == [143, 143]
+    for launcher in (first, second):
+        launcher.wait_for(r"waiting \d s for node 0 \(127\.0\.0\.1\); node 1 \(127\.0\.0\.2\) to end \(until", 1)
 
 
 def test_a_stop_while_waiting_for_a_node_ends_those_that_wait(tmp_path: Path) -> None:
