@@ -83,18 +83,23 @@ def allow_many_files() -> None:
 
 
 def progress(plan: Plan) -> str:
-    """What changes when the training has got on: the first line of RUN_DIR/progress if the script writes that file,
-    otherwise name and time of the newest entry of CHECKPOINT_DIR (hidden and temporary ones apart); "" for none."""
+    """What changes when the training has got on, and at nothing else; "" for nothing yet.
+
+    The first line of RUN_DIR/progress if the script writes that file. Otherwise the newest entry of CHECKPOINT_DIR,
+    hidden and temporary ones apart: a file by name and time, since many scripts write one again and again, a folder by
+    name alone, since a script that always fails while it saves would renew its time."""
     try:
         return (plan.run_dir / "progress").read_text(errors="replace").partition("\n")[0][:100]
     except OSError:
         pass
     try:
-        entries = [entry for entry in plan.checkpoint_dir.iterdir() if _is_complete(entry)]
-        newest = max(((entry.stat().st_mtime, entry.name) for entry in entries), default=None)
+        found = [(entry.stat().st_mtime, entry) for entry in plan.checkpoint_dir.iterdir() if _is_complete(entry)]
     except OSError:
         return ""
-    return f"{newest[1][:80]} {newest[0]:.3f}" if newest else ""
+    if not found:
+        return ""
+    at, newest = max(found)
+    return newest.name[:80] if newest.is_dir() else f"{newest.name[:80]} {at:.3f}"
 
 
 def _is_complete(entry: Path) -> bool:
