@@ -14,7 +14,7 @@ from app.launch.errors import UserError
 from app.launch.exitcodes import ExitCode
 from app.launch.final import write_final
 from app.launch.gang.facts import gather
-from app.launch.gang.hub import Hub
+from app.launch.gang.hub import LAST_WORD, Hub
 from app.launch.gang.member import Member, Place, Surroundings
 from app.launch.gang.verdict import Verdict
 from app.launch.gang.wire import MAX_LINE, Wire
@@ -131,9 +131,12 @@ async def _take_part(plan: Plan, token: bytes) -> tuple[Verdict, bool]:
             presiding.result()
         verdict = await part
         if presiding and member.stops < 2:
-            await presiding
+            # The others are told the verdict meanwhile. A member that left by itself has none to wait for.
+            await asyncio.wait([presiding], timeout=2 * LAST_WORD)
     finally:
         part.cancel()
+        if presiding:
+            presiding.cancel()
         path.unlink(missing_ok=True)
         if server:
             server.close()

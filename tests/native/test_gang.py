@@ -4,6 +4,7 @@ Only real processes show that nothing is left running, and only several launcher
 """
 
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -259,6 +260,17 @@ def test_a_setting_that_differs_is_refused_with_a_table(tmp_path: Path, setting:
     for launcher in launchers:
         launcher.wait_for("the nodes do not agree; nothing was started")
         launcher.wait_for(row, 1)
+
+
+def test_a_master_port_in_use_is_named_and_a_stop_ends_the_wait_at_once(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, ALL_REDUCE) as job, socket.socket() as other:
+        port = int(job.settings["MASTER_PORT"])
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        first = job.start(0, "10")
+        first.wait_for(rf"cannot listen on 127\.0\.0\.1 port {port} \(MASTER_PORT\): address already in use")
+        first.signal(signal.SIGTERM)
+        assert first.end(8) == 143
 
 
 def test_another_job_on_the_port_is_told_apart_and_not_disturbed(tmp_path: Path) -> None:
