@@ -2,6 +2,7 @@
 
     python entrypoint.py [run] [SCRIPT | -m MODULE] [ARGS...]    train (what `docker compose up` does)
     python entrypoint.py explain [--json]                        what a start would use, and why
+    python entrypoint.py doctor [--alone] [--json]               is this cluster fit to train? on all nodes at once
     python entrypoint.py healthcheck                             waiting, running or stopping; for the engine
 
 Settings come from the environment and from `.env` in the current folder; `.env.example` describes them.
@@ -57,6 +58,13 @@ def explain(arguments: Sequence[str]) -> int:
     return render(settings, probe_for(settings), as_json=as_json)
 
 
+def doctor(arguments: Sequence[str]) -> int:
+    """Checks this node, and all nodes and pairs when they run it too; starts no training."""
+    from app.doctor.command import main as examine
+
+    return examine(arguments, os.environ, env_file())
+
+
 def healthcheck(_arguments: Sequence[str]) -> int:
     """Tells the engine how this node is doing; 0 is healthy."""
     from app.launch.health import healthcheck as report
@@ -68,7 +76,7 @@ def env_file() -> Path:
     return Path(os.environ.get("ENV_FILE") or ".env")
 
 
-COMMANDS: dict[str, Command] = {"run": run, "explain": explain, "healthcheck": healthcheck}
+COMMANDS: dict[str, Command] = {"run": run, "explain": explain, "doctor": doctor, "healthcheck": healthcheck}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
