@@ -3,6 +3,7 @@
     python entrypoint.py [run] [SCRIPT | -m MODULE] [ARGS...]    train (what `docker compose up` does)
     python entrypoint.py explain [--json]                        what a start would use, and why
     python entrypoint.py doctor [--alone] [--json]               is this cluster fit to train? on all nodes at once
+    python entrypoint.py bench [ARGS...]                         what the network gives; on all nodes at once
     python entrypoint.py healthcheck                             waiting, running or stopping; for the engine
 
 Settings come from the environment and from `.env` in the current folder; `.env.example` describes them.
@@ -32,7 +33,20 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Makes this node's plan, prints it in five lines, and takes part in the job until it ends."""
+    """Takes part in the job until it ends; at once where Docker only repeats a start that has its verdict already."""
+    from app.launch.final import read_final, write_final
+
+    if again := read_final():
+        raise UserError(f"not started again: {again.text}", again.code)
+    try:
+        return train(arguments)
+    except UserError as error:
+        write_final(error.code, error.message)
+        raise
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Makes this node's plan, prints it in five lines, and carries it out."""
     from app.launch.errors import refusal
     from app.launch.explain import short
     from app.launch.plan import Plan, make_plan, probe_for
@@ -44,6 +58,8 @@ def run(arguments: Sequence[str]) -> int:
     if not isinstance(plan, Plan):
         raise refusal(plan)
     print(short(plan), flush=True)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     return supervise(plan)
 
 
@@ -65,6 +81,11 @@ def doctor(arguments: Sequence[str]) -> int:
     return examine(arguments, os.environ, env_file())
 
 
+def bench(arguments: Sequence[str]) -> int:
+    """Measures collectives and pairs of nodes, in place of the training script."""
+    return run(["-m", "app.bench", *arguments])
+
+
 def healthcheck(_arguments: Sequence[str]) -> int:
     """Tells the engine how this node is doing; 0 is healthy."""
     from app.launch.health import healthcheck as report
@@ -76,7 +97,13 @@ def env_file() -> Path:
     return Path(os.environ.get("ENV_FILE") or ".env")
 
 
-COMMANDS: dict[str, Command] = {"run": run, "explain": explain, "doctor": doctor, "healthcheck": healthcheck}
+COMMANDS: dict[str, Command] = {
+    "run": run,
+    "explain": explain,
+    "doctor": doctor,
+    "bench": bench,
+    "healthcheck": healthcheck,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

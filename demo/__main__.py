@@ -98,7 +98,7 @@ def compose_node(rank: int, run_name: str) -> Node:
             "trainer",
             "trainer",
         ],
-        environment={**job(rank, run_name), "RUNS": str(folder)},
+        environment={**job(rank, run_name), "RUNS": str(folder), "RUNS_ROOT": ""},
         cleanup=[*compose, "down", "--timeout", "60"],
     )
 

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from app.bench.collectives import Ranks, synchronize
+from app.bench.collectives import Ranks, agreed, synchronize
 from app.bench.figures import PairSpeed
 from app.bench.verdict import slow_pairs
 
-CHUNK = 1 << 20
-"""Bytes per message; large enough for the bandwidth of any link, small enough for a slow one."""
-TRIAL_SECONDS = 0.15
-TRIALS = 2
+FIRST_MESSAGE, LARGEST_MESSAGE, GROWTH = 1 << 16, 1 << 26, 8
+"""Bytes: messages grow until one takes `LONG_ENOUGH`: fast links are filled, slow ones do not take for ever."""
+LONG_ENOUGH = 0.05
+"""Seconds."""
+REPEATS = 1
 PING_PONGS = 20
-SECOND_LOOKS = 3
+SECOND_LOOKS = 2
 """A busy moment of a machine passes, a slow link stays: a pair that looks slow is measured again, the best counts."""
 SEQUENTIAL_PAIRS = 28
 """Up to 8 nodes one pair after the other, since each then has the network for itself; above that in rounds."""
@@ -38,15 +39,18 @@ def schedule(nodes: int) -> list[list[Pair]]:
     return steps
 
 
-def measure_pairs(ranks: Ranks, leaders: Sequence[int]) -> tuple[PairSpeed, ...]:
+def measure_pairs(ranks: Ranks, leaders: Sequence[int], seconds: float) -> tuple[PairSpeed, ...]:
     """Both directions of every pair of nodes, measured between `leaders`: the first rank of each node.
 
-    All ranks must call it; all return the same.
+    All ranks must call it; all return the same. Doubtful pairs are measured again while `seconds` are not over.
     """
+    until = time.monotonic() + seconds
     best = _measure_steps(ranks, leaders, schedule(len(leaders)))
     for _ in range(SECOND_LOOKS):
         slow = slow_pairs(best.values())
         suspects = sorted({(min(pair.source, pair.target), max(pair.source, pair.target)) for pair in slow})
+        if not suspects or agreed(time.monotonic() - until) > 0:
+            break
         again = _measure_steps(ranks, leaders, [[pair] for pair in suspects])
         best |= {edge: max(best[edge], pair, key=lambda pair: pair.bandwidth) for edge, pair in again.items()}
     return tuple(best[edge] for edge in sorted(best))
@@ -90,26 +94,32 @@ def _latency(ranks: Ranks, peer: int, *, first: bool) -> float:
 
 
 def _rate(ranks: Ranks, peer: int, *, sending: bool) -> float:
-    """Bytes per second to `peer`, the best of some trials; 0 on the receiving side."""
-    best = 0.0
-    repeats = torch.ones(1, device=ranks.device)
-    for _ in range(TRIALS + 1):
-        seconds = _stream(ranks, peer, int(repeats), sending=sending)
-        best = max(best, int(repeats) * CHUNK / seconds)
-        # The first trial is a single message and only tells how many fill the time.
-        if sending:
-            repeats.fill_(max(1, min(256, int(TRIAL_SECONDS * best / CHUNK))))
-        _turn(repeats, peer, sending=sending)
+    """Bytes per second to `peer`, the best of its largest messages; 0 on the receiving side."""
+    best, size, left = 0.0, FIRST_MESSAGE, REPEATS
+    following = torch.zeros(1, device=ranks.device)
+    while size:
+        seconds = _transfer(ranks, peer, size, sending=sending)
+        best = max(best, size / seconds)
+        if seconds < LONG_ENOUGH and size < LARGEST_MESSAGE:
+            size = min(LARGEST_MESSAGE, size * GROWTH)
+        elif left:
+            left -= 1
+        else:
+            size = 0
+        # The sender decides; sizes are powers of two, which a float holds exactly.
+        following.fill_(size)
+        _turn(following, peer, sending=sending)
+        size = int(following)
     return best if sending else 0.0
 
 
-def _stream(ranks: Ranks, peer: int, repeats: int, *, sending: bool) -> float:
-    chunk, receipt = torch.zeros(CHUNK // 4, device=ranks.device), torch.zeros(1, device=ranks.device)
+def _transfer(ranks: Ranks, peer: int, size: int, *, sending: bool) -> float:
+    message, token = torch.zeros(size // 4, device=ranks.device), torch.zeros(1, device=ranks.device)
+    _turn(token, peer, sending=not sending)
     synchronize(ranks.device)
     started = time.perf_counter()
-    for _ in range(repeats):
-        _turn(chunk, peer, sending=sending)
-    _turn(receipt, peer, sending=not sending)
+    _turn(message, peer, sending=sending)
+    _turn(token, peer, sending=not sending)
     synchronize(ranks.device)
     return time.perf_counter() - started
 

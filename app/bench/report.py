@@ -1,4 +1,4 @@
-"""The table for people, and the files: the figures as JSON and the baseline of this cluster."""
+"""The table for people, and the files: the figures as JSON, their picture, the baseline of this cluster."""
 
 import json
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from app.bench.chart import bandwidth_chart
 from app.bench.figures import Findings, readable_rate, readable_size
 from app.bench.verdict import changes, is_good, key_figures, of_link, slow_parts, spread
 
@@ -24,15 +25,18 @@ def keep(findings: Findings, folder: Path) -> tuple[str, ...]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     result, baseline = folder / "result.json", folder / f"baseline-{_cluster(findings)}.json"
-    _write(result, as_json(findings))
+    _write(result, json.dumps(as_json(findings), indent=1) + "\n")
+    if findings.measures:
+        _write(folder / "bandwidth.svg", bandwidth_chart(findings))
+    figures = f"Figures: {result}, bandwidth.svg"
     if baseline.exists():
         before = json.loads(baseline.read_text(encoding="utf-8"))
         changed = changes(findings, before["figures"]) or ("no figure differs by more than a quarter",)
-        return (f"Against the baseline {baseline}:", *(f"  {line}" for line in changed), f"Figures: {result}")
+        return (f"Against the baseline {baseline}:", *(f"  {line}" for line in changed), figures)
     if is_good(findings):
-        _write(baseline, {"schema": SCHEMA, "figures": key_figures(findings)})
-        return (f"Kept as the baseline for later runs: {baseline}", f"Figures: {result}")
-    return (f"Figures: {result} (not kept as a baseline, since something is wrong)",)
+        _write(baseline, json.dumps({"schema": SCHEMA, "figures": key_figures(findings)}, indent=1) + "\n")
+        return (f"Kept as the baseline for later runs: {baseline}", figures)
+    return (f"{figures} (not kept as a baseline, since something is wrong)",)
 
 
 def as_json(findings: Findings) -> dict[str, Any]:
@@ -53,10 +57,10 @@ def _cluster(findings: Findings) -> str:
     return f"{len(findings.nodes)}x{findings.ranks}-{findings.backend}-{findings.device.split()[0]}"
 
 
-def _write(path: Path, value: object) -> None:
+def _write(path: Path, text: str) -> None:
     # Whole or not at all: a reader never sees half a file.
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

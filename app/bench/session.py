@@ -19,6 +19,8 @@ from app.bench.report import keep, render
 
 ARRAYS = 8
 """Arrays of the measured size that one rank may hold at a time, with room to spare."""
+PAIRS_SHARE = 0.4
+"""Of the time: after it no doubtful pair is measured again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,7 @@ def run(*, seconds: float, smallest: int, largest: int) -> int:
     until = time.monotonic() + seconds
     seats = _seats(backend, ranks)
     leaders = sorted((seat for seat in seats if seat.local_rank == 0), key=lambda seat: seat.node)
-    pairs = measure_pairs(ranks, [seat.rank for seat in leaders])
+    pairs = measure_pairs(ranks, [seat.rank for seat in leaders], seconds * PAIRS_SHARE)
     sizes = sizes_between(smallest, min(largest, *(seat.largest for seat in seats)))
     measures, unsupported, cut_short = measure_all(ranks, sizes, until - time.monotonic())
     findings = Findings(

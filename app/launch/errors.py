@@ -31,3 +31,8 @@ def refusal(problems: tuple[Problem, ...]) -> UserError:
     if len(sentences) == 1:
         return UserError(sentences[0])
     return UserError("\n".join([f"{len(sentences)} settings are wrong:", *(f"  - {text}" for text in sentences)]))
+
+
+def printable(text: str) -> str:
+    """`text` with line ends and control characters spelt out, so that a value cannot look like a message of ours."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -57,7 +57,7 @@ def short(plan: Plan) -> str:
             f"run {plan.run_name}: node {plan.node_rank} of {len(plan.nodes)}, {plan.address} ({rank.source})",
             f"network: {plan.interface}, {transport}",
             f"workers: {plan.nproc} of {plan.world_size} on {devices}, {plan.backend}",
-            f"script: {' '.join(plan.command)}, in {plan.run_dir}",
+            f"script: {found['TRAIN_SCRIPT'].value}, in {found['RUN_DIR'].value}",
             f"store: {plan.master_addr} port {plan.master_port}; {warnings}`explain` tells the reasons",
         ]
     )

@@ -6,6 +6,7 @@ seconds and finds it; a start by a person comes later, or in a new container, an
 
 import contextlib
 import json
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ class Ending:
     text: str
 
 
-def read_final(folder: Path, root: Path = Path("/")) -> Ending | None:
+def read_final(root: Path = Path("/")) -> Ending | None:
     """How this very container ended a moment ago, if it did; else forgets what an earlier run left. Never raises."""
-    path = _marker(folder, root)
+    path = _marker(root)
     if path is None:
         return None
     try:
@@ -34,23 +35,27 @@ def read_final(folder: Path, root: Path = Path("/")) -> Ending | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if fresh:
-        write_final(folder, ending.code, ending.text, root)
+        write_final(ending.code, ending.text, root)
         return ending
     with contextlib.suppress(OSError):
         path.unlink()
     return None
 
 
-def write_final(folder: Path, code: int, text: str, root: Path = Path("/")) -> None:
+def write_final(code: int, text: str, root: Path = Path("/")) -> None:
     """Leaves the marker, inside a container only; best effort."""
-    path = _marker(folder, root)
+    path = _marker(root)
     if path is not None:
         with contextlib.suppress(OSError):
             path.write_text(json.dumps({"code": code, "text": text, "time": time.time()}))
 
 
-def _marker(folder: Path, root: Path) -> Path | None:
-    """Docker mounts the container's own hostname file from a folder named after its id."""
+def _marker(root: Path) -> Path | None:
+    """Docker mounts the container's own hostname file from a folder named after its id.
+
+    The folder of the marker is not taken from the plan: wrong settings are a verdict, too, and leave no plan.
+    """
+    folder = Path(os.environ.get("RUNS_ROOT") or "runs")
     with contextlib.suppress(OSError):
         found = re.search(r"/containers/([0-9a-f]{64})/", (root / "proc/self/mountinfo").read_text())
         return folder / f".final-{found[1][:16]}" if found else None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from app.launch.envfile import Value
-from app.launch.errors import Problem
+from app.launch.errors import Problem, printable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,9 @@ class Ledger:
 
     def decide(self, name: str, value: object, source: str, reason: str, rejected: tuple[str, ...] = ()) -> None:
         self.decisions.append(
-            Decision(name=name, value=str(value), source=source, reason=reason, rejected=rejected),
+            Decision(
+                name=name, value=printable(str(value)), source=source, reason=printable(reason), rejected=rejected
+            ),
         )
 
     def take(self, name: str, value: Value, reason: str) -> None:
@@ -46,7 +48,7 @@ class Ledger:
 
 def shown(name: str, value: Value) -> str:
     """`NODE_RANK=3 (.env:2)`: how every message names a value."""
-    return f"{name}={value.text} ({value.source})"
+    return f"{name}={printable(value.text)} ({value.source})"
 
 
 def count(number: int, noun: str, plural: str = "") -> str:

@@ -78,11 +78,11 @@ def _warn_first_address(nic: Nic, own: Own, ledger: Ledger) -> None:
         )
 
 
-def speed_of(nic: Nic, host: Host) -> int | None:
-    """Mb/s of an interface, through VLANs and bonds to the cards below."""
-    if nic.speed is not None or not nic.lower:
+def speed_of(nic: Nic, host: Host, depth: int = 3) -> int | None:
+    """Mb/s of an interface, through VLANs and bonds to the cards below: at most `depth` levels."""
+    if nic.speed is not None or depth == 0:
         return nic.speed
-    below = [speed_of(each, host) or 0 for each in host.nics if each.name in nic.lower and each.name != nic.name]
+    below = [speed_of(each, host, depth - 1) or 0 for each in host.nics if each.name in nic.lower]
     return sum(below) or None
 
 

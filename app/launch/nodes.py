@@ -2,6 +2,7 @@
 
 from app.launch.addresses import canonical, family, is_loopback, parse
 from app.launch.envfile import Value
+from app.launch.errors import printable
 from app.launch.host import Host
 from app.launch.ledger import Ledger, shown
 from app.launch.local import listing, local_addresses, own_towards
@@ -47,7 +48,7 @@ def _check_entries(names: tuple[str, ...], written: Value, host: Host, ledger: L
         if wrong is None and key in seen:
             wrong = f"is listed twice, as node {seen[key]} and node {index}: list each node once"
         if wrong is not None:
-            ledger.refuse("NODES", f"{shown('NODES', written)}: {name} {wrong}.")
+            ledger.refuse("NODES", f"{shown('NODES', written)}: {printable(name)} {wrong}.")
         seen.setdefault(key, index)
 
 

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.launch.errors import printable
 from app.launch.host import Host
 from app.launch.ledger import Ledger, shown
 from app.launch.settings import Settings
@@ -74,7 +75,8 @@ def _check_command(command: tuple[str, ...], source: str, host: Host, ledger: Le
     where = "in the container; ./workspace of this folder is mounted at /workspace" if host.container else "here"
     ledger.refuse(
         "TRAIN_SCRIPT",
-        f"TRAIN_SCRIPT={script} ({source}): there is no such file {where}. Correct the path, or write -m for a module.",
+        f"TRAIN_SCRIPT={printable(script)} ({source}): there is no such file {where}. Correct the path, "
+        "or write -m for a module.",
     )
 
 

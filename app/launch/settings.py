@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.launch.envfile import Value, merge, read_env_file
-from app.launch.errors import Problem
+from app.launch.errors import Problem, printable
 
 Check = Callable[[str], str | None]
 """What is wrong with a text, as the end of a sentence that starts with `NAME=value (source)`; None if it is right."""
@@ -120,6 +120,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="SHM_SIZE", scope="compose"),
     Setting(name="RESTART", scope="compose"),
     Setting(name="STOP_GRACE_PERIOD", scope="compose"),
+    Setting(name="TENSORBOARD_PORT", scope="compose"),
 )
 BY_NAME: Mapping[str, Setting] = {setting.name: setting for setting in TABLE}
 
@@ -188,6 +189,6 @@ def _wrong_values(values: Mapping[str, Value]) -> list[Problem]:
         value = values.get(setting.name)
         wrong = None if value is None else setting.check(value.text)
         if value is not None and wrong is not None:
-            message = f"{setting.name}={value.text} ({value.source}) {wrong}"
+            message = f"{setting.name}={printable(value.text)} ({value.source}) {wrong}"
             problems.append(Problem(setting=setting.name, message=message))
     return problems

@@ -11,7 +11,7 @@ from pathlib import Path
 from app.launch import torchrun
 from app.launch.errors import UserError
 from app.launch.exitcodes import ExitCode
-from app.launch.final import read_final, write_final
+from app.launch.final import write_final
 from app.launch.gang.facts import gather
 from app.launch.gang.hub import Hub
 from app.launch.gang.member import Member, Place, Surroundings
@@ -28,10 +28,6 @@ def supervise(plan: Plan) -> int:
     """Brings this node into the gang, runs torchrun round by round, and returns the exit code (`ExitCode`).
 
     Raises UserError where a file or folder of the settings cannot be used."""
-    folder = plan.run_dir.parent
-    if again := read_final(folder):
-        say(f"not started again: {again.text}")
-        return again.code
     token = read_token(plan)
     make_folders(plan)
     torchrun.adopt_orphans()
@@ -40,7 +36,7 @@ def supervise(plan: Plan) -> int:
     if verdict.code == ExitCode.STOPPED:
         return int(verdict.code) if own_stop else plan.stopped_exit_code
     if verdict.code != ExitCode.DONE:
-        write_final(folder, int(verdict.code), verdict.text)
+        write_final(int(verdict.code), verdict.text)
     return int(verdict.code)
 
 
@@ -135,12 +131,10 @@ async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:
         return None
     try:
         return await asyncio.start_server(
-            hub.serve, plan.nodes[0], plan.control_port, limit=MAX_LINE, backlog=2 * len(plan.nodes) + 64
+            hub.serve, plan.address, plan.control_port, limit=MAX_LINE, backlog=2 * len(plan.nodes) + 64
         )
     except OSError as error:
-        say(
-            f"node 0 cannot listen on {plan.nodes[0]} port {plan.control_port}: {os.strerror(error.errno or 0).lower()}"
-        )
+        say(f"node 0 cannot listen on {plan.address} port {plan.control_port}: {os.strerror(error.errno or 0).lower()}")
         return None
 
 

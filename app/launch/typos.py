@@ -39,4 +39,4 @@ def _meant(name: str, known: Iterable[str]) -> str | None:
 
 def _same_start(name: str, known: str) -> bool:
     # Most of an environment is other programs': a cheap look first keeps difflib to the few that could be meant.
-    return abs(len(name) - len(known)) <= 2 and name[0] == known[0]
+    return abs(len(name) - len(known)) <= 3 and name[0] == known[0]

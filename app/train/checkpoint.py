@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.utils._pytree import tree_leaves, tree_leaves_with_path
 
-from app.train.ranks import agree, gathered
+from app.train.ranks import agree, first_line, gathered
 from app.train.settings import UserError
 
 State = dict[str, Any]
@@ -245,5 +245,4 @@ def _lack_of_space(folder: Path, state: State) -> str:
 def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first_line}"
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -4,13 +4,11 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from math import ceil, cos, inf, isfinite, pi
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -19,25 +17,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 from app.train.checkpoint import Checkpoints, State
 from app.train.data import Corpus, held_out_batch, load_corpus, training_batch
-from app.train.metrics import Clock, Journal, SlowRanks, Summary, Window, peak_flops, summarize
+from app.train.metrics import Clock, SlowRanks, Summary, Window, open_journal, peak_flops, summarize
 from app.train.model import GPT, generate
 from app.train.picture import loss_picture
-from app.train.ranks import Place, StopRequest, agree, connect, gathered
+from app.train.ranks import Place, StopRequest, agree, connect, first_line, gathered, leave, lost_contact
 from app.train.settings import Settings, UserError, refuse
 
 PROFILED_STEPS = 3
 
 
 @record
-def main(settings: Settings) -> int:
-    """Trains, and returns the exit code: 0 finished, 1 failed, 2 wrong settings, 128 + n stopped by signal n."""
+def main(settings: Settings) -> NoReturn:
+    """Trains, and ends the process: 0 finished, 1 failed, 2 wrong settings, 128 + n stopped by signal n."""
+    run = None
     try:
-        return Run(settings, connect(settings)).train()
+        run = Run(settings, connect(settings))
+        code = run.train()
     except UserError as error:
-        return refuse(error)
+        code = refuse(error)
     except FloatingPointError as error:
         say(str(error))
-        return 1
+        code = 1
+    # Here, where `run` still holds the model.
+    leave(code)
 
 
 class Run:
@@ -53,11 +55,10 @@ class Run:
         say(str(place))
         self.names: list[str] = gathered(f"rank {place.rank} on {place.node}")
         self.corpus = _agreed_corpus(settings, place)
-        self.run_dir = Path(settings.run_dir)
         self.checkpoints = Checkpoints(
             settings.checkpoints, keep=settings.keep, sharded=settings.sharding == "fsdp", say=say
         )
-        self.journal = Journal(self.run_dir, say)
+        self.journal = open_journal(settings.run_dir, say)
         self.clock, self.slow = Clock(place.device), SlowRanks()
 
         torch.manual_seed(settings.seed)
@@ -71,15 +72,33 @@ class Run:
         self.model = _parallel(self.net, settings, place, self.clock, bf16=self.bf16)
         self.optimizer = _adamw(self.net, settings)
         self.parameters = [weight for weight in self.net.parameters() if weight.requires_grad]
+        self.profiler: torch.profiler.profile | None = None
         self.step = self.position = 0
         self._resume()
 
     def train(self) -> int:
-        """Steps until the end, a signal, or a loss that is no number."""
+        """Steps until the end, a signal, or the loss of another rank; returns the exit code.
+
+        Raises:
+            FloatingPointError: a loss or a gradient norm is no number.
+        """
+        try:
+            return self._train()
+        except RuntimeError as error:
+            if not lost_contact(error):
+                raise
+            say(
+                f"{self.names[self.place.rank]} has lost another rank at step {self.step}: {first_line(error)}. "
+                f"Newest complete checkpoint: {self.checkpoints.newest()}"
+            )
+            return 1
+
+    def _train(self) -> int:
         settings, stop = self.settings, StopRequest()
         self.window = Window()
         number = 0
         while self.step < settings.steps and not number:
+            self._profile()
             self._step()
             number = stop.agreed()
             last = number or self.step == settings.steps
@@ -104,8 +123,8 @@ class Run:
 
         begin, loss = self.clock.mark(), torch.zeros((), device=place.device)
         tokens = settings.batch * settings.context
-        # Our DDP hook sums gradients, FSDP2 averages them; either way the mean over all tokens is exact.
-        scale = (place.world if settings.sharding == "fsdp" else 1) / tokens
+        # DDP and FSDP2 average the gradients of the ranks: so scaled, uneven shares give the mean of all tokens.
+        scale = place.world / tokens
         for number, piece in enumerate(pieces, start=1):
             with _synchronized(self.model, number == len(pieces)), self._autocast():
                 part = self.model(piece[:, :-1], piece[:, 1:])
@@ -182,6 +201,18 @@ class Run:
         for sentence in self.slow.update(summary.shares, self.names):
             say(sentence)
 
+    def _profile(self) -> None:
+        """Traces three steps of every rank, on request."""
+        first = self.settings.profile
+        if first and self.step + 1 == first:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        if self.profiler and self.step + 1 == first + PROFILED_STEPS:
+            self.profiler.stop()
+            self.journal.path.parent.mkdir(exist_ok=True)
+            self.profiler.export_chrome_trace(str(self.journal.path.with_name(f"trace-rank-{self.place.rank}.json")))
+            self.profiler = None
+
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Mean loss of held-out text, every rank its share."""
@@ -233,7 +264,6 @@ class Run:
             self._sample()
             self._draw()
             self._say_once(f"finished {self.settings.steps} steps; metrics: {self.journal.path}")
-        dist.destroy_process_group()
         return 128 + number if number else int(not saved)
 
     def _sample(self) -> None:
@@ -313,21 +343,16 @@ def _parallel(net: GPT, settings: Settings, place: Place, clock: Clock, *, bf16:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(net, mesh=mesh, mp_policy=policy)
         return net
-    model = DistributedDataParallel(
+    # The first parameter gets its gradient last.
+    next(net.parameters()).register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]  # torch has no types there
+        lambda _: clock.gradients_are_there()
+    )
+    return DistributedDataParallel(
         net,
         device_ids=[place.local_rank] if place.device.type == "cuda" else None,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
     )
-    model.register_comm_hook(clock, _sum_gradients)
-    return model
-
-
-def _sum_gradients(clock: Clock, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """All-reduces without the average of DDP's own reduction; the last bucket to come tells when the rank was ready."""
-    clock.ready = clock.mark()
-    future: torch.futures.Future[list[Tensor]] = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])
 
 
 def _synchronized(model: nn.Module, last: bool) -> AbstractContextManager[None]:

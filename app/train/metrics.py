@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import statistics
 import time
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from app.train.ranks import agree
 
 SLOW = 1.25
 """A rank is slow when its own work takes so many times that of the median rank."""
@@ -51,6 +54,10 @@ class Clock:
         event = torch.Event(self.device, enable_timing=True)
         event.record()
         return event
+
+    def gradients_are_there(self) -> None:
+        """Called by the backward pass."""
+        self.ready = self.mark()
 
     def seconds(self, begin: Mark, end: Mark) -> float:
         """Seconds between two marks that the device has passed."""
@@ -129,9 +136,10 @@ class Journal:
     """Writes metrics.jsonl and TensorBoard events into the run folder. A full disk costs the records, not the run."""
 
     def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
+        """Only rank 0 writes."""
         self.path, self.say, self.failed = run_dir / "metrics.jsonl", say, False
         self.board: Any = None
-        if importlib.util.find_spec("tensorboard"):
+        if dist.get_rank() == 0 and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(run_dir / "tensorboard"))
@@ -166,6 +174,23 @@ class Journal:
             except (ValueError, KeyError, TypeError):
                 continue
         return merged
+
+
+def open_journal(run_dir: str, say: Callable[[str], None]) -> Journal:
+    """The journal of a run, on all ranks.
+
+    Raises:
+        UserError: rank 0 cannot write there.
+    """
+    folder, problem = Path(run_dir), ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if dist.get_rank() == 0:
+            (folder / "metrics.jsonl").touch()
+    except OSError as error:
+        problem = f"RUN_DIR={folder} cannot be written: {error.strerror} (user id {os.getuid()})."
+    agree(problem)
+    return Journal(folder, say)
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -9,9 +9,8 @@ LEFT, RIGHT, TOP, BOTTOM = 60, 700, 20, 360
 """The frame within the picture, in pixels."""
 PALETTE = bytes.fromhex("ffffffd8d8d81f5fbfd03030202020")
 WHITE, GRID, TRAINING, HELD_OUT, INK = range(5)
-FONT = dict(
-    zip("0123456789.", "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717 00002".split(), strict=True)
-)
+GLYPHS = ["75557", "26227", "71747", "71717", "55711", "74717", "74757", "71111", "75757", "75717", "00002"]
+FONT = dict(zip("0123456789.", GLYPHS, strict=True))
 """Rows of three pixels, one octal digit each."""
 
 

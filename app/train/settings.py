@@ -64,7 +64,7 @@ class Settings:
     precision: str = _setting("auto", "auto is bf16 where the GPU has it", choices=("auto", "fp32", "bf16"))
     compile: bool = _setting(False, "compile the model with torch.compile")
     device: str = _setting("auto", "auto is cuda where there is a GPU", choices=("auto", "cpu", "cuda"))
-    profile: int = _setting(0, "first of three steps to profile into RUN_DIR/profile; 0 for none")
+    profile: int = _setting(0, "first of three steps to trace into RUN_DIR/trace-rank-*.json; 0 for none")
     timeout: int = _setting(600, "seconds after which a collective that does not end is an error")
     data: str = _setting(
         "", "text or .bin token file, or a folder of them; empty is Python's own source", variable="DATA"

@@ -5,10 +5,12 @@ import json
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from app.bench.__main__ import main, options, size
+from app.bench.chart import BOTTOM, LEFT, RIGHT, TOP, bandwidth_chart
 from app.bench.figures import Findings, Link, Measure, PairSpeed, readable_rate, readable_size
 from app.bench.link import read_link
 from app.bench.report import as_json, keep, render
@@ -169,6 +171,24 @@ def test_the_json_carries_both_bandwidths_and_the_verdict() -> None:
     assert found["good"] is False
     assert len(found["slow"]) == 1
     assert json.loads(json.dumps(found))["pairs"][0]["source"] == 0
+
+
+def test_the_picture_has_a_curve_per_collective_within_its_frame_and_the_link_as_a_line() -> None:
+    measures = [
+        measure(name, 1e-4 + size / 1e9, size=size)
+        for name in ("all_reduce", "broadcast")
+        for size in (1 << 10, 1 << 20)
+    ]
+    picture = ElementTree.fromstring(bandwidth_chart(findings(*measures)))  # noqa: S314 (our own text, not a stranger's)
+    space = "{http://www.w3.org/2000/svg}"
+    curves = [curve.attrib["points"].split() for curve in picture.iter(f"{space}polyline")]
+    assert [len(curve) for curve in curves] == [2, 2]
+    for x, y in (map(float, point.split(",")) for curve in curves for point in curve):
+        assert LEFT <= x <= RIGHT
+        assert TOP <= y <= BOTTOM
+    words = [text.text or "" for text in picture.iter(f"{space}text")]
+    assert {"link 1.25 GB/s", "1 KiB", "1 MiB"} <= set(words)
+    assert any(word.startswith("broadcast 0.") for word in words)
 
 
 def made_up_sys(root: Path, files: dict[str, str]) -> Path:

@@ -54,13 +54,14 @@ class Hub:
         self.failures = 0
         self.seats: dict[int, Seat] = {}
         self._ranks: dict[Wire, int] = {}
-        self._uneven = False
+        self._uneven = self._attending = False
         self._guests: list[Wire] = []
         self._inbox: asyncio.Queue[tuple[Wire, Hello | Message | str]] = asyncio.Queue(maxsize=1000)
         self._absent: dict[int, str] = {}
         self._said = (0.0, "")
         self._looked = 0.0
         self._grumbled = 0.0
+        self._cause = ""
         self._callers: dict[str, int] = {}
         self._verdict: Verdict | None = None
 
@@ -102,7 +103,7 @@ class Hub:
             raise WireError(f"it belongs to another job, run {run!r}")
         wire.give_up_after(self.plan.heartbeat_timeout)
         # A node with a longer list must get a seat, or its list could not be shown next to ours.
-        return read_hello(message, wire, max(self.nnodes, integer(message, "nnodes", 1, 1 << 20)))
+        return read_hello(message, wire.peer, max(self.nnodes, integer(message, "nnodes", 1, 1 << 20)))
 
     async def preside(self) -> Verdict:
         """Leads the job to its end; returns the verdict that every node was told."""
@@ -166,7 +167,8 @@ class Hub:
             self._tell(f"going on without {self._list(missing)} (MIN_NODES={self.plan.min_nodes})")
             return
         if self.round:
-            raise Final(ExitCode.LOST, f"not back within {waited:.0f} s (REJOIN_TIMEOUT): {self._list(missing)}")
+            told = f"not back within {waited:.0f} s (REJOIN_TIMEOUT): {self._list(missing)}"
+            raise Final(ExitCode.LOST, f"{self._cause}; {told}" if self._cause else told)
         raise Final(
             ExitCode.UNREACHABLE,
             f"not here within {waited:.0f} s (START_TIMEOUT): {self._list(missing)}. Start torchrun-compose there; if "
@@ -219,6 +221,8 @@ class Hub:
             hello = dataclasses.replace(hello, facts=reference)
         if taken:
             taken.wire.close()
+        if self._attending:
+            wire.send("news", text=f"round {self.round} is running without this node; it joins the next one")
         self._ranks[wire] = hello.rank
         self.seats[hello.rank] = Seat(wire, hello, now, hello.ports, hello.progress)
         return True
@@ -281,6 +285,7 @@ class Hub:
             patience=self.plan.heartbeat_timeout + 10,
             halt=lambda why, grace, reason: self._tell(reason, "halt", why=why, grace=math.ceil(grace)),
         )
+        self._attending = True
         while current.running:
             event = await self._hear(current.limit)
             if event:
@@ -289,6 +294,7 @@ class Hub:
                 for rank in current.running & self.seats.keys():
                     self._unseat(self.seats[rank].wire)
                 current.give_up(time.monotonic())
+        self._attending = False
         if any(rank in self.seats and self.seats[rank].progress != before[rank] for rank in ranks):
             self.failures = 0
         return current.result()
@@ -297,6 +303,7 @@ class Hub:
         """Another round after a pause, or Final."""
         self.failures += 1
         told, most = account(troubles), self.plan.max_restarts
+        self._cause = told
         if self.failures > most:
             tries = f". {self.failures} failures in a row without a new checkpoint (MAX_RESTARTS={most})"
             raise Final(first_cause(troubles).code, told + tries * (most > 0))

@@ -295,7 +295,8 @@ class Member:
         return [{**told, "halted": halted}]
 
     def _end(self, *, gently: bool, grace: float) -> None:
-        if self._engine:
+        # Once: a second SIGTERM would cut torchrun's own orderly end short.
+        if self._engine and self._halted == float("inf"):
             self._halted = min(self._halted, time.monotonic())
             self._killed = min(self._killed, self._halted + grace)
             self.around.state("stopping", self._round)

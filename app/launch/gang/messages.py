@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from app.launch.gang.wire import Message, Wire, WireError, integer, items, text
+from app.launch.gang.wire import Message, WireError, integer, items, text
 
 Say = Callable[[str], None]
 """Prints one message on this node's terminal."""
@@ -56,14 +56,14 @@ class Event:
     """Peers that could not be reached: (rank, port, why)."""
 
 
-def read_hello(message: Message, wire: Wire, nnodes: int) -> Hello:
-    """Raises WireError."""
+def read_hello(message: Message, address: str, nnodes: int) -> Hello:
+    """Raises WireError. `address` is where the message came from."""
     told = message.get("facts")
     if not isinstance(told, dict) or len(told) > 100:
         raise WireError("facts is not an object of at most 100 entries")
     return Hello(
         rank=integer(message, "rank", 0, nnodes - 1),
-        address=wire.peer,
+        address=address,
         host=text(message, "host", 120),
         life=text(message, "life", 64),
         ports=read_ports(message),

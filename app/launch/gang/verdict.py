@@ -67,23 +67,26 @@ def account(troubles: Sequence[Trouble]) -> str:
     followers = sorted({one.node for one in troubles} - {cause.node})
     more = f" and {len(followers) - 4} more" if len(followers) > 4 else ""
     also = f" ({', '.join(followers[:4])}{more} ended because of it)" if followers else ""
-    return f"{cause.node}: {cause.what}{when}{also}"
+    return f"{cause.node} {cause.what}{when}{also}"
 
 
 def worker_trouble(node: str, report: Report, seen: float) -> Trouble:
     """What a node's report means for the search of the first cause."""
     code, who = report.exitcode, f"rank {report.rank}" if report.rank >= 0 else "torchrun"
-    if code < 0:
-        name = Signals(-code).name if -code in {*Signals} else f"signal {-code}"
-        what = f"{who} was ended by {name}" + " (out of memory, or killed by hand)" * (-code == SIGKILL)
+    known = Signals(-code).name if -code in {*Signals} else f"signal {-code}"
+    how = known if code < 0 else f"exit code {code}"
+    if report.text:
+        # An exception comes first, whatever the interpreter died of on its way out (gloo's threads: SIGABRT).
+        what = f"- {who} failed with {report.text} ({how})"
     else:
-        what = f"{who} failed with exit code {code}" + (f": {report.text}" if report.text else "")
+        what = f"- {who} was ended by {how}" if code < 0 else f"- {who} ended with {how}"
+        what += " (out of memory, or killed by hand)" * (code == -SIGKILL)
     silent_end = not report.text and code in {-SIGTERM, -SIGKILL, 1, 128 + SIGTERM}
     return Trouble(
         node=node,
         what=what,
         seen=seen,
         clock=float(report.time),
-        sudden=code < 0 and not report.halted,
+        sudden=code < 0 and not report.text and not report.halted,
         cascade=bool(CASCADE.search(report.text)) or (report.halted and silent_end),
     )

@@ -1,0 +1,276 @@
+"""Two and three real launchers with real torchrun and gloo on this machine: they start, fail, restart and stop as one.
+
+Only real processes show that nothing is left running, and only several launchers show that all say the same.
+"""
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.native.launchers import ALL_REDUCE, Launcher, nodes
+
+FOREVER = "100000"
+
+FAILS_ONCE = """
+import os, signal, sys, time, torch, torch.distributed as dist
+from pathlib import Path
+dist.init_process_group("gloo")
+marks = Path(os.environ["CHECKPOINT_DIR"])
+marks.mkdir(parents=True, exist_ok=True)
+for step in range(30):
+    dist.all_reduce(torch.ones(1))
+    time.sleep(0.02)
+    if step == 10 and dist.get_rank() == 1 and not list(marks.iterdir()):
+        (marks / "step_10").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+print("trained", flush=True)
+"""
+
+ALWAYS_FAILS = """
+import os, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+for step in range(100):
+    dist.all_reduce(torch.ones(1))
+    if step == 5 and dist.get_rank() == 1:
+        raise ValueError("bad batch")
+"""
+
+SAVES_WHEN_STOPPED = """
+import os, signal, sys, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+for step in range(100000):
+    stop = torch.tensor(float(bool(stopped)))
+    dist.all_reduce(stop)
+    if step == 3:
+        print("trains", flush=True)
+    if stop.item():
+        print("saved", flush=True)
+        sys.exit(143)
+    time.sleep(0.02)
+"""
+
+
+def ends(launchers: list[Launcher], seconds: float = 40) -> list[int]:
+    return [launcher.end(seconds) for launcher in launchers]
+
+
+def test_two_nodes_started_apart_train_with_ranks_in_list_order_and_both_end_with_0(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, ALL_REDUCE, NPROC_PER_NODE="2") as job:
+        second = job.start(1, "10")
+        second.wait_for(r"waiting \d+ s for node 0, 127\.0\.0\.1 port \d+: connection refused \(until")
+        first = job.start(0, "10")
+        assert ends([first, second]) == [0, 0]
+    places = [found for one in (first, second) for found in sorted(one.text.splitlines()) if "trains: rank" in found]
+    expected = [f"rank {rank} of 4, place [{rank // 2}, {rank % 2}, 2]" for rank in range(4)]
+    assert [place.partition("trains: ")[2].partition(", pid")[0] for place in places] == expected
+    assert "done: all workers of 2 nodes ended well" in first.said
+    assert "done: all workers of 2 nodes ended well" in second.said
+
+
+def test_the_exception_of_one_worker_is_the_last_line_on_both_nodes(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, ALWAYS_FAILS, MAX_RESTARTS="0") as job:
+        launchers = job.start_all()
+        assert ends(launchers) == [5, 5]
+    told = {launcher.said[-1] for launcher in launchers}
+    assert len(told) == 1
+    assert told.pop().startswith("node 1 (127.0.0.2) - rank 1 failed with ValueError: bad batch (")
+    traceback = launchers[1].text
+    assert traceback.index('raise ValueError("bad batch")') < traceback.index("rank 1 failed with ValueError")
+    assert "ChildFailedError" not in traceback
+
+
+def test_three_failures_in_a_row_end_the_job_and_say_that_there_was_no_progress(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, ALWAYS_FAILS, MAX_RESTARTS="2") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 60) == [5, 5]
+    for launcher in launchers:
+        assert "3 failures in a row without a new checkpoint (MAX_RESTARTS=2)" in launcher.said[-1]
+        assert sum("All nodes start again in" in line for line in launcher.said) == 2
+
+
+def test_a_killed_worker_is_named_with_its_signal_and_the_next_round_trains_to_the_end(tmp_path: Path) -> None:
+    shared = str(tmp_path / "checkpoints")
+    with nodes(tmp_path, 2, FAILS_ONCE, MAX_RESTARTS="1", CHECKPOINT_DIR=shared) as job:
+        launchers = job.start_all()
+        assert ends(launchers) == [0, 0]
+    for launcher in launchers:
+        told = next(line for line in launcher.said if "All nodes start again" in line)
+        assert told.startswith("node 1 (127.0.0.2) - rank 1 was ended by SIGKILL")
+        assert "trained" in launcher.text
+
+
+def test_a_killed_torchrun_takes_its_workers_with_it_and_is_named_within_two_seconds(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, ALL_REDUCE, MAX_RESTARTS="0") as job:
+        first, second = job.start_all(FOREVER)
+        second.wait_for("trains: rank 1")
+        workers = second.workers()
+        assert workers
+        killed = time.monotonic()
+        second.agents()[0].kill()
+        assert ends([first, second]) == [5, 5]
+        assert first.when("ending the workers of this node") - killed < 2
+        gone, alive = psutil.wait_procs(workers, 2)
+        assert gone
+        assert not alive
+    assert first.said[-1] == second.said[-1]
+    assert first.said[-1].startswith("node 1 (127.0.0.2) - torchrun was ended by SIGKILL")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_launcher_leaves_no_orphan_and_rejoins_when_it_is_started_again(tmp_path: Path, victim: int) -> None:
+    with nodes(tmp_path, 2, ALL_REDUCE) as job:
+        launchers = job.start_all(FOREVER)
+        dead, survivor = launchers[victim], launchers[1 - victim]
+        survivor.wait_for("trains: rank")
+        workers = [*dead.agents(), *dead.workers()]
+        killed = time.monotonic()
+        dead.signal(signal.SIGKILL)
+        survivor.wait_for(rf"node {victim} \(127.0.0.{victim + 1}\) was lost")
+        assert survivor.when("was lost") - killed < 2
+        assert not psutil.wait_procs(workers, 5)[1]
+        again = job.start(victim, FOREVER)
+        again.wait_for(r"round 2: node rank \d of 2")
+        again.wait_for("trains: rank")
+        again.signal(signal.SIGTERM)
+        assert ends([again, survivor]) == [143, 143]
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stop_on_one_node_lets_the_scripts_of_all_nodes_save_and_ends_all_as_stopped(
+    tmp_path: Path, stopped: int
+) -> None:
+    with nodes(tmp_path, 2, SAVES_WHEN_STOPPED, STOPPED_EXIT_CODE="0") as job:
+        launchers = job.start_all()
+        launchers[1].wait_for("trains")
+        launchers[stopped].signal(signal.SIGTERM)
+        codes = ends(launchers)
+    assert codes[stopped] == 143
+    assert codes[1 - stopped] == 0, "its engine must not start it again"
+    for launcher in launchers:
+        assert "saved" in launcher.text
+        assert launcher.said[-1] == f"stopped on node {stopped} (127.0.0.{stopped + 1}) before the training was done"
+
+
+def test_a_second_interrupt_ends_a_stubborn_script_at_once_and_the_other_node_stops_too(tmp_path: Path) -> None:
+    stubborn = ALL_REDUCE.replace(
+        "import os,", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\nimport os,"
+    )
+    with nodes(tmp_path, 2, stubborn, STOP_GRACE="3") as job:
+        first, second = job.start_all(FOREVER)
+        second.wait_for("trains: rank 1")
+        second.signal(signal.SIGINT)
+        first.wait_for("stopped on node 1")
+        second.signal(signal.SIGINT)
+        asked = time.monotonic()
+        assert second.end() == 143
+        assert time.monotonic() - asked < 2
+        assert first.end() == 143
+
+
+def test_a_stop_while_waiting_for_a_node_ends_those_that_wait(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3, ALL_REDUCE) as job:
+        first, second = job.start(0, "10"), job.start(1, "10")
+        for launcher in (first, second):
+            launcher.wait_for(r"waiting \d+ s for node 2 \(127\.0\.0\.3\): connection refused.*2 of 3 nodes are here")
+        second.signal(signal.SIGTERM)
+        assert ends([first, second]) == [143, 143]
+
+
+def test_a_stop_while_the_gang_restarts_ends_all(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, ALL_REDUCE) as job:
+        first, second = job.start_all(FOREVER)
+        first.wait_for("trains: rank 0")
+        second.signal(signal.SIGKILL)
+        first.wait_for(r"waiting \d+ s for node 1")
+        first.signal(signal.SIGTERM)
+        assert first.end() == 143
+
+
+def test_a_node_that_never_comes_is_named_when_the_start_timeout_is_over(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, ALL_REDUCE, START_TIMEOUT="3") as job:
+        first = job.start(0, "10")
+        assert first.end() == 3
+    assert "not here within 3 s (START_TIMEOUT): node 1 (127.0.0.2): connection refused" in first.said[-1]
+
+
+def test_a_lost_node_that_does_not_come_back_is_named_with_what_happened(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, ALL_REDUCE, REJOIN_TIMEOUT="3") as job:
+        first, second = job.start_all(FOREVER)
+        first.wait_for("trains: rank 0")
+        second.signal(signal.SIGKILL)
+        assert first.end() == 6
+    assert first.said[-1].startswith("node 1 (127.0.0.2) was lost: its connection closed")
+    assert "not back within 3 s (REJOIN_TIMEOUT)" in first.said[-1]
+
+
+def test_with_min_nodes_the_job_goes_on_without_a_lost_node_and_takes_it_back_in_the_next_round(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3, ALL_REDUCE, MIN_NODES="2", REJOIN_TIMEOUT="3") as job:
+        launchers = job.start_all(FOREVER)
+        launchers[0].wait_for("trains: rank 0 of 3")
+        launchers[1].signal(signal.SIGKILL)
+        launchers[2].wait_for("going on without node 1")
+        launchers[2].wait_for(r"trains: rank 1 of 2, place \[1, 0, 1\]")
+        back = job.start(1, FOREVER)
+        back.wait_for("round 2 is running without this node; it joins the next one")
+        launchers[2].workers()[0].kill()
+        back.wait_for("trains: rank 1 of 3")
+        back.signal(signal.SIGTERM)
+        assert ends([launchers[0], launchers[2], back]) == [143, 143, 143]
+
+
+def test_two_nodes_with_one_rank_are_both_named_at_once(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3, ALL_REDUCE) as job:
+        first, second = job.start(0, "10"), job.start(1, "10")
+        first.wait_for(r"waiting \d+ s")
+        twin = job.start(2, "10", NODE_RANK="1")
+        assert ends([first, second, twin]) == [4, 4, 4]
+    assert first.said[-1] == second.said[-1] == twin.said[-1]
+    assert "two nodes say they are node 1: 127.0.0." in first.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "row"),
+    [
+        ("NPROC_PER_NODE", "2", r"NPROC_PER_NODE +1 \(node 0\) +2 \(node 1\)"),
+        ("NODES", "127.0.0.1,127.0.0.2,127.0.0.3", r"NNODES +2 \(node 0\) +3 \(node 1\)"),
+    ],
+)
+def test_a_setting_that_differs_is_refused_with_a_table(tmp_path: Path, setting: str, value: str, row: str) -> None:
+    with nodes(tmp_path, 2, ALL_REDUCE) as job:
+        launchers = [job.start(0, "10"), job.start(1, "10", **{setting: value})]
+        assert ends(launchers) == [4, 4]
+    for launcher in launchers:
+        launcher.wait_for("the nodes do not agree; nothing was started")
+        launcher.wait_for(row, 1)
+
+
+def test_another_job_on_the_port_is_told_apart_and_not_disturbed(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, ALL_REDUCE) as job:
+        first = job.start(0, "10")
+        stranger = job.start(1, "10", RUN_NAME="other")
+        assert stranger.end() == 4
+        assert "belongs to another job, run 'default'; this node's is 'other'" in stranger.said[-1]
+        second = job.start(1, "10")
+        assert ends([first, second]) == [0, 0]
+
+
+def test_a_wrong_token_is_refused_before_a_word_and_the_right_one_trains(tmp_path: Path) -> None:
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    right.write_text("0123456789abcdef0123456789abcdef\n")
+    wrong.write_text("fedcba9876543210fedcba9876543210\n")
+    with nodes(tmp_path, 2, ALL_REDUCE, CLUSTER_TOKEN_FILE=str(right)) as job:
+        first = job.start(0, "10")
+        stranger = job.start(1, "10", CLUSTER_TOKEN_FILE=str(wrong))
+        assert stranger.end() == 7
+        assert "CLUSTER_TOKEN_FILE differs from that of node 0" in stranger.said[-1]
+        tokenless = job.start(1, "10", CLUSTER_TOKEN_FILE="")
+        assert tokenless.end() == 7
+        second = job.start(1, "10")
+        assert ends([first, second]) == [0, 0]
+    assert "does not prove the cluster token" in first.text
+    assert "without CLUSTER_TOKEN_FILE" not in first.text

@@ -1,0 +1,118 @@
+"""Copied values, misspelt names, stray PET_*: kept or removed, and always told."""
+
+import pytest
+
+from app.launch.host_rdma import RdmaPort
+from app.launch.hygiene import COSTS, matching
+from app.launch.typos import known_variables, misspelt
+from tests.unit.launch_facts import card, decide, given, machine, planned, warned
+
+HOST = machine(card("eth0", "10.0.0.1/24"))
+HARMFUL = {
+    "NCCL_NET_GDR_LEVEL": "SYS",
+    "NCCL_IB_GID_INDEX": "3",
+    "NCCL_CUMEM_ENABLE": "0",
+    "TORCH_FR_BUFFER_SIZE": "0",
+    "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
+    "NCCL_DEBUG": "TRACE",
+    "NCCL_SOCKET_NTHREADS": "32",
+    "GLOO_DEVICE_TRANSPORT": "IBVERBS",
+}
+HARMLESS = {"NCCL_IB_GID_INDEX": "-1", "NCCL_NET_GDR_LEVEL": "PHB", "NCCL_DEBUG": "INFO", "NCCL_P2P_DISABLE": "0"}
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in COSTS])
+def test_a_harmful_value_is_kept_with_a_warning_that_says_what_it_costs(name: str) -> None:
+    value = HARMFUL.get(name, "1")
+    found = decide(HOST, **{name: value})
+    assert found.plan is not None
+    assert name not in found.plan.env
+    assert name not in found.plan.removed
+    assert any(text.startswith(f"{name}={value} (environment) is kept: ") for text in found.warnings)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_harmless_value_is_not_warned_about(name: str) -> None:
+    assert warned(HOST, **{name: HARMLESS[name]}) == ""
+
+
+def test_every_costly_variable_is_a_known_one() -> None:
+    assert {name for name, _, _ in COSTS} <= known_variables()
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [("^lo,docker", "Gloo knows no ^ and no ="), ("=eth0", "only plain names"), ("eth9", "is no interface here")],
+)
+def test_nccls_syntax_in_gloos_variable_is_told(value: str, why: str) -> None:
+    assert why in warned(HOST, GLOO_SOCKET_IFNAME=value)
+
+
+def test_an_interface_pattern_that_matches_nothing_is_told() -> None:
+    assert "matches no interface here (lo, eth0)" in warned(HOST, NCCL_SOCKET_IFNAME="=eth1")
+    assert warned(HOST, NCCL_SOCKET_IFNAME="^docker") == ""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hits"),
+    [
+        ("eth", ["eth0", "eth10"]),
+        ("=eth0", ["eth0"]),
+        ("^eth", ["ib0"]),
+        ("^=eth0", ["eth10", "ib0"]),
+        ("=eth0:1,ib0:1", ["eth0", "ib0"]),
+        ("x", []),
+    ],
+)
+def test_nccls_lists_are_read_as_nccl_reads_them(pattern: str, hits: list[str]) -> None:
+    assert matching(pattern, ["eth0", "eth10", "ib0"]) == hits
+
+
+def test_an_hca_prefix_that_matches_more_than_it_names_is_told() -> None:
+    ports = tuple(
+        RdmaPort(device=f"mlx5_{index}", port=1, state="DOWN", link_layer="InfiniBand", rate=1) for index in (1, 11)
+    )
+    text = warned(machine(rdma_ports=ports), NCCL_IB_HCA="mlx5_1")
+    assert "also matches mlx5_11. Write NCCL_IB_HCA==mlx5_1 for exactly that." in text
+    assert warned(machine(rdma_ports=ports), NCCL_IB_HCA="=mlx5_1") == ""
+    assert "matches no RDMA device here (mlx5_1, mlx5_11)" in warned(machine(rdma_ports=ports), NCCL_IB_HCA="mlx4")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("NCLL_DEBUG", "NCCL_DEBUG"),
+        ("NODERANK", "NODE_RANK"),
+        ("NCCL_SOCKET_IF_NAME", "NCCL_SOCKET_IFNAME"),
+        ("NPROC_PER_NODES", "NPROC_PER_NODE"),
+        ("MASTER_ADDRESS", "MASTER_ADDR"),
+        ("OMP_NUM_THREAD", "OMP_NUM_THREADS"),
+        ("TORCH_DISTRIBUTED_DEBUGS", "TORCH_DISTRIBUTED_DEBUG"),
+        ("nodes", "NODES"),
+    ],
+)
+def test_a_misspelt_variable_is_told_with_what_was_meant(wrong: str, right: str) -> None:
+    assert warned(HOST, **{wrong: "1"}) == f"{wrong} (environment) is read by nobody. Did you mean {right}?"
+
+
+def test_known_and_foreign_variables_are_not_taken_for_misspelt_ones() -> None:
+    foreign = "PATH HOME LANG NODE_VERSION NV_LIBNCCL_PACKAGE NVIDIA_VISIBLE_DEVICES HOSTNAME TERM NODE_NAME PYTHONPATH"
+    assert misspelt(given(**dict.fromkeys([*foreign.split(), *known_variables()], "1")).values) == []
+
+
+def test_a_typo_is_told_among_the_problems_if_there_are_any() -> None:
+    problems = decide(HOST, NODE_RNAK="1", NNODES="2", MASTER_ADDR="10.0.0.2").problems
+    assert [problem.setting for problem in problems] == ["NODE_RANK", "NODE_RNAK"]
+
+
+def test_stray_torchrun_variables_are_removed_and_named() -> None:
+    found = decide(HOST, PET_NNODES="4", PET_STANDALONE="")
+    assert found.plan is not None
+    assert found.plan.removed == ("PET_NNODES", "PET_STANDALONE")
+    assert found.warnings[0].startswith("PET_NNODES, PET_STANDALONE removed from the environment")
+
+
+def test_empty_variables_of_the_libraries_are_removed() -> None:
+    plan = planned(HOST, NCCL_IB_GID_INDEX="", NCCL_IB_HCA="", NCCL_DEBUG="", HOME="")
+    assert plan.removed == ("NCCL_IB_GID_INDEX", "NCCL_IB_HCA")
+    assert plan.env["NCCL_DEBUG"] == "WARN"

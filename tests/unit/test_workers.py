@@ -1,0 +1,157 @@
+"""How many processes on which device, and which script with which arguments."""
+
+from pathlib import Path
+
+import pytest
+
+from app.launch.host_gpu import Gpu, Gpus
+from app.launch.host_limits import Limits
+from app.launch.plan import draft
+from app.launch.settings import read_settings
+from tests.unit.launch_facts import decide, machine, planned, reason, refused, warned
+
+CPUS = Limits(cpus=8, shm=64 << 30)
+TWO_GPUS = Gpus(visible=(Gpu(index=0), Gpu(index=1)), on_bus=("0000:01:00.0", "0000:02:00.0"), driver="580.1")
+GPU_HOST = machine(gpus=TWO_GPUS, limits=CPUS, packages={"torch": "2.13.0"}, container=True)
+CPU_HOST = machine(limits=CPUS, container=True)
+HIDDEN = machine(limits=CPUS, container=True, gpus=Gpus(on_bus=("0000:01:00.0", "0000:02:00.0")))
+
+
+@pytest.mark.parametrize(
+    ("text", "on_gpus", "on_cpus"),
+    [("auto", (2, "nccl"), (8, "gloo")), ("cpu", (8, "gloo"), (8, "gloo")), ("1", (1, "nccl"), (1, "gloo"))],
+)
+def test_nproc_means_what_torchrun_takes_it_for(text: str, on_gpus: tuple[int, str], on_cpus: tuple[int, str]) -> None:
+    for host, expected in ((GPU_HOST, on_gpus), (CPU_HOST, on_cpus)):
+        plan = planned(host, NPROC_PER_NODE=text)
+        assert (plan.nproc, plan.backend) == expected
+        assert plan.nproc_per_node == str(plan.nproc)
+        assert plan.env["BACKEND"] == plan.backend
+
+
+def test_gpu_asks_for_gpus() -> None:
+    assert planned(GPU_HOST, NPROC_PER_NODE="gpu").nproc == 2
+    assert "but no GPU is here" in refused(CPU_HOST, NPROC_PER_NODE="gpu")
+
+
+def test_more_processes_than_gpus_are_refused_for_nccl_only() -> None:
+    assert "but this node has 2 usable GPUs" in refused(GPU_HOST, NPROC_PER_NODE="3")
+    assert planned(GPU_HOST, NPROC_PER_NODE="3", BACKEND="gloo").nproc == 3
+
+
+@pytest.mark.parametrize(("mask", "count"), [("1", 1), ("0,1", 2), ("1,7,0", 1), ("GPU-aa,MIG-bb", 2), ("-1", 0)])
+def test_cuda_visible_devices_limits_the_gpus(mask: str, count: int) -> None:
+    found = decide(GPU_HOST, CUDA_VISIBLE_DEVICES=mask)
+    assert next(each.value for each in found.decisions if each.name == "GPUs") == str(count)
+
+
+def test_nccl_without_gpus_or_cuda_is_refused() -> None:
+    assert "there is no GPU here" in refused(CPU_HOST, BACKEND="nccl")
+    cpu_build = machine(gpus=TWO_GPUS, limits=CPUS, packages={"torch": "2.13.0+cpu"})
+    assert "is built without CUDA" in refused(cpu_build, BACKEND="nccl")
+    assert planned(cpu_build).backend == "gloo"
+    assert "training runs on the CPU" in warned(cpu_build)
+
+
+def test_gpus_that_the_container_was_not_given_are_an_error_that_says_which_word_to_set() -> None:
+    assert refused(HIDDEN) == (
+        "HARDWARE is not set, and this machine has 2 NVIDIA GPUs that the container was not given. Set HARDWARE=nvidia "
+        "in .env (or HARDWARE=cpu to train without them)."
+    )
+    assert planned(HIDDEN, HARDWARE="cpu").backend == "gloo"
+
+
+def test_a_bare_machine_without_a_driver_is_only_warned() -> None:
+    host = machine(limits=CPUS, gpus=Gpus(on_bus=("0000:01:00.0",)))
+    assert "has 1 NVIDIA GPU, but no driver offers them" in warned(host)
+
+
+def test_hardware_that_promises_gpus_where_none_are_is_refused() -> None:
+    assert "but no GPU is here" in refused(CPU_HOST, HARDWARE="nvidia")
+    assert planned(CPU_HOST, HARDWARE="nvidia", BACKEND="gloo").backend == "gloo"
+
+
+@pytest.mark.parametrize(("nproc", "threads"), [("1", "8"), ("2", "4"), ("3", "2"), ("16", "1")])
+def test_threads_are_the_cpus_shared_by_the_processes(nproc: str, threads: str) -> None:
+    assert planned(CPU_HOST, NPROC_PER_NODE=nproc).env["OMP_NUM_THREADS"] == threads
+
+
+def command(*argv: str, **environ: str) -> tuple[str, ...]:
+    settings = read_settings(environ, None, argv)
+    plan = draft(settings, machine(files={"train.py": "abc"})).plan
+    assert plan is not None
+    return plan.command
+
+
+def test_the_script_comes_from_arguments_then_settings_then_this_project() -> None:
+    assert command() == ("-m", "app.train")
+    assert command(TRAIN_ARGS="--name 'a b'") == ("-m", "app.train", "--name", "a b")
+    assert command(TRAIN_SCRIPT="train.py", TRAIN_ARGS="--lr 1") == ("train.py", "--lr", "1")
+    assert command("train.py", "--x", TRAIN_SCRIPT="-m mine", TRAIN_ARGS="--lr 1") == ("train.py", "--x")
+    assert command("-m", "pkg.mod", "1") == ("-m", "pkg.mod", "1")
+    assert command("--steps", "9", TRAIN_SCRIPT="train.py", TRAIN_ARGS="--lr 1") == ("train.py", "--steps", "9")
+
+
+def test_only_this_projects_modules_change_the_python_path() -> None:
+    assert planned(CPU_HOST).env["PYTHONPATH"] == str(CPU_HOST.project)
+    assert planned(CPU_HOST, PYTHONPATH="/mine").env["PYTHONPATH"] == f"{CPU_HOST.project}:/mine"
+    assert "PYTHONPATH" not in planned(CPU_HOST, TRAIN_SCRIPT="-m mine").env
+
+
+def test_a_missing_script_is_refused_and_a_module_is_not_looked_for() -> None:
+    host = machine(files={"/workspace/no.py": None})
+    assert "there is no such file here" in refused(host, TRAIN_SCRIPT="/workspace/no.py")
+    assert planned(host, TRAIN_SCRIPT="-m no.such.module").command == ("-m", "no.such.module")
+    assert "names no script" in refused(host, TRAIN_SCRIPT="-m")
+
+
+def test_the_scripts_content_must_be_equal_on_all_nodes() -> None:
+    plan = planned(machine(files={"train.py": "abc"}), TRAIN_SCRIPT="train.py")
+    assert ("content of train.py", "abc") in plan.equal
+
+
+def test_folders_follow_the_run_unless_they_are_set() -> None:
+    host = machine(cwd=Path("/here"))
+    plan = planned(host, RUN_NAME="r1")
+    assert (plan.run_dir, plan.checkpoint_dir) == (Path("/here/runs/r1"), Path("/here/runs/r1/checkpoints"))
+    assert plan.env["TORCH_FR_DUMP_TEMP_FILE"] == "/here/runs/r1/logs/flight_recorder_rank_"
+    own = planned(host, RUNS_ROOT="/runs", CHECKPOINT_DIR="/nfs/c")
+    assert (own.run_dir, own.env["CHECKPOINT_DIR"]) == (Path("/runs/default"), "/nfs/c")
+
+
+def test_a_token_file_must_be_there_and_readable() -> None:
+    token = {"CLUSTER_TOKEN_FILE": "/t"}
+    assert "there is no such file" in refused(machine(files={"/t": None}), **token)
+    assert "cannot be read by this user" in refused(machine(files={"/t": ""}), **token)
+    assert planned(machine(files={"/t": "abc"}), **token).token_file == Path("/t")
+
+
+def test_ports_follow_master_port_and_must_differ() -> None:
+    plan = planned(CPU_HOST, MASTER_PORT="5000")
+    assert (plan.control_port, plan.env["NCCL_RAS_ADDR"]) == (5001, "localhost:5002")
+    top = planned(CPU_HOST, MASTER_PORT="65535")
+    assert (top.control_port, top.env["NCCL_RAS_ADDR"]) == (65534, "localhost:65533")
+    assert "Give them different ports" in refused(CPU_HOST, MASTER_PORT="5000", CONTROL_PORT="5000")
+    assert planned(CPU_HOST, MASTER_PORT="5000", CONTROL_PORT="5002").env["NCCL_RAS_ADDR"] == "localhost:5003"
+
+
+def test_ports_that_need_root_or_may_be_taken_are_warned_about() -> None:
+    assert "MASTER_PORT=80 needs root" in warned(machine(uid=1000), MASTER_PORT="80", CONTROL_PORT="2000")
+    assert warned(machine(uid=0), MASTER_PORT="80", CONTROL_PORT="2000") == ""
+    assert "hands out by itself" in warned(machine(ephemeral_ports=(32768, 60999)), MASTER_PORT="40000")
+
+
+def test_fewer_nodes_than_min_nodes_are_refused() -> None:
+    assert "but there are 1 nodes" in refused(CPU_HOST, MIN_NODES="2")
+
+
+def test_limits_below_what_the_plan_needs_are_told() -> None:
+    small = machine(gpus=TWO_GPUS, limits=Limits(cpus=8, shm=64 << 20, open_files=1024, memory=1 << 30))
+    text = warned(small)
+    assert "Shared memory (/dev/shm) has 64 MiB, and 2 processes with NCCL want about 2 GiB" in text
+    assert "Only 1024 files" in text
+    assert "The memory limit is 1 GiB for 2 processes" in text
+
+
+def test_a_reason_names_the_driver() -> None:
+    assert reason(decide(GPU_HOST), "GPUs") == "NVIDIA GPU; driver 580.1"
