@@ -1,21 +1,24 @@
 """`doctor`: this node's findings, then those of the whole cluster once the other nodes run it too."""
 
 import argparse
+import asyncio
 import os
 import shutil
+import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 
 from app.doctor.checks import check_node
 from app.doctor.facts import Facts
-from app.doctor.findings import Row
+from app.doctor.findings import Level, Row, red
 from app.doctor.look import look
-from app.doctor.table import exit_code, to_json, to_lines, to_table
+from app.doctor.table import WORDS, exit_code, to_json, to_lines, to_table, verdict
+from app.launch.errors import UserError
 from app.launch.host import probe
 from app.launch.membership import names_to_resolve
-from app.launch.plan import draft
+from app.launch.plan import Plan, draft
 from app.launch.script import files_to_look_at
 from app.launch.settings import Settings, read_settings
 
@@ -23,18 +26,69 @@ from app.launch.settings import Settings, read_settings
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | None) -> int:
     """Prints the table; 0 if nothing is red, 1 if something is, 2 for wrong arguments."""
     wanted = options(arguments)
-    settings = read_settings(environ, env_file)
-    facts = gather_facts(settings)
-    rows = [own_row(facts)]
+    facts = gather_facts(read_settings(environ, env_file))
+    rows: Sequence[Row] = [own_row(facts)]
+    if facts.plan and len(facts.plan.nodes) > 1 and not wanted.alone:
+        rows = with_others(facts, facts.plan, rows[0], wanted.wait)
     print(shown(rows, as_json=wanted.json))
     return exit_code(rows)
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
-    """`json`."""
-    parser = argparse.ArgumentParser(prog="doctor", description="Is this cluster fit to train?")
+    """`alone`, `json` and `wait` (seconds)."""
+    parser = argparse.ArgumentParser(
+        prog="doctor",
+        description="Is this cluster fit to train? Run it on all nodes at once.",
+        epilog="Exit code: 0 when nothing is red, 1 when something is, 2 for wrong arguments.",
+    )
+    parser.add_argument("--alone", action="store_true", help="only what this node knows by itself")
     parser.add_argument("--json", action="store_true", help="findings as JSON on standard output")
+    parser.add_argument("--wait", type=float, default=60.0, help="seconds that the other nodes have to come (60)")
     return parser.parse_args(arguments)
+
+
+def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row]:
+    """The table of all nodes, or of this one with the reason why there is no other."""
+    from app.doctor.attend import Attendant, NobodyError, meet
+    from app.doctor.collective import all_reduce
+    from app.launch.gang.reach import why
+    from app.launch.supervise import read_token, say
+
+    tell_own(own, say)
+    try:
+        token = read_token(plan)
+        attendant = Attendant(facts=facts, plan=plan, token=token, findings=own.findings, say=say, reduce=all_reduce)
+        return asyncio.run(stoppable(meet(attendant, wait)))
+    except UserError as error:
+        return [_with(own, "settings", error.message)]
+    except NobodyError as error:
+        node0 = Row(rank=0, address=plan.nodes[0], findings=(red("met", str(error)),))
+        return [node0, own] if own.rank else [_with(own, "met", str(error))]
+    except OSError as error:
+        where = f"{plan.address} (MASTER_PORT {plan.master_port}, CONTROL_PORT {plan.control_port})"
+        return [_with(own, "ports", f"This node cannot listen on {where}: {why(error)}.")]
+
+
+async def stoppable(work: Coroutine[None, None, Sequence[Row]]) -> Sequence[Row]:
+    """Lets `docker stop` end the work in order: nothing stays behind."""
+    task = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise UserError("stopped", code=128 + signal.SIGTERM) from None
+
+
+def tell_own(own: Row, say: Callable[[str], None]) -> None:
+    """What this node found by itself, at once: the others may take a while."""
+    bad = [each for each in own.findings if each.level in (Level.YELLOW, Level.RED)]
+    for each in bad:
+        say(f"{each.check} {WORDS[each.level]}: {each.sentence}")
+    say(f"this node alone: {verdict([own]).partition(', ')[2]}; meeting the others")
+
+
+def _with(own: Row, check: str, sentence: str) -> Row:
+    return Row(rank=own.rank, address=own.address, findings=(*own.findings, red(check, sentence)))
 
 
 def gather_facts(settings: Settings, root: Path = Path("/")) -> Facts:

@@ -70,6 +70,11 @@ def green(check: str, sentence: str) -> Finding:
     return Finding(check=check, level=Level.GREEN, sentence=sentence)
 
 
+def red(check: str, sentence: str) -> Finding:
+    """For a sentence that holds its cure."""
+    return Finding(check=check, level=Level.RED, sentence=sentence)
+
+
 def skipped(check: str, why: str) -> Finding:
     return Finding(check=check, level=Level.SKIPPED, sentence=why)
 
