@@ -70,13 +70,20 @@ def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row
 
 
 async def stoppable(work: Coroutine[None, None, Sequence[Row]]) -> Sequence[Row]:
-    """Lets `docker stop` end the work in order: nothing stays behind."""
+    """Lets `docker stop` and Ctrl-C end the work in order: nothing stays behind. Raises SystemExit then."""
     task = asyncio.ensure_future(work)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    stops: list[int] = []
+
+    def stop(number: int) -> None:
+        stops.append(number)
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
     try:
         return await task
     except asyncio.CancelledError:
-        raise UserError("stopped", code=128 + signal.SIGTERM) from None
+        raise SystemExit(128 + stops[0] if stops else 1) from None
 
 
 def tell_own(own: Row, say: Callable[[str], None]) -> None:

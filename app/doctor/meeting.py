@@ -307,7 +307,7 @@ class Meeting:
         left = await self._ask_all({rank: self._ask(rank, "leave", {"nonce": nonce}) for rank in sorted(self.seats)})
         wrote = sorted(rank for rank, answer in left.items() if integer(answer, "wrote", 0, 1))
         looked = await self._ask_all(
-            {rank: self._ask(rank, "look", {"nonce": nonce, "upto": max(wrote)}) for rank in wrote if wrote}
+            {rank: self._ask(rank, "look", {"nonce": nonce, "upto": max(wrote)}) for rank in wrote}
         )
         for rank, answer in looked.items():
             seen = frozenset(integer(one, "rank", 0, 1 << 20) for one in items(answer, "seen", 1 << 14))
