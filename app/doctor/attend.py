@@ -166,7 +166,8 @@ class Attendant:
         if kind == "reach":
             return await self._reach(message)
         if kind == "speed":
-            return await asyncio.to_thread(self._speed, _peer(message))
+            calibrate = bool(integer(message, "calibrate", 0, 1))
+            return await asyncio.to_thread(self._speed, _peer(message), calibrate=calibrate)
         if kind == "packets":
             mtu = integer(message, "mtu", 100, 1 << 20)
             outcome = await asyncio.to_thread(meter.full_size, self.plan.address, _peer(message), mtu)
@@ -196,12 +197,15 @@ class Attendant:
         # torchrun's store, and the all-reduce below, need MASTER_PORT for themselves.
         return {"failed": [{"rank": target.rank, "port": target.port, "why": why} for target, why in failed]}
 
-    def _speed(self, peer: meter.Peer) -> Mapping[str, object]:
+    def _speed(self, peer: meter.Peer, *, calibrate: bool) -> Mapping[str, object]:
+        mine = meter.Peer(address=self.plan.address, tcp=self._meter.tcp, udp=self._meter.udp, key=self._meter.key)
         try:
+            own = meter.measure(self.plan.address, mine) if calibrate else None
             found = meter.measure(self.plan.address, peer)
         except (OSError, ValueError) as error:
-            return {"failure": reach.why(error) or type(error).__name__, "rtt": 0, "out": 0, "back": 0}
-        return {"failure": "", "rtt": round(found.rtt * 1e9), "out": round(found.out), "back": round(found.back)}
+            return {"failure": reach.why(error) or type(error).__name__, "rtt": 0, "out": 0, "back": 0, "own": 0}
+        rates = {"out": round(found.out), "back": round(found.back), "own": round(min(own.out, own.back)) if own else 0}
+        return {"failure": "", "rtt": round(found.rtt * 1e9), **rates}
 
     def _nonce_file(self, nonce: str, rank: int) -> Path | None:
         """Where a node with this rank leaves its mark, if its checkpoint folder is this node's too."""

@@ -16,6 +16,8 @@ PROVEN = 5e9
 """Bits per second that one stream of plain sockets reaches on any machine; faster links are `bench`'s business."""
 SLOW_YELLOW, SLOW_RED = 0.6, 0.3
 """Shares of what the link promises, or of PROVEN where it promises more."""
+OF_ITSELF = 0.4
+"""Share of what a machine reaches with itself that it must reach over a fast link: more is a question of its CPUs."""
 UNLIKE = 0.5
 """Where no link tells its rate: share of what the better half of all pairs reaches."""
 FAR = 0.002
@@ -244,7 +246,8 @@ def slowness(measured: Measured, pair: tuple[int, int], speed: Speed) -> Level |
     least = 8 * min(speed.out, speed.back)
     links = [1e6 * measured.nodes[rank].speed for rank in pair if measured.nodes[rank].speed]
     if len(links) == len(pair):
-        share = least / min(*links, PROVEN)
+        within = [OF_ITSELF * 8 * speed.own] if speed.own else []
+        share = least / min(*links, PROVEN, *within)
         return Level.RED if share < SLOW_RED else Level.YELLOW if share < SLOW_YELLOW else None
     rates = sorted(8 * min(each.out, each.back) for each in measured.speeds.values())
     better = rates[len(rates) // 2 :]

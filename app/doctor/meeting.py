@@ -253,7 +253,7 @@ class Meeting:
         for _ in range(SECOND_LOOKS):
             for pair, speed in list(self.measured.speeds.items()):
                 if slowness(self.measured, pair, speed):
-                    await self._speed(*pair)
+                    await self._speed(*pair, calibrate=True)
 
     async def _pair(self, first: int, second: int) -> None:
         cut = {(source, target) for source, target, _ in self.measured.blocked}
@@ -268,22 +268,23 @@ class Meeting:
                 if answer is not None:
                     self.measured.packets[source, target] = text(answer, "outcome", 20)
 
-    async def _speed(self, first: int, second: int) -> None:
+    async def _speed(self, first: int, second: int, *, calibrate: bool = False) -> None:
         if first not in self.seats or second not in self.seats:
             return
-        answer = await self._ask(first, "speed", self.seats[second].meter)
+        answer = await self._ask(first, "speed", {"calibrate": int(calibrate), **self.seats[second].meter})
         if answer is None:
             return
         if why := text(answer, "failure", 200):
             self.measured.unmeasured[first, second] = why
             return
-        rtt, out, back = (integer(answer, name, 0, 1 << 50) for name in ("rtt", "out", "back"))
-        before = self.measured.speeds.get((first, second))
-        speed = Speed(rtt=rtt / 1e9, out=out, back=back)
-        if before is not None:
-            rtt_best = min(before.rtt, speed.rtt)
-            speed = Speed(rtt=rtt_best, out=max(before.out, speed.out), back=max(before.back, speed.back))
-        self.measured.speeds[first, second] = speed
+        rtt, out, back, own = (integer(answer, name, 0, 1 << 50) for name in ("rtt", "out", "back", "own"))
+        before = self.measured.speeds.get((first, second), Speed(rtt=rtt / 1e9, out=0, back=0))
+        self.measured.speeds[first, second] = Speed(
+            rtt=min(before.rtt, rtt / 1e9),
+            out=max(before.out, out),
+            back=max(before.back, back),
+            own=min(own, before.own or own) if own else before.own,
+        )
 
     async def _clocks(self) -> None:
         for rank in sorted(self.seats.keys() - {0}):

@@ -47,6 +47,9 @@ class Speed:
     out: float
     """Bytes per second towards the peer, as the peer received them."""
     back: float
+    own: float = 0.0
+    """What the measuring node reached with itself at the same time; 0 if that was not tried. Less is no fault of the
+    network."""
 
 
 class Meter:

@@ -167,6 +167,13 @@ def test_a_pair_is_judged_by_its_link_and_no_more_is_asked_than_one_stream_gives
     assert (found[0, "speed"].level if found else None) == level
 
 
+@pytest.mark.parametrize(("own", "told"), [(20.0, True), (3.0, False)])
+def test_a_machine_too_busy_to_send_fast_is_no_slow_link(own: float, told: bool) -> None:
+    measured = slow(cluster(2), (0, 1), gigabits=1)
+    measured.speeds[0, 1] = replace(measured.speeds[0, 1], own=own * GBIT)
+    assert ((0, "speed") in bad(judge(measured))) == told
+
+
 def test_links_that_do_not_tell_their_rate_are_compared_with_each_other() -> None:
     assert not bad(judge(slow(cluster(2, speed=0), (0, 1), gigabits=0.01)))
     found = bad(judge(slow(cluster(4, speed=0), (0, 3), (1, 3), (2, 3), gigabits=2)))
