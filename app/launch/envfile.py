@@ -71,7 +71,7 @@ def merge(environ: Mapping[str, str], file: EnvFile) -> dict[str, Value]:
     A value that is equal in both is the file's line, since Compose hands `.env` over as environment. An empty value
     is unset, also when it stands in the environment over a line of the file.
     """
-    merged = {name: value for name, value in file.values.items() if name not in environ}
+    merged = dict(file.values)
     for name, text in environ.items():
         line = file.values.get(name)
         merged[name] = line if line is not None and line.text == text else Value(text=text, source="environment")

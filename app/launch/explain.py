@@ -9,9 +9,9 @@ from dataclasses import asdict
 from typing import TextIO
 
 from app.launch.host import Host
-from app.launch.ledger import Decision, count
 from app.launch.plan import Draft, Plan, draft
-from app.launch.settings import Settings
+from app.launch.plan.ledger import Decision, count
+from app.launch.settings import BY_NAME, Settings
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Node", ("NODES", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CONTROL_PORT")),
@@ -37,7 +37,11 @@ def explain(settings: Settings, host: Host, *, as_json: bool = False, out: TextI
         text = to_table(found, shutil.get_terminal_size().columns, colour="NO_COLOR" not in os.environ)
     else:
         text = to_lines(found)
-    print(text, file=target)
+    try:
+        print(text, file=target, flush=True)
+    except BrokenPipeError:
+        # `explain | head`: the reader has seen enough. Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 2 if found.problems else 0
 
 
@@ -132,7 +136,7 @@ def to_json(found: Draft) -> str:
     plan = None
     if found.plan is not None:
         plan = {name: value for name, value in asdict(found.plan).items() if name not in ("decisions", "warnings")}
-        plan |= {"equal": dict(found.plan.equal), "world_size": found.plan.world_size}
+        plan |= {"env": _public(found.plan), "equal": dict(found.plan.equal), "world_size": found.plan.world_size}
     content = {
         "plan": plan,
         "decisions": [asdict(each) for each in found.decisions],
@@ -140,3 +144,9 @@ def to_json(found: Draft) -> str:
         "problems": [asdict(each) for each in found.problems],
     }
     return json.dumps(content, indent=2, default=str)
+
+
+def _public(plan: Plan) -> dict[str, str]:
+    # Without Docker, lines of .env that we know nothing about are handed on too, and may be secrets.
+    ours = {*BY_NAME, "PYTHONPATH", *(each.name for each in plan.decisions)}
+    return {name: value if name in ours else "(as in .env)" for name, value in plan.env.items()}

@@ -55,10 +55,10 @@ class Run:
         say(str(place))
         self.names: list[str] = gathered(f"rank {place.rank} on {place.node}")
         self.corpus = _agreed_corpus(settings, place)
+        self.journal = open_journal(settings.run_dir, say)
         self.checkpoints = Checkpoints(
             settings.checkpoints, keep=settings.keep, sharded=settings.sharding == "fsdp", say=say
         )
-        self.journal = open_journal(settings.run_dir, say)
         self.clock, self.slow = Clock(place.device), SlowRanks()
 
         torch.manual_seed(settings.seed)

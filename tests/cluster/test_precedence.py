@@ -144,6 +144,13 @@ def test_in_the_container_what_nobody_sets_is_unset_or_the_stacks_default(cluste
     assert {name: seen[name] for name in NAMES if name in seen and name != "HARDWARE"} == COMPOSE_DEFAULTS
 
 
+def test_variables_of_nccl_and_torch_that_have_no_line_here_reach_the_container_from_the_file(
+    cluster2: Cluster,
+) -> None:
+    seen = in_container(cluster2.nodes[0], {"NCCL_IB_TIMEOUT": "23", "TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}, {})
+    assert (seen["NCCL_IB_TIMEOUT"], seen["TORCH_NCCL_TRACE_BUFFER_SIZE"]) == ("23", "7")
+
+
 def test_an_empty_value_in_the_shell_reaches_the_container_as_empty_which_is_unset(cluster2: Cluster) -> None:
     node = cluster2.nodes[0]
     done = node.run("explain", "--json", env={"MAX_RESTARTS": "7"}, exports={"MAX_RESTARTS": ""})

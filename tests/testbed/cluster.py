@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.testbed import network
 from tests.testbed.engine import Engine, remove_cgroups
 from tests.testbed.engines import Tools, find_tools
-from tests.testbed.image import clone_store, ensure_image, store_lock
+from tests.testbed.image import ensure_image, share_images, store_in_use, store_lock
 from tests.testbed.node import Node
 from tests.testbed.shell import BedError, cache_folder, say, try_lock
 
@@ -44,7 +44,7 @@ class Cluster:
         fresh = [self.plug_in(index) for index in range(len(self.nodes), count)]
         for node in fresh:
             with store_lock(self.tools):
-                clone_store(self.tools, node.engine.data)
+                node.engine.layers = share_images(self.tools, node.engine.data)
             node.engine.launch()
             self.nodes.append(node)
         for node in fresh:
@@ -85,7 +85,7 @@ def cluster(nodes: int = 2, *, tools: Tools | None = None) -> Iterator[Cluster]:
     """
     tools = tools or find_tools()
     image = ensure_image(tools)
-    with reserved() as number:
+    with store_in_use(tools), reserved() as number:
         name = f"trc{number}"
         remove(name)
         bed = Cluster(name=name, tools=tools, image=image, number=number)

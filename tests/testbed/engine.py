@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,13 +20,17 @@ from tests.testbed.engines import Tools
 from tests.testbed.shell import BedError, until
 
 READY_SECONDS = 60
-# Runs as the first process of the engine's namespaces; $1 is the engine's folder, the rest is dockerd's command.
-# /etc/hosts is the node's own because Docker copies it into containers with host networking.
+# Runs as the first process of the engine's namespaces; $1 is the engine's folder, $2 its data root, the rest is
+# dockerd's command. /etc/hosts is the node's own because Docker copies it into containers with host networking. Image
+# layers of the store are mounted in, read-only; like all mounts they go with the namespace. The folders above them are
+# made mounts first: dockerd would do so itself, over them.
 PREPARE = """
 set -e
-home=$1; shift
+home=$1; data=$2; shift 2
 mount --bind "$home/hosts" /etc/hosts
 cat "$home/hostname" > /proc/sys/kernel/hostname
+for folder in "$data" "$data/overlay2"; do mount --bind "$folder" "$folder"; done
+while read -r from to; do mount --bind -o ro "$from" "$to"; done < "$home/layers"
 exec docker-init -- "$@"
 """
 
@@ -41,6 +46,8 @@ class Engine:
     data: Path
     netns: str | None
     """Name of the network namespace, None for the machine's own."""
+    layers: Mapping[Path, Path] = field(default_factory=dict)
+    """Folders to mount read-only into the data root: {from: to}. Their paths hold no blanks."""
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     sdk: docker.DockerClient | None = field(default=None, init=False)
 
@@ -64,12 +71,24 @@ class Engine:
 
         The engine dies with the thread that calls this: nothing survives a killed test run.
         """
-        for folder in (self.home / "bin", self.home / "cdi", self.data):
+        for folder in (self.home / "bin", self.home / "cdi", self.data / "overlay2"):
             folder.mkdir(parents=True, exist_ok=True)
-        self.prepare_files()
+        self.write_files()
         enter = ["nsenter", f"--net=/run/netns/{self.netns}"] if self.netns else []
         spaces = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount", "--mount-proc", "--uts"]
-        command = ["setpriv", "--pdeathsig", "KILL", *enter, *spaces, "sh", "-c", PREPARE, "sh", str(self.home)]
+        command = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            *enter,
+            *spaces,
+            "sh",
+            "-c",
+            PREPARE,
+            "sh",
+            str(self.home),
+            str(self.data),
+        ]
         env = self.tools.environment()
         # Stand-ins for hooks of the GPU vendor are found here before any real one.
         env["PATH"] = f"{self.home}/bin:{env['PATH']}"
@@ -78,13 +97,14 @@ class Engine:
                 [*command, *self.dockerd()], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
             )
 
-    def prepare_files(self) -> None:
+    def write_files(self) -> None:
         for name in ("docker.pid", "docker.sock"):
             (self.home / name).unlink(missing_ok=True)
         shutil.rmtree(self.home / "exec", ignore_errors=True)
         for name, default in (("hosts", Path("/etc/hosts")), ("hostname", Path("/proc/sys/kernel/hostname"))):
             if not (self.home / name).exists():
                 (self.home / name).write_text(default.read_text())
+        (self.home / "layers").write_text("".join(f"{source} {to}\n" for source, to in self.layers.items()))
         # Docker 29 keeps images in containerd by default; cloning a data root is written for the graph driver.
         features = {"cdi": True, "containerd-snapshotter": False}
         settings = {"features": features, "cdi-spec-dirs": [str(self.home / "cdi")], "storage-driver": "overlay2"}

@@ -19,9 +19,19 @@ from tests.testbed.shell import BedError, cache_folder, locked, run, say
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 SUITES = {"12": "bookworm", "13": "trixie"}
-ENGINE = ("docker.io", "docker-cli", "docker-compose", "docker-buildx", "containerd", "tini")
-# runc is dynamic, and trixie's wants a newer C library than Debian 12 has: it comes from the machine's own release.
-HELPERS = ("runc", "nftables", "libnftables1", "libnftnl11", "libmnl0", "libjansson4", "libxtables12", "debootstrap")
+ENGINE = ("docker.io", "docker-cli", "docker-compose", "docker-buildx", "containerd")
+# runc is dynamic, and trixie's wants a newer C library than Debian 12 has: such come from the machine's own release.
+HELPERS = (
+    "runc",
+    "tini",
+    "nftables",
+    "libnftables1",
+    "libnftnl11",
+    "libmnl0",
+    "libjansson4",
+    "libxtables12",
+    "debootstrap",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,18 +72,20 @@ class Tools:
         return [program], env
 
 
-def find_tools(*, fetch_engine: bool = False, suite: str = "trixie") -> Tools:
-    """The machine's own engine if it is complete, else Debian's from `suite`.
+def find_tools() -> Tools:
+    """The machine's own engine if it is complete, else Debian 13's.
 
+    TESTBED_SUITE=sid takes Debian's newest instead: another generation of Docker and of Compose.
     Raises BedError with a sentence when no engine can be had.
     """
+    suite = os.environ.get("TESTBED_SUITE", "")
     if os.geteuid() != 0:
         raise BedError("the testbed needs root (network namespaces, Docker engines): run it with sudo")
-    own = None if fetch_engine else installed_tools()
+    own = None if suite else installed_tools()
     if own is not None:
         return own
     with locked(cache_folder() / "packages.lock", what="the package cache"):
-        return fetched_tools(suite)
+        return fetched_tools(suite or "trixie")
 
 
 def installed_tools() -> Tools | None:

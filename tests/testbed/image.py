@@ -1,8 +1,9 @@
-"""Build the project's image once with an engine of its own, and hand it to the nodes' engines without copying it."""
+"""Build the project's image once with an engine of its own, and share it with the nodes' engines."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -12,10 +13,9 @@ from pathlib import Path
 from tests.testbed.base import base_image
 from tests.testbed.engine import Engine, remove_cgroups
 from tests.testbed.engines import Tools
-from tests.testbed.shell import PROJECT, cache_folder, locked, run, say
+from tests.testbed.shell import PROJECT, cache_folder, locked, run, say, try_lock
 
 IMAGE = "torchrun-compose:cpu"
-BUILDER = "trc-builder"
 # What the Dockerfile copies: an edit of anything else needs no build.
 INPUTS = ("Dockerfile", ".dockerignore", "entrypoint.py", "app", "requirements")
 
@@ -23,16 +23,17 @@ INPUTS = ("Dockerfile", ".dockerignore", "entrypoint.py", "app", "requirements")
 @contextlib.contextmanager
 def builder(tools: Tools) -> Iterator[Engine]:
     """A running engine in the machine's own network whose image store and build cache last."""
-    home = Path("/run") / BUILDER
+    name = f"trc-{store(tools).name}"
+    home = Path("/run") / name
     shutil.rmtree(home, ignore_errors=True)
-    engine = Engine(name=BUILDER, tools=tools, home=home, data=store(tools), netns=None)
+    engine = Engine(name=name, tools=tools, home=home, data=store(tools), netns=None)
     engine.launch()
     try:
         engine.ready()
         yield engine
     finally:
         engine.stop()
-        remove_cgroups(BUILDER)
+        remove_cgroups(name)
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -44,6 +45,14 @@ def store(tools: Tools) -> Path:
 @contextlib.contextmanager
 def store_lock(tools: Tools) -> Iterator[None]:
     with locked(store(tools).with_suffix(".lock"), what="the image store"):
+        yield
+
+
+@contextlib.contextmanager
+def store_in_use(tools: Tools) -> Iterator[None]:
+    """No layer of the store is removed while any testbed holds this."""
+    with (store(tools).with_suffix(".use")).open("w") as users:
+        fcntl.flock(users.fileno(), fcntl.LOCK_SH)
         yield
 
 
@@ -68,7 +77,10 @@ def build(engine: Engine, *, progress: str = "quiet", project: Path = PROJECT) -
     command += [f"--build-arg=BASE_IMAGE={base}", *(f"--build-arg={name}={os.environ[name]}" for name in proxies)]
     command += [f"--build-context=wheels={wheelhouse()}", str(project)]
     output = run(command, env=engine.environment, timeout=1800)
-    run(["docker", "image", "prune", "--force"], env=engine.environment)
+    with (store(engine.tools).with_suffix(".use")).open("w") as users:
+        # Layers of earlier builds may be mounted in another testbed; then the next build removes them.
+        if try_lock(users.fileno()):
+            run(["docker", "image", "prune", "--force"], env=engine.environment)
     return output
 
 
@@ -91,14 +103,25 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def clone_store(tools: Tools, data: Path) -> None:
-    """Give an engine that does not run yet all images of the store, as hard links: faster than a save and load.
+def share_images(tools: Tools, data: Path) -> dict[Path, Path]:
+    """Give an engine that does not run yet all images of the store without copying a layer.
 
-    Engines never write into an image's layers, they only remove them; a removed link leaves the store's as it is.
+    Returns the layers' folders that the engine has to mount: {in the store: in its data root}. Both stay in the names
+    and places of Docker's overlay2 driver, which are the same since 2017.
     """
     source = store(tools)
-    layers = [path.read_text() for path in source.glob("image/overlay2/layerdb/sha256/*/cache-id")]
-    (data / "overlay2").mkdir(parents=True)
+    data.mkdir(parents=True)
     run(["cp", "-a", source / "image", data / "image"])
+    (data / "overlay2").mkdir()
     run(["cp", "-a", source / "overlay2" / "l", data / "overlay2" / "l"])
-    run(["cp", "-al", *(source / "overlay2" / layer for layer in layers), data / "overlay2"])
+    mounts = {}
+    for identity in source.glob("image/overlay2/layerdb/sha256/*/cache-id"):
+        layer, own = source / "overlay2" / identity.read_text(), data / "overlay2" / identity.read_text()
+        for folder in ("diff", "work"):
+            (own / folder).mkdir(parents=True)
+        # Small files beside the layer's content, which the engine writes anew when a container uses the layer.
+        for file in layer.iterdir():
+            if file.is_file():
+                shutil.copy(file, own)
+        mounts[layer / "diff"] = own / "diff"
+    return mounts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.testbed.engines import Tools
@@ -48,9 +49,23 @@ def block(tools: Tools, netns: str, *, ports: tuple[int, ...], reject: bool) -> 
     in_namespace(tools, netns, " ; ".join(rules))
 
 
+def translate(tools: Tools, netns: str, interface: str, addresses: Mapping[str, str]) -> None:
+    """Reach others, and itself, under addresses that no machine owns: {listed: real}."""
+    rules = [
+        "add table ip testbed",
+        "add chain ip testbed output { type nat hook output priority -100 ; }",
+        *(f"add rule ip testbed output ip daddr {listed} dnat to {real}" for listed, real in addresses.items()),
+    ]
+    in_namespace(tools, netns, " ; ".join(rules))
+    for listed in addresses:
+        run(["ip", "-n", netns, "route", "replace", listed, "dev", interface])
+
+
 def unblock(tools: Tools, netns: str) -> None:
-    """Remove all that `block` added."""
-    in_namespace(tools, netns, "add table inet testbed ; delete table inet testbed")
+    """Remove all that `block` and `translate` added, routes apart."""
+    in_namespace(
+        tools, netns, "; ".join(f"add table {kind} testbed; delete table {kind} testbed" for kind in ("inet", "ip"))
+    )
 
 
 def in_namespace(tools: Tools, netns: str, rules: str) -> None:

@@ -80,6 +80,10 @@ class Node:
     ) -> Finished:
         """`docker compose run --rm OPTIONS trainer WORDS`; its exit code and all it said."""
         stack = self.stack(env, exports=exports, files=files, project=f"{PROJECT_NAME}-run")
+        return self.run_in(stack, *words, options=options, timeout=timeout)
+
+    def run_in(self, stack: Stack, *words: str, options: tuple[str, ...] = (), timeout: float = 120) -> Finished:
+        """The same in a checkout that `stack` has laid out."""
         command = stack.command("run", "--rm", "--no-TTY", *options, SERVICE, *words)
         try:
             done = subprocess.run(
@@ -116,6 +120,10 @@ class Node:
     def block(self, *ports: int, reject: bool = False) -> None:
         """Firewall TCP ports against the other nodes: silence, or a refusal with `reject`."""
         network.block(self.engine.tools, self.name, ports=ports, reject=reject)
+
+    def translate(self, addresses: Mapping[str, str]) -> None:
+        """Have this node reach nodes under other addresses, {listed: real}, as behind address translation."""
+        network.translate(self.engine.tools, self.name, self.interface, addresses)
 
     def slow(self, rate: str) -> None:
         """Limit the node's link, such as 10mbit."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import signal
+import tarfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -140,11 +142,22 @@ class Stack:
 
     def read(self, path: str) -> bytes:
         """A file of the container, also after its end. Raises BedError if it is not there."""
-        copy = self.folder / "copied"
-        run(["docker", "cp", f"{self.container().id}:{path}", copy], env=self.environment, cwd=self.folder)
-        content = copy.read_bytes()
-        copy.unlink()
-        return content
+        return self.archive(path)[""]
+
+    def list(self, path: str) -> tuple[str, ...]:
+        """Names of the files below a folder of the container, also after its end."""
+        return tuple(sorted(name for name in self.archive(path) if name))
+
+    def archive(self, path: str) -> dict[str, bytes]:
+        """Contents of a file ("") or of all files below a folder by their names in it."""
+        try:
+            chunks, _ = self.container().get_archive(path)
+        except NotFound:
+            raise BedError(f"{self.engine.name} has no {path} in its container") from None
+        with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
+            files = {item.name: archive.extractfile(item) for item in archive if item.isfile()}
+            # The archive's first part is the last part of the path.
+            return {name.partition("/")[2]: file.read() for name, file in files.items() if file}
 
     def remove(self) -> None:
         """Remove the stack with its volumes."""

@@ -1,8 +1,8 @@
 """Small hosts and settings for the tests of single decisions."""
 
-from app.launch.addresses import canonical
 from app.launch.host import Host
-from app.launch.host_net import Address, Nic
+from app.launch.host.addresses import canonical
+from app.launch.host.nics import Address, Nic
 from app.launch.plan import Draft, Plan, draft
 from app.launch.settings import Settings, read_settings
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from app.launch.addresses import canonical, parse
-from app.launch.files import natural, number, pci_path
 from app.launch.host import probe
-from app.launch.host_gpu import nvml_facts, read_gpus
-from app.launch.host_limits import read_limits
-from app.launch.host_net import read_nics, read_routes, routed_by
-from app.launch.resolve import resolve_names
-from tests.machines.tree import Tree, finish, gpu, nic
+from app.launch.host.addresses import canonical, parse
+from app.launch.host.files import natural, number, pci_path
+from app.launch.host.gpus import nvml_facts, read_gpus
+from app.launch.host.limits import read_limits
+from app.launch.host.names import resolve_names
+from app.launch.host.nics import read_nics, read_routes, routed_by
+from app.launch.host.rdma import read_rdma_ports
+from tests.machines.tree import Tree, finish, gpu, hca, nic, roce_gids
 
 
 def test_this_machine_is_read_as_it_is() -> None:
@@ -158,6 +159,22 @@ def test_gpus_on_the_bus_that_were_not_passed_in_are_seen(tmp_path: Path) -> Non
     assert found.driver == "580.82.07"
 
 
+def test_only_the_slots_in_use_of_a_gid_table_are_read(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    gids = roce_gids("a288:c2ff:fe3b:506a", "10.200.1.10", "ens10np0")
+    hca(tree, "mlx5_6", "pci0000:15/0000:15:01.0/0000:16:00.0", layer="Ethernet", gids=gids, number=6)
+    (port,) = read_rdma_ports(tmp_path)
+    assert [(gid.index, gid.kind, gid.ipv4) for gid in port.gids] == [
+        (0, "IB/RoCE v1", None),
+        (1, "RoCE v2", None),
+        (2, "IB/RoCE v1", "10.200.1.10"),
+        (3, "RoCE v2", "10.200.1.10"),
+    ]
+    assert (port.name, port.state, port.rate, port.uverbs) == ("mlx5_6:1", "ACTIVE", 400.0, "uverbs6")
+    assert port.openable
+    assert port.netdevs == ("ens10np0",)
+
+
 class FakeNvml:
     """Stands for libnvidia-ml, which needs a GPU's driver."""
 
@@ -196,12 +213,12 @@ def test_waiting_for_a_name_is_bounded_and_told(
 ) -> None:
     import threading
 
-    from app.launch import resolve
+    from app.launch.host import names
 
     never = threading.Event()
-    monkeypatch.setattr(resolve, "SILENCE", 0.01)
-    monkeypatch.setattr(resolve, "DEADLINE", 0.05)
-    monkeypatch.setattr(resolve, "_lookup", lambda _name, _answers: never.wait(30))
+    monkeypatch.setattr(names, "SILENCE", 0.01)
+    monkeypatch.setattr(names, "DEADLINE", 0.05)
+    monkeypatch.setattr(names, "_lookup", lambda _name, _answers: never.wait(30))
     found = resolve_names(["slow"])
     never.set()
     assert found["slow"].failure == "no answer from the name server within 0 s"

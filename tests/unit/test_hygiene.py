@@ -2,9 +2,9 @@
 
 import pytest
 
-from app.launch.host_rdma import RdmaPort
-from app.launch.hygiene import COSTS, matching
-from app.launch.typos import known_variables, misspelt
+from app.launch.host.rdma import RdmaPort
+from app.launch.plan.hygiene import COSTS, matching
+from app.launch.plan.typos import known_variables, misspelt
 from tests.unit.launch_facts import card, decide, given, machine, planned, warned
 
 HOST = machine(card("eth0", "10.0.0.1/24"))

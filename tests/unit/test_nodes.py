@@ -4,9 +4,9 @@ from ipaddress import ip_network
 
 import pytest
 
-from app.launch.host_net import Route
-from app.launch.resolve import Answer
-from app.launch.schedulers import expand_nodelist
+from app.launch.host.names import Answer
+from app.launch.host.nics import Route
+from app.launch.plan.schedulers import expand_nodelist
 from tests.unit.launch_facts import DOCKER, LOOPBACK, card, decide, machine, planned, reason, refused, warned
 
 FABRIC = card("ens1", "10.0.0.2/24")
@@ -93,6 +93,17 @@ def test_an_unresolvable_name_is_refused_with_what_the_resolver_said() -> None:
     )
 
 
+def test_two_names_of_one_machine_are_refused() -> None:
+    host = machine(FABRIC, answers=named(a=("10.0.0.1",), b=("10.0.0.1",)))
+    assert "a and b are both 10.0.0.1" in refused(host, NODES="a,10.0.0.2,b")
+
+
+def test_an_ipoib_interface_is_found_like_any_other() -> None:
+    plan = planned(machine(MANAGEMENT, card("ib0", "10.5.0.2/24", kind="infiniband")), NODES="10.5.0.1,10.5.0.2")
+    assert plan.env["NCCL_SOCKET_IFNAME"] == "=ib0"
+    assert plan.env["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
 def test_the_own_name_that_means_127_0_1_1_gets_the_address_towards_the_others() -> None:
     host = machine(MANAGEMENT, FABRIC, answers=named(a=("10.0.0.1",), me=("127.0.1.1",)))
     found = decide(host, NODES="a,me")
@@ -164,6 +175,12 @@ def test_nothing_set_is_one_node_that_uses_no_network() -> None:
     assert planned(HOST, NNODES="1", NODE_RANK="0").nodes == ("127.0.0.1",)
 
 
+@pytest.mark.parametrize("master", ["localhost", "127.0.0.1", "10.0.0.2"])
+def test_a_left_over_master_addr_of_this_machine_is_still_one_node(master: str) -> None:
+    host = machine(FABRIC, answers=named(localhost=("127.0.0.1",)))
+    assert planned(host, MASTER_ADDR=master).nodes == ("127.0.0.1",)
+
+
 def test_one_listed_node_uses_its_own_interface() -> None:
     assert planned(HOST, NODES="10.0.0.2").interface == "ens1"
 
@@ -189,6 +206,7 @@ def test_classic_nodes_on_one_machine_get_an_address_each() -> None:
     [
         ({"NNODES": "2"}, "NODE_RANK and MASTER_ADDR are not set"),
         ({"NNODES": "2", "NODE_RANK": "1"}, "MASTER_ADDR is not set"),
+        ({"MASTER_ADDR": "10.0.0.1"}, "but NNODES and NODE_RANK are not set"),
         ({"NODE_RANK": "1"}, "NNODES and MASTER_ADDR are not set"),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.1"}, "ranks run from 0 to 1"),
         (

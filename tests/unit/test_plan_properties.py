@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from app.launch.explain import short, to_json, to_lines, to_table
 from app.launch.host import Host
-from app.launch.host_gpu import Gpu, Gpus
-from app.launch.host_limits import Limits
-from app.launch.host_net import Address, Nic
-from app.launch.host_rdma import Gid, RdmaPort, RdmaSoftware
+from app.launch.host.gpus import Gpu, Gpus
+from app.launch.host.limits import Limits
+from app.launch.host.names import Answer
+from app.launch.host.nics import Address, Nic
+from app.launch.host.rdma import Gid, RdmaPort, RdmaSoftware
 from app.launch.plan import Plan, draft, make_plan, probe_for
-from app.launch.resolve import Answer
 from app.launch.settings import TABLE, read_settings
 from tests.unit.launch_facts import card, machine
 

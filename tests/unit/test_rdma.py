@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from app.launch.gid import picked
 from app.launch.host import Host
-from app.launch.host_gpu import Gpu, Gpus
-from app.launch.host_limits import Limits
-from app.launch.host_net import Nic
-from app.launch.host_rdma import Gid, RdmaPort, RdmaSoftware
-from app.launch.rdma import choose
+from app.launch.host.gpus import Gpu, Gpus
+from app.launch.host.limits import Limits
+from app.launch.host.nics import Nic
+from app.launch.host.rdma import Gid, RdmaPort, RdmaSoftware
+from app.launch.plan.gid import picked
+from app.launch.plan.rdma import choose
 from tests.machines.tree import mapped
 from tests.unit.launch_facts import card, decide, machine, planned, reason, refused, warned
 
@@ -177,3 +177,11 @@ def test_twin_ports_with_different_mtu_are_told() -> None:
     one = replace(NIC, pci=twin, mtu=9000)
     other = replace(card("ens2", "10.0.1.2/24"), pci=(*twin[:2], "0000:41:00.1"), mtu=1500)
     assert "ens1 has MTU 9000, its twin ens2 has 1500" in warned(machine(one, other), NODES=NODES)
+
+
+def test_two_cards_in_one_subnet_that_answer_for_each_other_are_told() -> None:
+    other = card("ens2", "10.0.0.102/24")
+    assert "ens1 and ens2 are both in 10.0.0.0/24" in warned(machine(NIC, other), NODES=NODES)
+    assert warned(machine(NIC, replace(other, arp_ignore=1)), NODES=NODES) == ""
+    assert warned(machine(NIC, replace(other, up=False)), NODES=NODES) == ""
+    assert warned(machine(NIC, card("ens2", "10.0.1.102/24")), NODES=NODES) == ""

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from app.launch.host_gpu import Gpu, Gpus
-from app.launch.host_limits import Limits
+from app.launch.host.gpus import Gpu, Gpus
+from app.launch.host.limits import Limits
 from app.launch.plan import draft
 from app.launch.settings import read_settings
 from tests.unit.launch_facts import decide, machine, planned, reason, refused, warned

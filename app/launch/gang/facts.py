@@ -36,9 +36,8 @@ def gather(plan: Plan, root: Path = Path("/")) -> dict[str, str]:
 
 
 def host_id(root: Path = Path("/")) -> str:
-    """Which machine and which boot of it, short enough to print: "gpu-a 3fa2c1d0/77ab0132"."""
-    machine = _read(root / "etc/machine-id") or "?"
-    return f"{os.uname().nodename} {machine[:8]}/{_read(root / 'proc/sys/kernel/random/boot_id')[:8]}"
+    """Which machine, short enough to print: its name and the id of its boot, which no other machine has."""
+    return f"{os.uname().nodename}, boot {_read(root / 'proc/sys/kernel/random/boot_id')[:8]}"
 
 
 def module_digest(command: Sequence[str], python_path: Sequence[str]) -> str:

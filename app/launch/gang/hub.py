@@ -240,7 +240,10 @@ class Hub:
         ranks = sorted(self.seats)
         for index, rank in enumerate(ranks):
             peers = [ranks[other] for other in reach.targets(index, len(ranks))]
-            listeners = [(peer, self.seats[peer], port) for peer in peers for port in self.seats[peer].ports]
+            # On a large cluster one random port each, and MASTER_PORT, which comes first on node 0.
+            most = 1 if len(ranks) > reach.ALL_PAIRS else reach.LISTENERS
+            seats = [(peer, self.seats[peer]) for peer in peers]
+            listeners = [(peer, seat, port) for peer, seat in seats for port in seat.ports[: most + (peer == 0)]]
             found = [
                 {"rank": peer, "address": self._address(seat.hello), "port": port, "key": seat.hello.key}
                 for peer, seat, port in listeners
@@ -324,13 +327,13 @@ class Hub:
         return event
 
     async def _hear(self, until: float) -> Event | None:
-        """The next event; None after a second, at `until`, or when what was heard was no event."""
+        """The next event; None after a moment, at `until`, or when what was heard was no event."""
         if silent := self._silent():
             self._unseat(self.seats[silent[0]].wire)
             why = f"no sign of life for {self.plan.heartbeat_timeout:g} s (machine down, or its link is cut)"
             return Event(rank=silent[0], kind="lost", why=why, silent=True)
         try:
-            async with asyncio.timeout(max(0.0, min(1.0, until - time.monotonic()))):
+            async with asyncio.timeout(max(0.0, min(0.3, until - time.monotonic()))):
                 wire, said = await self._inbox.get()
         except TimeoutError:
             return None

@@ -14,6 +14,8 @@ PASS = 4.0
 PAYLOAD = bytes(72 * 1024)
 """More than one packet of the largest MTU in use (65,520 bytes, IP over InfiniBand), so full-size packets must pass."""
 LISTENERS = 2
+STRANGERS = 2048
+"""Callers heard at a time: on a large cluster every node dials node 0 at once."""
 ALL_PAIRS = 16
 """Up to so many nodes every pair is tried both ways; above, see `targets`."""
 
@@ -40,7 +42,7 @@ class Answering:
     async def open(self, address: str, fixed: Sequence[int] = ()) -> None:
         """Listens on random ports and on those of `fixed` (node 0: the port torchrun will need). Raises OSError."""
         for port in [*fixed, *[0] * LISTENERS]:
-            server = await asyncio.start_server(self._answer, address, port, limit=4096)
+            server = await asyncio.start_server(self._answer, address, port, limit=4096, backlog=STRANGERS)
             self._servers.append(server)
             self.ports.append(int(server.sockets[0].getsockname()[1]))
 
@@ -53,8 +55,10 @@ class Answering:
         self._busy += 1
         with contextlib.suppress(OSError, ValueError, TimeoutError, EOFError):
             async with asyncio.timeout(CONNECT + PASS):
-                # A stranger without the key gets no byte back; at most 256 callers are heard at a time.
-                if self._busy <= 256 and secrets.compare_digest((await reader.readline()).strip(), self.key.encode()):
+                # A stranger without the key gets no byte back.
+                if self._busy <= STRANGERS and secrets.compare_digest(
+                    (await reader.readline()).strip(), self.key.encode()
+                ):
                     writer.write(b"here\n")
                     await reader.readexactly(len(PAYLOAD))
                     writer.write(PAYLOAD)
@@ -99,7 +103,7 @@ async def dial(own: str, target: Target) -> str:
         async with asyncio.timeout(PASS):
             writer.write(target.key.encode() + b"\n")
             if await reader.readline() != b"here\n":
-                return "something else answers on its port"
+                return "connects, but what answers is not this job's node"
             writer.write(PAYLOAD)
             await reader.readexactly(len(PAYLOAD))
     except TimeoutError:

@@ -1,0 +1,104 @@
+"""Facts about this machine, probed once and read below a `root`, so that a test can hand over a made-up one."""
+
+import os
+import platform
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from app.launch.host.files import number, text
+from app.launch.host.gpus import Gpus, read_gpus
+from app.launch.host.limits import Limits, read_limits
+from app.launch.host.names import Answer, resolve_names
+from app.launch.host.nics import Nic, Route, read_nics, read_routes
+from app.launch.host.rdma import RdmaPort, RdmaSoftware, read_rdma_ports, read_rdma_software
+
+PROJECT = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What this machine (or container) is. No decisions."""
+
+    hostname: str = ""
+    uid: int = 0
+    container: bool = False
+    project: Path = PROJECT
+    """Where this project's `app/` lies."""
+    cwd: Path = Path("/")
+    """Where relative paths begin."""
+    nics: tuple[Nic, ...] = ()
+    routes: tuple[Route, ...] = ()
+    ephemeral_ports: tuple[int, int] | None = None
+    """First and last port that the kernel hands out by itself."""
+    first_user_port: int = 1024
+    """Ports below it need root."""
+    rdma_ports: tuple[RdmaPort, ...] = ()
+    rdma_software: RdmaSoftware = field(default_factory=RdmaSoftware)
+    gpus: Gpus = field(default_factory=Gpus)
+    limits: Limits = field(default_factory=Limits)
+    answers: Mapping[str, Answer] = field(default_factory=dict)
+    """For each name that was asked for: its addresses, or why there are none."""
+    files: Mapping[str, str | None] = field(default_factory=dict)
+    """For each path that was asked for: a digest of its content, "" if that cannot be read, None if it is missing."""
+    python: str = ""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Versions of torch and NCCL as installed, without importing them."""
+
+
+def probe(root: Path = Path("/"), resolve: Sequence[str] = (), paths: Sequence[str] = ()) -> Host:
+    """Reads the machine below `root`; looks up the names in `resolve`; looks at the files in `paths`.
+
+    What cannot be read is absent from the answer, never an error.
+    """
+    live = root == Path("/")
+    nics = read_nics(root)
+    return Host(
+        hostname=socket.gethostname() if live else text(root / "proc/sys/kernel/hostname") or "",
+        uid=os.geteuid() if live else 1000,
+        container=any((root / mark).exists() for mark in (".dockerenv", "run/.containerenv")),
+        cwd=Path.cwd() if live else Path("/workspace"),
+        nics=nics,
+        routes=read_routes(root),
+        ephemeral_ports=_port_range(root),
+        first_user_port=number(root / "proc/sys/net/ipv4/ip_unprivileged_port_start") or 1024,
+        rdma_ports=read_rdma_ports(root),
+        rdma_software=read_rdma_software(root),
+        gpus=read_gpus(root),
+        limits=read_limits(root),
+        answers=resolve_names(resolve, root),
+        files={path: _digest(root, path) for path in paths},
+        python=platform.python_version(),
+        packages=_packages(root),
+    )
+
+
+def _port_range(root: Path) -> tuple[int, int] | None:
+    words = (text(root / "proc/sys/net/ipv4/ip_local_port_range") or "").split()
+    return (int(words[0]), int(words[1])) if len(words) == 2 else None
+
+
+def _digest(root: Path, path: str) -> str | None:
+    file = root / path.lstrip("/") if root != Path("/") else Path(path)
+    try:
+        return sha256(file.read_bytes()).hexdigest()[:12]
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return ""
+
+
+def _packages(root: Path) -> dict[str, str]:
+    # The folder's name carries the version: importlib.metadata would parse every package's metadata for the same.
+    wanted = {"torch": "torch", "nvidia_nccl_cu12": "nccl", "nvidia_nccl_cu13": "nccl"}
+    installed = [Path(entry) for entry in sys.path if entry.endswith("-packages")]
+    folders = installed if root == Path("/") else list(root.glob("opt/venv/lib/python3*/site-packages"))
+    found: dict[str, str] = {}
+    for info in (info for folder in folders for info in folder.glob("*.dist-info")):
+        name, _, version = info.name.removesuffix(".dist-info").partition("-")
+        if name in wanted:
+            found.setdefault(wanted[name], version)
+    return found

@@ -1,0 +1,52 @@
+"""What must be the same on all nodes, for the roll call to compare."""
+
+from app.launch.host import Host
+from app.launch.plan.membership import Membership
+from app.launch.plan.script import Script
+from app.launch.plan.workers import Workers
+from app.launch.settings import Settings
+
+SETTINGS = (
+    "MASTER_PORT",
+    "RUN_NAME",
+    "START_TIMEOUT",
+    "REJOIN_TIMEOUT",
+    "HEARTBEAT_TIMEOUT",
+    "STOP_GRACE",
+    "MAX_RESTARTS",
+    "MIN_NODES",
+    # NCCL: each of these must be set on all nodes or on none (NCCL user guide, environment variables).
+    "NCCL_NET",
+    "NCCL_ALGO",
+    "NCCL_PROTO",
+    "NCCL_CROSS_NIC",
+    "NCCL_BUFFSIZE",
+    "NCCL_MIN_NCHANNELS",
+    "NCCL_MAX_NCHANNELS",
+)
+
+
+def must_be_equal(
+    settings: Settings,
+    host: Host,
+    member: Membership,
+    workers: Workers,
+    transport: str,
+    script: Script,
+    control_port: int,
+) -> tuple[tuple[str, str], ...]:
+    """Pairs of name and value, sorted; what belongs to one node (rank, interface, HCA, paths) is not among them."""
+    found = {name: settings.text(name) for name in SETTINGS if settings.text(name)}
+    found["NNODES"] = str(len(member.nodes))
+    if settings.is_set("NODES"):
+        found["NODES"] = ",".join(member.names)
+    found["NPROC_PER_NODE"] = str(workers.nproc)
+    found["BACKEND"] = workers.backend
+    found["CONTROL_PORT"] = str(control_port)
+    if workers.backend == "nccl":
+        # NCCL fails, or falls back, when one node talks InfiniBand and another RoCE or sockets.
+        found["transport of NCCL"] = transport
+    found["TRAIN_SCRIPT"] = " ".join(script.command)
+    found |= {f"content of {path}": digest for path, digest in host.files.items() if digest and path in script.command}
+    found |= {"python": host.python.rpartition(".")[0], **host.packages}
+    return tuple(sorted(found.items()))

@@ -1,0 +1,193 @@
+"""Values that users copy from elsewhere and that cost speed or correctness. They are kept; the cost is named."""
+
+import re
+from collections.abc import Callable
+
+from app.launch.host import Host
+from app.launch.plan.ledger import Ledger, shown
+from app.launch.plan.typos import misspelt
+from app.launch.settings import Settings
+
+COSTS: tuple[tuple[str, Callable[[str], bool], str], ...] = (
+    (
+        "NCCL_P2P_DISABLE",
+        lambda text: text == "1",
+        "GPUs of one machine then talk through the CPU's memory, without NVLink. Remove it; if it cures a hang, switch "
+        "off PCI ACS or the IOMMU instead",
+    ),
+    (
+        "NCCL_SHM_DISABLE",
+        lambda text: text == "1",
+        "processes of one machine then talk over the network. Remove it and give /dev/shm more room (SHM_SIZE)",
+    ),
+    (
+        "NCCL_IB_GID_INDEX",
+        lambda text: text != "-1",
+        "the index differs between machines and changes with their addresses; NCCL finds it itself since 2.21. Remove "
+        "it, or choose by network with NCCL_IB_ADDR_RANGE",
+    ),
+    (
+        "NCCL_NVLS_ENABLE",
+        lambda text: text in ("0", "1"),
+        "NCCL finds out itself (2): 1 fails where NVLink SHARP is missing, 0 gives up its speed. Remove it",
+    ),
+    (
+        "NCCL_CUMEM_ENABLE",
+        lambda text: text == "0",
+        "user buffers, NVLink SHARP and multi-node NVLink then do not work. Remove it",
+    ),
+    (
+        "NCCL_NET_GDR_LEVEL",
+        lambda text: text.upper() == "SYS" or text == "5",
+        "cards then read GPU memory across CPUs, which is slow, and fails with PCI ACS. Remove it",
+    ),
+    (
+        "NCCL_ALGO",
+        lambda _text: True,
+        "one algorithm is forced for all sizes and operations, and some have none. Remove it",
+    ),
+    (
+        "NCCL_PROTO",
+        lambda _text: True,
+        "one protocol is forced for all sizes; LL128 on unfit hardware corrupts data. Remove it",
+    ),
+    (
+        "NCCL_COMM_ID",
+        lambda _text: True,
+        "torch makes its own id for each group; this one fits none. Remove it",
+    ),
+    ("NCCL_LAUNCH_MODE", lambda _text: True, "it concerns several GPUs in one process, not torchrun. Remove it"),
+    (
+        "NCCL_BLOCKING_WAIT",
+        lambda _text: True,
+        "torch has renamed it: TORCH_NCCL_BLOCKING_WAIT. As 1 it switches the watchdog off",
+    ),
+    (
+        "TORCH_NCCL_BLOCKING_WAIT",
+        lambda text: text == "1",
+        "the watchdog is then off, and a hang leaves no record. Remove it",
+    ),
+    (
+        "TORCH_FR_BUFFER_SIZE",
+        lambda text: text == "0",
+        "torch's record of the last collectives is then off, and a hang names no rank. Remove it",
+    ),
+    (
+        "TORCH_DISTRIBUTED_DEBUG",
+        lambda text: text.upper() == "DETAIL",
+        "every collective is then checked over Gloo first, which is slow. For debugging only",
+    ),
+    ("CUDA_LAUNCH_BLOCKING", lambda text: text == "1", "each CUDA call then waits for its result. For debugging only"),
+    (
+        "NCCL_DEBUG",
+        lambda text: text.upper() == "TRACE",
+        "every call is then logged, which is slow. For debugging only",
+    ),
+    (
+        "NCCL_SOCKET_NTHREADS",
+        lambda text: text.isdigit() and int(text) > 16,
+        "NCCL takes at most 16 threads",
+    ),
+    (
+        "GLOO_DEVICE_TRANSPORT",
+        lambda text: text.upper() not in ("TCP", "LINUX"),
+        "torch's wheels know TCP only, and fail with 'unsupported gloo device'. Remove it",
+    ),
+)
+
+
+def warn_costs(settings: Settings, host: Host, ledger: Ledger) -> None:
+    """Warnings about the values of NCCL, Gloo and torch that the user set."""
+    for name, harmful, cost in COSTS:
+        value = settings.values.get(name)
+        if value is not None and harmful(value.text):
+            ledger.warn(f"{shown(name, value)} is kept: {cost}.")
+    _check_gloo_interface(settings, host, ledger)
+    _check_nccl_interface(settings, host, ledger)
+    _check_hca(settings, host, ledger)
+    _check_ib_disable(settings, host, ledger)
+
+
+def warn_typos(settings: Settings, ledger: Ledger) -> None:
+    """Names that nobody reads. Where something is wrong anyway, the typo may be why, so it is told with it."""
+    for name, meant in misspelt(settings.values):
+        source = settings.values[name].source
+        message = f"{name} ({source}) is read by nobody. Did you mean {meant}?"
+        if ledger.problems:
+            ledger.refuse(name, message)
+        else:
+            ledger.warn(message)
+
+
+def _check_gloo_interface(settings: Settings, host: Host, ledger: Ledger) -> None:
+    value = settings.values.get("GLOO_SOCKET_IFNAME")
+    if value is None:
+        return
+    names = [nic.name for nic in host.nics]
+    wrong = [name for name in value.text.split(",") if name not in names]
+    if wrong and wrong[0][:1] in ("^", "="):
+        ledger.warn(
+            f"{shown('GLOO_SOCKET_IFNAME', value)} is kept, but Gloo knows no ^ and no =, only plain names, and will "
+            "fail with 'Unable to find address'. Remove it, or name one interface."
+        )
+    elif wrong and names:
+        ledger.warn(
+            f"{shown('GLOO_SOCKET_IFNAME', value)} is kept, but {wrong[0]} is no interface here ({', '.join(names)}). "
+            "Gloo will fail with 'Unable to find address'. Remove it: it is derived on each node."
+        )
+
+
+def _check_nccl_interface(settings: Settings, host: Host, ledger: Ledger) -> None:
+    value = settings.values.get("NCCL_SOCKET_IFNAME")
+    names = [nic.name for nic in host.nics]
+    if value is not None and names and not matching(value.text, names):
+        ledger.warn(
+            f"{shown('NCCL_SOCKET_IFNAME', value)} is kept, but matches no interface here ({', '.join(names)}). NCCL "
+            "will fail with 'no socket interface found'. Remove it: it is derived on each node."
+        )
+
+
+def matching(pattern: str, names: list[str]) -> list[str]:
+    """What NCCL's list `[^][=]name,...` selects: prefixes, exact names after =, all others after ^.
+
+    Source: parseStringList and matchIfList in nccl/src/misc/utils.cc.
+    """
+    excluded = pattern.startswith("^")
+    rest = pattern.removeprefix("^")
+    exact = rest.startswith("=")
+    entries = [entry.partition(":")[0] for entry in rest.removeprefix("=").split(",") if entry]
+    hits = [name for name in names if any(name == entry if exact else name.startswith(entry) for entry in entries)]
+    return [name for name in names if name not in hits] if excluded else hits
+
+
+def _check_hca(settings: Settings, host: Host, ledger: Ledger) -> None:
+    value = settings.values.get("NCCL_IB_HCA")
+    if value is None:
+        return
+    devices = [port.device for port in host.rdma_ports]
+    selected = matching(value.text, devices)
+    if not selected:
+        ledger.warn(
+            f"{shown('NCCL_IB_HCA', value)} is kept, but matches no RDMA device here "
+            f"({', '.join(dict.fromkeys(devices)) or 'there is none'}): NCCL goes over to sockets without a word."
+        )
+        return
+    meant = {entry.partition(":")[0] for entry in re.sub(r"^\^?=?", "", value.text).split(",")}
+    more = sorted(set(selected) - meant)
+    if more and value.text[:1] not in ("=", "^") and meant & set(devices):
+        exact = ",".join(sorted(meant & set(devices)))
+        ledger.warn(
+            f"{shown('NCCL_IB_HCA', value)} is kept, but it is a prefix and also matches {', '.join(more)}. "
+            f"Write NCCL_IB_HCA=={exact} for exactly that."
+        )
+
+
+def _check_ib_disable(settings: Settings, host: Host, ledger: Ledger) -> None:
+    value = settings.values.get("NCCL_IB_DISABLE")
+    active = [port for port in host.rdma_ports if port.state == "ACTIVE"]
+    if value is not None and value.text == "1" and active:
+        total = sum(port.rate for port in active)
+        ledger.warn(
+            f"{shown('NCCL_IB_DISABLE', value)} is kept: {total:g} Gb/s of RDMA on this machine stay unused, and the "
+            "nodes talk over sockets. Remove it to have the ports chosen."
+        )

@@ -1,0 +1,62 @@
+"""The nodes of a job as one of them sees them, and the entries that users write for them."""
+
+import re
+from dataclasses import dataclass
+
+from app.launch.host import Host
+from app.launch.host.addresses import canonical, is_link_local, parse
+from app.launch.plan.local import Own
+from app.launch.plan.schedulers import scheduled
+from app.launch.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """The job's nodes as this node sees them."""
+
+    names: tuple[str, ...]
+    nodes: tuple[str, ...]
+    """Literal addresses in rank order; "" where only the roll call can tell."""
+    rank: int
+    own: Own
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The entries of NODES: commas, spaces or line ends between them, comments from # on."""
+    without_comments = re.sub(r"#[^\n]*", "", text)
+    return tuple(entry.strip("[]") for entry in re.split(r"[,;\s]+", without_comments) if entry)
+
+
+def names_to_resolve(settings: Settings) -> tuple[str, ...]:
+    """Host names in NODES and MASTER_ADDR, for `probe` to look up."""
+    found = [*listed(settings.text("NODES"))]
+    master = settings.get("MASTER_ADDR")
+    if master is None and not found:
+        job = scheduled(settings)
+        master = job.master if job else None
+    if master is not None:
+        found.append(master.text.strip("[]"))
+    return tuple(dict.fromkeys(name for name in found if parse(name) is None and not malformed(name)))
+
+
+def malformed(name: str) -> str | None:
+    """What is wrong with an entry of NODES, as the end of a sentence; None if it can be a node."""
+    if is_link_local(name):
+        return "is a link-local address, which only says something together with an interface: use a global one"
+    if parse(name) is not None:
+        return None
+    if re.fullmatch(r"[0-9.]+", name):
+        return "is not a complete IPv4 address"
+    if re.fullmatch(r"\[?[0-9A-Za-z_.:-]+\]?:[0-9]+", name):
+        return "has a port: write the address alone, the port is MASTER_PORT"
+    if not re.fullmatch(r"[0-9A-Za-z_]([0-9A-Za-z_.-]{0,252})", name):
+        return "is neither an address nor a host name"
+    return None
+
+
+def addresses_of(name: str, host: Host) -> tuple[str, ...]:
+    """All addresses of an entry: itself, or what the name resolves to here."""
+    if parse(name) is not None:
+        return (canonical(name),)
+    answer = host.answers.get(name)
+    return () if answer is None else answer.addresses

@@ -1,0 +1,166 @@
+"""InfiniBand and RoCE ports for NCCL: which are usable, which NCCL would take by itself, what to tell it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from app.launch.host import Host
+from app.launch.host.addresses import is_link_local
+from app.launch.host.nics import Nic
+from app.launch.host.rdma import RdmaPort
+from app.launch.plan.exports import Exports
+from app.launch.plan.gid import decide_gid
+from app.launch.plan.ledger import Ledger, count
+from app.launch.plan.local import Own
+from app.launch.plan.rdma_access import obstacle
+
+LAYER = {"InfiniBand": "InfiniBand", "Ethernet": "RoCE"}
+SLOW = 4.0
+"""A port this many times slower than the fastest is there for management or storage: in one job with the others it
+would set the pace of a ring."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    port: RdmaPort
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.port.name} ({LAYER[self.port.link_layer]} {self.port.rate:g} Gb/s): {self.reason}"
+
+
+def decide_rdma(host: Host, own: Own | None, backend: str, ledger: Ledger, exports: Exports) -> str:
+    """NCCL_IB_DISABLE, NCCL_IB_HCA and what stands in their way. Returns the transport that NCCL will use.
+
+    `InfiniBand`, `RoCE` or `sockets`.
+    """
+    chosen, rejected = choose(host)
+    why_not = tuple(str(each) for each in rejected)
+    if not host.rdma_ports:
+        exports.offer("NCCL_IB_DISABLE", "1", "no InfiniBand or RoCE device on this machine")
+        return "sockets"
+    if not chosen:
+        exports.offer("NCCL_IB_DISABLE", "1", f"no usable port among {len(host.rdma_ports)}", why_not)
+        if backend == "nccl":
+            ledger.warn("RDMA devices are on this machine, but no port is usable: " + "; ".join(why_not) + ".")
+        return "sockets"
+    layer = LAYER[chosen[0].link_layer]
+    rates = " and ".join(f"{rate:g}" for rate in sorted({port.rate for port in chosen}))
+    summary = f"{layer}, {count(len(chosen), 'usable port')} of {rates} Gb/s"
+    ledger.decide("RDMA ports", ",".join(port.name for port in chosen), "detected", summary, why_not)
+    decide_affinity(host, chosen, ledger)
+    blocked = obstacle(host, chosen)
+    if blocked:
+        exports.offer("NCCL_IB_DISABLE", "1", f"{layer} is here, but unusable: {blocked}")
+        if backend == "nccl":
+            where = "container" if host.container else "process"
+            ledger.warn(f"{layer} is on this machine but the {where} cannot use it, because {blocked}.")
+        return "sockets"
+    disabled = exports.settings.text("NCCL_IB_DISABLE") not in ("", "0")
+    exports.keep("NCCL_IB_DISABLE", "as you set it" + (f": {layer} stays unused" if disabled else ""))
+    _decide_hca(host, chosen, rejected, exports)
+    if layer == "RoCE" and own is not None:
+        decide_gid(host, own, chosen, ledger, exports)
+    return "sockets" if disabled else layer
+
+
+def choose(host: Host) -> tuple[list[RdmaPort], list[Rejected]]:
+    """The ports that a job should use: active, connected, of one link layer, of one class of speed."""
+    rejected: list[Rejected] = []
+    usable: list[RdmaPort] = []
+    for port in host.rdma_ports:
+        wrong = _unusable(port, host)
+        if wrong:
+            rejected.append(Rejected(port=port, reason=wrong))
+        else:
+            usable.append(port)
+    totals = {layer: sum(port.rate for port in usable if port.link_layer == layer) for layer in LAYER}
+    layer = max(totals, key=lambda each: totals[each])
+    best = max((port.rate for port in usable if port.link_layer == layer), default=0.0)
+    near = [port for port in usable if port.link_layer == "InfiniBand" and near_gpu(port, host)]
+    chosen: list[RdmaPort] = []
+    for port in usable:
+        wrong = _unfit(port, layer, totals, best, near)
+        if wrong:
+            rejected.append(Rejected(port=port, reason=wrong))
+        else:
+            chosen.append(port)
+    return chosen, rejected
+
+
+def _unusable(port: RdmaPort, host: Host) -> str:
+    if port.link_layer == "InfiniBand" and port.state in ("INIT", "ARMED"):
+        return f"the port is {port.state}, with a link but not set up by a subnet manager: does opensm run?"
+    if port.state != "ACTIVE":
+        return f"the port is {port.state}: no cable, or the other end is off"
+    if port.management:
+        return "it manages the NVLink switches, no traffic goes through it"
+    if port.link_layer == "InfiniBand":
+        return "" if port.lid and port.sm_lid else "no subnet manager has set it up (its lid is 0): does opensm run?"
+    if any(carries_address(nic) for nic in carriers(port, host.nics)):
+        return ""
+    return f"its interface {' '.join(port.netdevs) or '(none here)'} has no address"
+
+
+def _unfit(port: RdmaPort, layer: str, totals: dict[str, float], best: float, near: list[RdmaPort]) -> str:
+    if port.link_layer != layer:
+        return f"NCCL cannot mix link layers, and {LAYER[layer]} has {totals[layer]:g} Gb/s here in all"
+    if port.rate * SLOW <= best:
+        return f"{best / port.rate if port.rate else best:g} times slower than the fastest port: management or storage"
+    if layer == "InfiniBand" and near and port not in near:
+        return "it shares no PCI switch with a GPU, and others do: management or storage"
+    return ""
+
+
+def carriers(port: RdmaPort, nics: Sequence[Nic]) -> list[Nic]:
+    """Interfaces whose traffic goes through a RoCE port: its own, and bonds and VLANs above it."""
+    names = set(port.netdevs)
+    for _ in range(3):
+        names |= {nic.name for nic in nics if names & set(nic.lower) and nic.kind in ("bond", "vlan", "bridge")}
+    return [nic for nic in nics if nic.name in names]
+
+
+def carries_address(nic: Nic) -> bool:
+    return any(not is_link_local(address.text) for address in nic.addresses)
+
+
+def near_gpu(port: RdmaPort, host: Host) -> bool:
+    return any(shared_bridges(port.pci, gpu.pci) >= 2 for gpu in host.gpus.visible)
+
+
+def shared_bridges(first: tuple[str, ...], second: tuple[str, ...]) -> int:
+    """How many folders of their PCI paths two devices share: 0 no root complex, 1 only that, more a switch."""
+    count = 0
+    for left, right in zip(first[:-1], second[:-1], strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
+
+
+def _decide_hca(host: Host, chosen: list[RdmaPort], rejected: list[Rejected], exports: Exports) -> None:
+    # NCCL takes every active port by itself (net_ib/init.cc), whatever its link layer, address or distance.
+    wrong = [each for each in rejected if each.port.state == "ACTIVE"]
+    value = "=" + ",".join(port.name for port in chosen)
+    if wrong:
+        names = ", ".join(each.port.name for each in wrong)
+        exports.offer("NCCL_IB_HCA", value, f"by itself NCCL would also take {names}")
+    elif exports.settings.is_set("NCCL_IB_HCA"):
+        exports.offer("NCCL_IB_HCA", value, "all usable ports")
+    else:
+        exports.ledger.decide("NCCL_IB_HCA", "(unset)", "derived", "NCCL takes exactly these ports by itself")
+
+
+def decide_affinity(host: Host, ports: Sequence[RdmaPort], ledger: Ledger) -> None:
+    """Reports for each GPU the port that shares most of its PCI path; NCCL finds the same by itself."""
+    words = {0: "another root complex", 1: "the same root complex"}
+    nearest: list[str] = []
+    distances: dict[str, list[str]] = {}
+    for gpu in host.gpus.visible:
+        if gpu.pci and ports:
+            port = max(ports, key=lambda each: shared_bridges(each.pci, gpu.pci))
+            distance = words.get(shared_bridges(port.pci, gpu.pci), "the same switch")
+            nearest.append(port.device)
+            distances.setdefault(distance, []).append(str(gpu.index))
+    where = "; ".join(f"{distance}: GPU {' '.join(gpus)}" for distance, gpus in distances.items())
+    if nearest:
+        ledger.decide("GPU to port", ",".join(nearest), "detected", f"the nearest port of each GPU, on {where}")

@@ -1,0 +1,140 @@
+"""Workers on this node: how many, on what device, with how many threads."""
+
+import re
+from dataclasses import dataclass
+
+from app.launch.host import Host
+from app.launch.plan.exports import Exports
+from app.launch.plan.ledger import Ledger, count, shown
+from app.launch.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    nproc: int
+    backend: str
+    gpus: int
+    """GPUs that torch will count."""
+
+
+def decide_workers(settings: Settings, host: Host, ledger: Ledger, exports: Exports) -> Workers:
+    """Number of processes, backend and OMP_NUM_THREADS; problems go to the ledger and the answer stays usable."""
+    _check_hardware(settings, host, ledger)
+    gpus, gpu_reason = _usable_gpus(settings, host)
+    if host.gpus.visible:
+        versions = ", ".join(
+            part for part in (f"driver {host.gpus.driver}", f"CUDA up to {host.gpus.cuda}") if part[-1].isdigit()
+        )
+        ledger.decide("GPUs", gpus, "detected", f"{gpu_reason}{'; ' + versions if versions else ''}")
+    else:
+        ledger.decide("GPUs", 0, "detected", gpu_reason)
+    asked = settings.text("NPROC_PER_NODE")
+    backend = _backend(settings, host, gpus, asked, ledger)
+    nproc = _nproc(settings, host, gpus, backend, ledger)
+    exports.env["BACKEND"] = backend
+    cpus = host.limits.cpus
+    exports.offer(
+        "OMP_NUM_THREADS",
+        max(1, cpus // nproc),
+        f"{count(cpus, 'CPU')} allowed, shared by {count(nproc, 'process', 'processes')}",
+    )
+    return Workers(nproc=nproc, backend=backend, gpus=gpus)
+
+
+def _usable_gpus(settings: Settings, host: Host) -> tuple[int, str]:
+    """torch counts what CUDA_VISIBLE_DEVICES lists, up to the first entry that is none."""
+    there = len(host.gpus.visible)
+    names = ", ".join(sorted({gpu.name for gpu in host.gpus.visible}))
+    mask = settings.values.get("CUDA_VISIBLE_DEVICES")
+    if mask is None or not there:
+        return there, f"{names}" if there else "no NVIDIA device node here"
+    count = 0
+    for entry in mask.text.split(","):
+        if not re.fullmatch(r"\s*([0-9]+|(GPU|MIG)-\S+)\s*", entry) or (
+            entry.strip().isdigit() and int(entry) >= there
+        ):
+            break
+        count += 1
+    return count, f"{there} x {names}, of which {shown('CUDA_VISIBLE_DEVICES', mask)} leaves {count}"
+
+
+def _check_hardware(settings: Settings, host: Host, ledger: Ledger) -> None:
+    word = settings.values.get("HARDWARE")
+    cards = len(host.gpus.on_bus)
+    if word is None and cards and not host.gpus.visible:
+        if not host.container:
+            ledger.warn(
+                f"This machine has {count(cards, 'NVIDIA GPU')}, but no driver offers them: training runs on the CPU."
+            )
+            return
+        fitting = "nvidia-ib" if host.rdma_ports else "nvidia"
+        ledger.refuse(
+            "HARDWARE",
+            f"HARDWARE is not set, and this machine has {count(cards, 'NVIDIA GPU')} that the "
+            f"container was not given. Set HARDWARE={fitting} in .env (or HARDWARE=cpu to train without "
+            f"{'them' if cards > 1 else 'it'}).",
+        )
+    if word is not None and word.text != "cpu" and not host.gpus.visible and settings.text("BACKEND") != "gloo":
+        ledger.refuse(
+            "HARDWARE",
+            f"{shown('HARDWARE', word)}, but no GPU is here: no /dev/nvidia0. Install the NVIDIA driver and the "
+            "container toolkit on this machine, or set HARDWARE=cpu.",
+        )
+
+
+def _backend(settings: Settings, host: Host, gpus: int, asked: str, ledger: Ledger) -> str:
+    value = settings.get("BACKEND")
+    cpu_build = host.packages.get("torch", "").endswith("+cpu")
+    if value is not None and value.text in ("gloo", "nccl"):
+        ledger.take("BACKEND", value, "as you set it")
+        if value.text == "nccl" and (not gpus or cpu_build):
+            why = "there is no GPU here" if not gpus else f"torch {host.packages['torch']} is built without CUDA"
+            ledger.refuse("BACKEND", f"{shown('BACKEND', value)}, but {why}. Set BACKEND=gloo, or leave it out.")
+        return value.text
+    if not gpus:
+        backend, reason = "gloo", "no GPU here"
+    elif cpu_build:
+        backend, reason = "gloo", f"torch {host.packages['torch']} is built without CUDA"
+        ledger.warn(
+            f"{count(gpus, 'GPU')} here, but torch {host.packages['torch']} is built without CUDA: training runs "
+            "on the CPU. Build the image with HARDWARE=nvidia, or set HARDWARE=cpu."
+        )
+    elif asked == "cpu":
+        backend, reason = "gloo", "NPROC_PER_NODE=cpu asks for CPU workers"
+    else:
+        backend, reason = "nccl", f"{count(gpus, 'GPU')} here"
+    ledger.decide("BACKEND", backend, "derived", reason)
+    return backend
+
+
+def _nproc(settings: Settings, host: Host, gpus: int, backend: str, ledger: Ledger) -> int:
+    value = settings.get("NPROC_PER_NODE")
+    if value is None or value.text == "auto":
+        source = "default" if value is None else value.source
+        if backend == "nccl":
+            ledger.decide("NPROC_PER_NODE", gpus, source, f"auto: one process per GPU, {gpus} here")
+            return max(1, gpus)
+        cpus = host.limits.cpus
+        ledger.decide("NPROC_PER_NODE", cpus, source, f"auto without a GPU: one process per CPU, {cpus} allowed here")
+        return cpus
+    if value.text == "cpu":
+        ledger.decide("NPROC_PER_NODE", host.limits.cpus, value.source, "cpu: one process per CPU allowed here")
+        return host.limits.cpus
+    if value.text == "gpu":
+        if not gpus:
+            ledger.refuse(
+                "NPROC_PER_NODE",
+                f"{shown('NPROC_PER_NODE', value)}, but no GPU is here. Set a number or cpu, or give the container its "
+                "GPUs with HARDWARE=nvidia.",
+            )
+        ledger.decide("NPROC_PER_NODE", max(1, gpus), value.source, f"gpu: one process per GPU, {gpus} here")
+        return max(1, gpus)
+    nproc = int(value.text)
+    ledger.take("NPROC_PER_NODE", value, "as you set it")
+    if backend == "nccl" and nproc > gpus:
+        ledger.refuse(
+            "NPROC_PER_NODE",
+            f"{shown('NPROC_PER_NODE', value)}, but this node has {count(gpus, 'usable GPU')}, and NCCL needs one for "
+            f"each process. Set at most {gpus}, or auto.",
+        )
+    return nproc

@@ -1,0 +1,254 @@
+"""Faults while the training runs, on real engines: known on all nodes in seconds, one culprit, no process left behind.
+
+The tests of this file share one job of two nodes that goes from fault to fault, as a long training does; each test
+starts from a job that trains, a new one if the last test broke it.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from tests.cluster.faults import (
+    AGENT,
+    ENTRYPOINT,
+    TRAINS,
+    WORKER,
+    Table,
+    all_hear,
+    codes,
+    ends,
+    heard,
+    up,
+    verdict,
+)
+from tests.testbed import Cluster, Stack
+
+SOON, SECONDS = 2.0, 10.0
+"""How soon all nodes must know: of a worker's failure, and of a lost node. Docker's log and this machine add to it."""
+SLACK = 2.0
+
+
+@dataclass
+class Job:
+    """Two nodes that train."""
+
+    bed: Cluster
+    stacks: list[Stack] = field(default_factory=list)
+    since: float = 0.0
+    """When the last fault came."""
+
+    def train(self, **env: str) -> None:
+        """Starts over, and waits until all ranks train."""
+        self.bed.clear()
+        self.since = time.time()
+        nodes = self.bed.nodes[:2]
+        addresses = ",".join(node.address for node in nodes)
+        self.stacks = [up(node, addresses, {"REJOIN_TIMEOUT": "60", **env}) for node in nodes]
+        self.trains()
+
+    def trains(self, deadline: float = 60) -> float:
+        """Seconds from the last fault until all ranks train (again)."""
+        return all_hear(self.stacks, r"trains: rank \d of 2", self.since, deadline)[0]
+
+    def fault(self) -> float:
+        self.since = time.time()
+        return self.since
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[Table]:
+    made = Table()
+    yield made
+    made.write("While the training runs")
+
+
+@pytest.fixture(scope="module")
+def shared(bed: Cluster) -> Job:
+    return Job(bed)
+
+
+@pytest.fixture
+def job(shared: Job) -> Iterator[Job]:
+    """A job that trains; whoever fails leaves none behind."""
+    if not shared.stacks:
+        shared.train()
+    stacks, shared.stacks = shared.stacks, []
+    handed = Job(shared.bed, stacks)
+    yield handed
+    if all(stack.running for stack in handed.stacks) and len(handed.stacks) == 2:
+        shared.stacks = handed.stacks
+
+
+def one_culprit(job: Job, table: Table, fault: str, culprit: str, within: float) -> None:
+    """All nodes know in time, all name `culprit` alike, and the job trains again."""
+    knows, _ = all_hear(job.stacks, r"ending the workers of this node|was lost", job.since)
+    said = [heard(stack, culprit, job.since)[1] for stack in job.stacks]
+    assert len({verdict(line) for line in said}) == 1
+    again = job.trains()
+    table.add(fault, knows, f"trains again after {again:.1f} s", verdict(said[0]))
+    assert knows < within + SLACK
+
+
+def test_a_worker_raises(job: Job, table: Table) -> None:
+    job.fault()
+    assert job.stacks[1].signal(WORKER, signal.SIGUSR1) == 1
+    one_culprit(job, table, "a worker raises", r"node 1 \(.*rank 1 failed with ValueError: bad batch", SOON)
+
+
+def test_a_worker_is_killed(job: Job, table: Table) -> None:
+    job.fault()
+    assert job.stacks[1].signal(WORKER) == 1
+    one_culprit(job, table, "SIGKILL to a worker", r"node 1 \(.*rank 1 was ended by SIGKILL", SOON)
+
+
+def test_torchrun_is_killed(job: Job, table: Table) -> None:
+    job.fault()
+    assert job.stacks[1].signal(AGENT) == 1
+    one_culprit(job, table, "SIGKILL to torchrun", r"node 1 \(.*torchrun was ended by SIGKILL", SOON)
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_the_entrypoint_is_killed_and_docker_brings_it_back(job: Job, table: Table, victim: int) -> None:
+    survivor = job.stacks[1 - victim]
+    before = job.stacks[victim].restarts
+    job.fault()
+    assert job.stacks[victim].signal(ENTRYPOINT) >= 1
+    knows, line = heard(survivor, rf"node {victim} \(.*was lost", job.since)
+    again = job.trains()
+    assert job.stacks[victim].restarts == before + 1
+    table.add(f"SIGKILL to the entrypoint of node {victim}", knows, f"trains again after {again:.1f} s", verdict(line))
+    assert knows < SECONDS
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_container_is_killed_and_started_again(job: Job, table: Table, victim: int) -> None:
+    survivor = job.stacks[1 - victim]
+    job.fault()
+    job.stacks[victim].kill()
+    knows, line = heard(survivor, rf"node {victim} \(.*was lost", job.since)
+    assert not job.stacks[victim].processes()
+    job.stacks[victim].start()
+    again = job.trains()
+    table.add(
+        f"`docker kill` on node {victim}, started again", knows, f"trains again after {again:.1f} s", verdict(line)
+    )
+    assert knows < SECONDS
+
+
+def test_a_link_cut_for_five_seconds_goes_unnoticed(job: Job, table: Table) -> None:
+    job.fault()
+    job.bed.nodes[1].cut()
+    time.sleep(5)
+    job.bed.nodes[1].restore()
+    time.sleep(6)
+    for stack in job.stacks:
+        since = stack.container().logs(since=int(job.since)).decode()
+        assert "was lost" not in since
+        assert "ending the workers" not in since
+    table.add("link cut for 5 s", 0.0, "goes on training", "nothing")
+
+
+def test_a_link_cut_for_good_and_restored_later(job: Job, table: Table) -> None:
+    job.fault()
+    job.bed.nodes[1].cut()
+    knows, line = all_hear(job.stacks, r"node \d \(.*was lost", job.since)
+    leftover = [pattern for stack in job.stacks for pattern in stack.processes().values() if "worker.py" in pattern]
+    table.add("link cut for good", knows, "no worker is left on either side", verdict(line))
+    assert knows < SECONDS + SLACK
+    assert not leftover
+    job.fault()
+    job.bed.nodes[1].restore()
+    again = job.trains()
+    table.add("the same link restored", 0.0, f"trains again after {again:.1f} s", "round with all nodes")
+
+
+def test_all_containers_are_killed_and_started_again(job: Job, table: Table) -> None:
+    job.fault()
+    for stack in job.stacks:
+        stack.kill()
+    for stack in job.stacks:
+        stack.start()
+    again = job.trains()
+    table.add("all containers killed, all started again", 0.0, f"trains again after {again:.1f} s", "a new gang")
+
+
+@pytest.mark.parametrize("stopped", [1, 0])
+def test_docker_compose_stop_lets_all_scripts_save(job: Job, table: Table, stopped: int) -> None:
+    before = [stack.restarts for stack in job.stacks]
+    since = job.fault()
+    job.stacks[stopped].stop()
+    knows, line = all_hear(job.stacks, f"stopped on node {stopped}", since)
+    found = codes(job.stacks)
+    for stack in job.stacks:
+        heard(stack, "saved", since)
+        assert not stack.processes()
+    assert found[stopped] == 143
+    assert found[1 - stopped] == 0
+    assert [stack.restarts for stack in job.stacks] == before
+    table.add(f"`docker compose stop` on node {stopped}", knows, ends(found), verdict(line))
+
+
+def test_a_stop_while_the_gang_waits_for_a_lost_node(job: Job, table: Table) -> None:
+    job.fault()
+    job.stacks[1].kill()
+    heard(job.stacks[0], r"waiting \d+ s for node 1", job.since)
+    since = job.fault()
+    job.stacks[0].stop()
+    knows, line = heard(job.stacks[0], "stopped on node 0", since)
+    table.add("`docker compose stop` while restarting", knows, ends([job.stacks[0].wait()]), verdict(line))
+
+
+def test_an_engine_is_stopped(job: Job, table: Table) -> None:
+    since = job.fault()
+    job.bed.nodes[1].stop_engine()
+    knows, line = heard(job.stacks[0], "stopped on node 1", since)
+    found = [job.stacks[0].wait()]
+    job.bed.nodes[1].start_engine()
+    assert found == [0]
+    table.add("engine of node 1 stopped (`systemctl stop docker`)", knows, ends(found), verdict(line))
+
+
+def test_a_power_cut(job: Job, table: Table) -> None:
+    """The node's cable goes first, so no packet says goodbye; nobody brings it back within REJOIN_TIMEOUT."""
+    job.train(REJOIN_TIMEOUT="5")
+    since = job.fault()
+    job.bed.nodes[1].crash()
+    knows, line = heard(job.stacks[0], r"node 1 \(.*was lost: no sign of life", since)
+    found = [job.stacks[0].wait()]
+    table.add("power cut of node 1, never back (REJOIN_TIMEOUT=5)", knows, ends(found), verdict(line))
+    assert knows < SECONDS + SLACK
+    assert found == [6]
+
+
+def test_min_nodes_goes_on_without_a_lost_node_and_takes_it_back(job: Job, table: Table) -> None:
+    job.train(REJOIN_TIMEOUT="4", MIN_NODES="1")
+    since = job.fault()
+    job.stacks[1].kill()
+    knows, line = heard(job.stacks[0], "going on without node 1", since)
+    alone, _ = heard(job.stacks[0], "trains: rank 0 of 1", since)
+    told = f"trains on one node after {alone:.1f} s"
+    table.add("node 1 never returns (MIN_NODES=1, REJOIN_TIMEOUT=4)", knows, told, verdict(line))
+    since = job.fault()
+    job.stacks[1].start()
+    knows, line = heard(job.stacks[1], "is running without this node; it joins the next one", since)
+    assert job.stacks[0].signal(WORKER) == 1
+    again = job.trains()
+    table.add("node 1 returns; the next failure", knows, f"trains on both after {again:.1f} s", verdict(line))
+
+
+def test_three_failures_in_a_row_end_the_job(bed: Cluster, table: Table) -> None:
+    job = Job(bed)
+    bed.clear()
+    fails = TRAINS.replace(
+        "    if step == 3:", "    if step == 5 and dist.get_rank() == 1:\n        fail()\n    if step == 3:"
+    )
+    since = job.fault()
+    addresses = ",".join(node.address for node in bed.nodes[:2])
+    job.stacks = [up(node, addresses, {"MAX_RESTARTS": "2"}, script=fails) for node in bed.nodes[:2]]
+    knows, line = all_hear(job.stacks, "3 failures in a row without a new checkpoint", since, 90)
+    found = codes(job.stacks)
+    assert found == [5, 5]
+    table.add("three failures in a row (MAX_RESTARTS=2)", knows, ends(found), verdict(line))

@@ -1,0 +1,87 @@
+"""What a launcher leaves on disk: its state for the health check, and its ending for Docker's own retry."""
+
+import asyncio
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from app.launch import health
+from app.launch.final import RETRY_WINDOW, read_final, write_final
+
+IDENTITY = "0123456789abcdef" * 4
+MOUNTS = f"612 600 8:1 /var/lib/docker/containers/{IDENTITY}/hostname /etc/hostname rw - ext4 /dev/sda1 rw\n"
+
+
+def state(folder: Path, name: str, pid: int, age: float = 0) -> None:
+    fields = {"pid": pid, "state": "running", "round": 2, "progress": "step 7", "time": time.time() - age}
+    (folder / f"torchrun-compose-{os.getuid()}-{name}-0.json").write_text(json.dumps(fields))
+
+
+def test_a_launcher_that_lives_is_healthy_and_tells_round_and_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state(tmp_path, "a", os.getpid())
+    assert health.healthcheck(tmp_path) == 0
+    assert capsys.readouterr().out == "running, round 2, last progress: step 7\n"
+
+
+def test_a_launcher_that_hangs_or_is_gone_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state(tmp_path, "gone", 2**22 + 1)
+    assert health.healthcheck(tmp_path) == 1
+    assert capsys.readouterr().out == "no launcher is running\n"
+    state(tmp_path, "hangs", os.getpid(), age=60)
+    assert health.healthcheck(tmp_path) == 1
+    assert "no sign of life for 60 s" in capsys.readouterr().out
+
+
+def test_a_broken_state_file_is_no_state(tmp_path: Path) -> None:
+    (tmp_path / f"torchrun-compose-{os.getuid()}-a-0.json").write_text("{")
+    assert health.healthcheck(tmp_path) == 1
+
+
+def test_the_state_file_follows_the_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(health, "_folder", lambda: tmp_path)
+
+    async def live() -> list[object]:
+        path, change = health.keep_state("a", 1, lambda: "step 3")
+        first = json.loads(path.read_text())
+        change("running", 4)
+        second = json.loads(path.read_text())
+        return [first["state"], second["state"], second["round"], second["progress"]]
+
+    assert asyncio.run(live()) == ["waiting", "running", 4, "step 3"]
+
+
+@pytest.fixture
+def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """FAKE: the root of a container whose id Docker shows in its mounts."""
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/mountinfo").write_text(MOUNTS)
+    return tmp_path
+
+
+def test_docker_own_retry_finds_how_the_container_ended(container: Path) -> None:
+    write_final(4, "the nodes do not agree", container)
+    for _ in range(5):
+        ending = read_final(container)
+        assert ending is not None
+        assert (ending.code, ending.text) == (4, "the nodes do not agree")
+
+
+def test_a_later_start_by_hand_runs_and_forgets(container: Path) -> None:
+    write_final(4, "the nodes do not agree", container)
+    [marker] = container.glob(".final-*")
+    fields = json.loads(marker.read_text())
+    marker.write_text(json.dumps({**fields, "time": fields["time"] - RETRY_WINDOW - 1}))
+    assert read_final(container) is None
+    assert not list(container.glob(".final-*"))
+
+
+def test_outside_a_container_nothing_is_left(tmp_path: Path) -> None:
+    write_final(4, "the nodes do not agree", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert read_final(tmp_path) is None

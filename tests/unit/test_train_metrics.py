@@ -1,0 +1,90 @@
+"""What a run tells: the schedule, slow ranks, peak figures, and the picture of the loss."""
+
+import struct
+import zlib
+
+import pytest
+import torch
+
+from app.train.loop import learning_rate
+from app.train.metrics import SlowRanks, peak_flops
+from app.train.model import GPT, Linear
+from app.train.picture import HEIGHT, HELD_OUT, TRAINING, WIDTH, loss_picture
+from app.train.settings import Settings
+
+FAST, SLOW, WAITING = (0.01, 0.1, 0.0), (0.01, 0.2, 0.0), (0.0, 0.1, 0.1)
+
+
+def test_the_rate_warms_up_and_falls_to_its_floor() -> None:
+    settings = Settings(steps=100, warmup=10, lr=1.0, min_lr=0.1)
+    rates = [learning_rate(settings, step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10] == max(rates) == 1.0
+    assert rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_rank_is_named_after_three_slow_lines_once() -> None:
+    slow, names = SlowRanks(), ["rank 0", "rank 1", "rank 2"]
+    told = [slow.update([FAST, SLOW, WAITING], names) for _ in range(5)]
+    assert [len(sentences) for sentences in told] == [0, 0, 1, 0, 0]
+    assert told[2][0].startswith("slow: rank 1 takes 1.9 times the median")
+    assert "5% data, 95% compute, 0% waiting" in told[2][0]
+
+
+def test_a_rank_that_recovers_is_not_named() -> None:
+    slow, names = SlowRanks(), ["rank 0", "rank 1"]
+    for shares in [[FAST, SLOW], [FAST, SLOW], [FAST, FAST], [FAST, SLOW], [FAST, SLOW]]:
+        assert not slow.update(shares, names)
+
+
+def test_one_rank_alone_is_never_slow() -> None:
+    slow = SlowRanks()
+    assert not any(slow.update([SLOW], ["rank 0"]) for _ in range(5))
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12)],
+)
+def test_known_devices_have_a_peak(name: str, peak: float) -> None:
+    assert peak_flops(name) == peak
+
+
+@pytest.mark.parametrize("name", ["cpu", "NVIDIA L40", "Some GPU of 2030", ""])
+def test_unknown_devices_have_none(name: str) -> None:
+    assert peak_flops(name) is None
+
+
+def test_the_picture_is_a_png_that_shows_both_losses() -> None:
+    png = loss_picture({step: 5 / step for step in range(1, 50)}, {25: 1.0})
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", png[16:24]) == (WIDTH, HEIGHT)
+    start = png.index(b"IDAT")
+    (length,) = struct.unpack(">I", png[start - 4 : start])
+    pixels = zlib.decompress(png[start + 4 : start + 4 + length])
+    assert len(pixels) == HEIGHT * (WIDTH + 1)
+    assert {TRAINING, HELD_OUT} <= set(pixels)
+
+
+def test_a_picture_of_one_step_can_be_drawn() -> None:
+    assert loss_picture({7: 3.0}, {})
+
+
+def test_a_convolution_is_the_same_product_as_a_linear_layer() -> None:
+    layer, x = Linear(24, 40), torch.randn(3, 7, 24, requires_grad=True)
+    ours, theirs = layer(x), torch.nn.functional.linear(x, layer.weight)
+    torch.testing.assert_close(ours, theirs)
+    (ours_grad,) = torch.autograd.grad(ours.square().sum(), layer.weight)
+    (theirs_grad,) = torch.autograd.grad(theirs.square().sum(), layer.weight)
+    torch.testing.assert_close(ours_grad, theirs_grad)
+
+
+def test_no_token_sees_the_future() -> None:
+    torch.manual_seed(0)
+    model, text = GPT(vocab=50, context=16, layers=2, heads=2, width=16), torch.randint(0, 50, (1, 16))
+    changed = text.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % 50
+    before, after = model(text), model(changed)
+    assert torch.equal(before[0, :10], after[0, :10])
+    assert not torch.equal(before[0, 10:], after[0, 10:])
