@@ -30,8 +30,8 @@ from app.launch.gang.wire import (
     items,
     text,
 )
-from app.launch.needs import speed_of
 from app.launch.plan import Plan
+from app.launch.plan.needs import speed_of
 
 RETRY = 0.5
 SILENCE = 8 * BEAT

@@ -14,8 +14,8 @@ from app.doctor.facts import Facts
 from app.doctor.meeting import ALL_REDUCE
 from app.doctor.transport import Collective, carrier, read_nccl
 from app.launch import torchrun
-from app.launch.files import entries, number
 from app.launch.host import PROJECT, Host
+from app.launch.host.files import entries, number
 from app.launch.plan import Plan
 from app.launch.symptoms import diagnose
 

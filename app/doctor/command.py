@@ -17,9 +17,9 @@ from app.doctor.look import look
 from app.doctor.table import WORDS, exit_code, to_json, to_lines, to_table, verdict
 from app.launch.errors import UserError
 from app.launch.host import probe
-from app.launch.membership import names_to_resolve
 from app.launch.plan import Plan, draft
-from app.launch.script import files_to_look_at
+from app.launch.plan.membership import names_to_resolve
+from app.launch.plan.script import files_to_look_at
 from app.launch.settings import Settings, read_settings
 
 

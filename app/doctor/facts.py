@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from app.doctor.look import Look
 from app.launch.host import Host
-from app.launch.host_net import Nic
-from app.launch.ledger import Decision
+from app.launch.host.nics import Nic
 from app.launch.plan import Draft, Plan
+from app.launch.plan.ledger import Decision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
-from app.launch.addresses import canonical
-from app.launch.files import entries, number, text
 from app.launch.host import Host
+from app.launch.host.addresses import canonical
+from app.launch.host.files import entries, number, text
 
 NIC_COUNTERS = ("rx_errors", "tx_errors", "rx_crc_errors", "rx_missed_errors", "tx_carrier_errors")
 PROBE_BYTES = 32 << 20

@@ -11,8 +11,8 @@ from app.doctor.facts import Facts
 from app.doctor.findings import CHECKS, Finding, Level
 from app.doctor.look import Disk, GpuHealth, Look, NicHealth, look
 from app.doctor.planned import PLACINGS
+from app.launch.host.names import Answer
 from app.launch.plan import draft
-from app.launch.resolve import Answer
 from tests.machines.facts import host_of, settings_of
 from tests.machines.library import MACHINES
 
