@@ -289,6 +289,8 @@ async def meet(attendant: Attendant, wait: float) -> tuple[Row, ...]:
         if own.done() and own.exception() is not None and not holding.done():
             return own.result()
         return await holding
+    except WireError as error:
+        raise NobodyError(f"a node said what this version of doctor does not know ({error}): use one image") from None
     finally:
         for task in (holding, own):
             task.cancel()

@@ -25,9 +25,12 @@ STRAGGLERS = 2.0
 """Seconds that are waited once every node has come or was turned away."""
 ANSWER = 25.0
 """Seconds for the answer to one question."""
-ALL_REDUCE = 60.0
+ALL_REDUCE = 45.0
+"""Seconds from the start of torchrun, most of which is the import of torch, to its end."""
 SECOND_LOOKS = 2
-"""A busy moment of a machine passes, a slow link stays: a slow pair is measured again, the best counts."""
+LOOKS_SECONDS = 15.0
+"""A busy moment of a machine passes, a slow link stays: a slow pair is measured again, the best counts. Where all are
+slow there is no time for all, and no need."""
 MOST_STEPS = 15
 """Up to 16 nodes every pair is measured; above, each node with 15 others."""
 CLOCK_ASKS = 5
@@ -250,9 +253,10 @@ class Meeting:
         """Speed of every pair and full-size packets both ways; a node is in one pair at a time."""
         for step in steps(sorted(self.seats))[:MOST_STEPS]:
             await asyncio.gather(*(self._pair(*pair) for pair in step))
+        until = time.monotonic() + LOOKS_SECONDS
         for _ in range(SECOND_LOOKS):
             for pair, speed in list(self.measured.speeds.items()):
-                if slowness(self.measured, pair, speed):
+                if slowness(self.measured, pair, speed) and time.monotonic() < until:
                     await self._speed(*pair, calibrate=True)
 
     async def _pair(self, first: int, second: int) -> None:
