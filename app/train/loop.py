@@ -198,7 +198,7 @@ class Run:
             f"({speed / place.world:,.0f} per rank){mfu}  grad norm {summary.norms[-1]:.2f}  lr {rates[-1]:.1e}  "
             f"ETA {left // 60}m{left % 60:02d}s"
         )
-        for sentence in self.slow.update(summary.shares, self.names):
+        for sentence in self.slow.update(summary.shares, self.names, steps=steps):
             say(sentence)
 
     def _profile(self) -> None:

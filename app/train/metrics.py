@@ -19,8 +19,8 @@ from app.train.ranks import agree
 
 SLOW = 1.25
 """A rank is slow when its own work takes so many times that of the median rank."""
-PERSISTENT = 3
-"""It is named after so many lines in a row."""
+PERSISTENT = 30
+"""It is named after so many steps of slow lines in a row."""
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -113,17 +113,18 @@ class SlowRanks:
     """Names ranks whose own work is persistently slower than the median's, each once until it recovers."""
 
     def __init__(self) -> None:
-        self.lines: dict[int, int] = {}
+        self.steps: dict[int, int] = {}
 
-    def update(self, shares: Sequence[Sequence[float]], names: Sequence[str]) -> list[str]:
-        """Sentences about the ranks that have just become persistently slow."""
+    def update(self, shares: Sequence[Sequence[float]], names: Sequence[str], *, steps: int) -> list[str]:
+        """Sentences about the ranks that a line over so many steps has shown to be persistently slow."""
         sentences = []
         busy = [data + compute for data, compute, _ in shares]
         median = statistics.median_low(busy)
         for rank, (data, compute, wait) in enumerate(shares):
             slow = busy[rank] > SLOW * median
-            self.lines[rank] = self.lines.get(rank, 0) + 1 if slow else 0
-            if self.lines[rank] == PERSISTENT:
+            before = self.steps.get(rank, 0)
+            self.steps[rank] = before + steps if slow else 0
+            if before < PERSISTENT <= self.steps[rank]:
                 whole = max(data + compute + wait, 1e-9)
                 sentences.append(
                     f"slow: {names[rank]} takes {busy[rank] / median:.1f} times the median rank's time for its work "
@@ -152,6 +153,9 @@ class Journal:
             for record in records if self.board else ():
                 for name in record.keys() - {"step", "time"}:
                     self.board.add_scalar(name, record[name], record["step"])
+            if self.board:
+                # The process ends without any clean-up, see ranks.leave.
+                self.board.flush()
         except OSError as error:
             if not self.failed:
                 self.say(f"metrics cannot be written to {self.path}: {error.strerror}. Training goes on without.")

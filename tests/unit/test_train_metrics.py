@@ -24,9 +24,9 @@ def test_the_rate_warms_up_and_falls_to_its_floor() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_a_rank_is_named_after_three_slow_lines_once() -> None:
+def test_a_rank_is_named_after_thirty_slow_steps_once() -> None:
     slow, names = SlowRanks(), ["rank 0", "rank 1", "rank 2"]
-    told = [slow.update([FAST, SLOW, WAITING], names) for _ in range(5)]
+    told = [slow.update([FAST, SLOW, WAITING], names, steps=10) for _ in range(5)]
     assert [len(sentences) for sentences in told] == [0, 0, 1, 0, 0]
     assert told[2][0].startswith("slow: rank 1 takes 1.9 times the median")
     assert "5% data, 95% compute, 0% waiting" in told[2][0]
@@ -35,12 +35,12 @@ def test_a_rank_is_named_after_three_slow_lines_once() -> None:
 def test_a_rank_that_recovers_is_not_named() -> None:
     slow, names = SlowRanks(), ["rank 0", "rank 1"]
     for shares in [[FAST, SLOW], [FAST, SLOW], [FAST, FAST], [FAST, SLOW], [FAST, SLOW]]:
-        assert not slow.update(shares, names)
+        assert not slow.update(shares, names, steps=10)
 
 
 def test_one_rank_alone_is_never_slow() -> None:
     slow = SlowRanks()
-    assert not any(slow.update([SLOW], ["rank 0"]) for _ in range(5))
+    assert not any(slow.update([SLOW], ["rank 0"], steps=10) for _ in range(5))
 
 
 @pytest.mark.parametrize(
