@@ -4,6 +4,7 @@
     python entrypoint.py explain [--json]                        what a start would use, and why
     python entrypoint.py doctor [--alone] [--json]               is this cluster fit to train? on all nodes at once
     python entrypoint.py bench [ARGS...]                         what the network gives; on all nodes at once
+    python entrypoint.py report [--bundle FILE]                  what went wrong on this node, last time
     python entrypoint.py healthcheck                             waiting, running or stopping; for the engine
 
 Settings come from the environment and from `.env` in the current folder; `.env.example` describes them.
@@ -86,11 +87,18 @@ def bench(arguments: Sequence[str]) -> int:
     return run(["-m", "app.bench", *arguments])
 
 
+def report(arguments: Sequence[str]) -> int:
+    """Prints the report of the last failure, or packs it with the logs into one archive without secrets."""
+    from app.launch.bundle import main as tell
+
+    return tell(arguments, os.environ, env_file())
+
+
 def healthcheck(_arguments: Sequence[str]) -> int:
     """Tells the engine how this node is doing; 0 is healthy."""
-    from app.launch.health import healthcheck as report
+    from app.launch.health import healthcheck as examine
 
-    return report()
+    return examine()
 
 
 def env_file() -> Path:
@@ -102,6 +110,7 @@ COMMANDS: dict[str, Command] = {
     "explain": explain,
     "doctor": doctor,
     "bench": bench,
+    "report": report,
     "healthcheck": healthcheck,
 }
 

@@ -281,7 +281,7 @@ async def meet(attendant: Attendant, wait: float) -> tuple[Row, ...]:
     meeting = Meeting(plan=plan, token=attendant.token, say=attendant.say, wait=wait)
     server = None
     if len(plan.nodes) > 1:
-        server = await asyncio.start_server(meeting.serve, plan.nodes[0], plan.control_port, limit=MAX_LINE)
+        server = await asyncio.start_server(meeting.serve, plan.address, plan.control_port, limit=MAX_LINE)
     holding = asyncio.ensure_future(meeting.hold())
     own = asyncio.ensure_future(attendant.attend(_dial_inside(meeting), wait))
     try:

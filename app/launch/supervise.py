@@ -1,10 +1,12 @@
 """Runs one node's part of the job, from the roll call to the exit code: the one thing the entrypoint calls to run."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from app.launch.gang.verdict import Verdict
 from app.launch.gang.wire import MAX_LINE, Wire
 from app.launch.health import keep_state
 from app.launch.plan import Plan
+from app.launch.report import make_report, read_counters, write_report
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SHORTEST_TOKEN = 16
@@ -31,8 +34,14 @@ def supervise(plan: Plan) -> int:
     token = read_token(plan)
     make_folders(plan)
     torchrun.adopt_orphans()
+    started, before = time.time(), read_counters()
     verdict, own_stop = asyncio.run(_take_part(plan, token))
     say(verdict.text)
+    if verdict.code not in (ExitCode.DONE, ExitCode.STOPPED):
+        # A full disk must not hide the verdict.
+        with contextlib.suppress(OSError):
+            report = make_report(plan, int(verdict.code), verdict.text, before, started)
+            say(f"what is known of it: {write_report(plan, report)}; `report` prints it")
     if verdict.code == ExitCode.STOPPED:
         return int(verdict.code) if own_stop else plan.stopped_exit_code
     if verdict.code != ExitCode.DONE:
