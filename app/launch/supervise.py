@@ -36,12 +36,13 @@ def supervise(plan: Plan) -> int:
     torchrun.adopt_orphans()
     started, before = time.time(), read_counters()
     verdict, own_stop = asyncio.run(_take_part(plan, token))
-    say(verdict.text)
     if verdict.code not in (ExitCode.DONE, ExitCode.STOPPED):
         # A full disk must not hide the verdict.
         with contextlib.suppress(OSError):
             report = make_report(plan, int(verdict.code), verdict.text, before, started)
-            say(f"what is known of it: {write_report(plan, report)}; `report` prints it")
+            say(f"kept for `report`: {write_report(plan, report)}")
+    # The last line is what people read first.
+    say(verdict.text)
     if verdict.code == ExitCode.STOPPED:
         return int(verdict.code) if own_stop else plan.stopped_exit_code
     if verdict.code != ExitCode.DONE:

@@ -18,7 +18,7 @@ time.sleep(60)
 def test_each_node_of_a_failed_job_has_a_report_and_the_command_prints_it(tmp_path: Path) -> None:
     with nodes(tmp_path, 2, FAILING, MAX_RESTARTS="0") as made:
         assert [launcher.end(60) for launcher in made.start_all()] == [5, 5]
-        assert "what is known of it" in made.launchers[1].text
+        assert "kept for `report`: " in made.launchers[1].text
     folders = [tmp_path / f"node{rank}/default/report/node{rank}" for rank in (0, 1)]
     first, second = (json.loads((folder / "report.json").read_text()) for folder in folders)
     assert first["verdict"] == second["verdict"]
