@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from app.launch import supervise
-from app.launch.gang import hub, reach, wire
+from app.launch.gang import door, reach, wire
 from app.launch.gang.facts import gather
 from app.launch.gang.hub import Hub
 from app.launch.gang.member import Member, Place, Surroundings
@@ -104,7 +104,7 @@ async def be_node_0(count: int, port: int, token: bytes) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_SELF)
     head = Hub(plan, token, lambda text: print(text, file=sys.stderr))
     server = await asyncio.start_server(
-        head.serve, plan.nodes[0], plan.control_port, limit=wire.MAX_LINE, backlog=2 * count + 64
+        head.door.serve, plan.nodes[0], plan.control_port, limit=wire.MAX_LINE, backlog=2 * count + 64
     )
     begun = time.time()
     started: list[float] = []
@@ -171,7 +171,7 @@ def widen() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     reach.CONNECT = reach.PASS = PATIENCE
-    for module in (wire, hub):
+    for module in (wire, door):
         setattr(module, "HANDSHAKE", PATIENCE)  # noqa: B010 - each module has its own name for it
 
 

@@ -32,13 +32,17 @@ def main() -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addHandler(Closing(pipe))
     try:
         torchrun(sys.argv[1:])
+        return 0
     except SignalException as stop:
         return 128 + stop.sigval
     except ChildFailedError as error:
         failures: dict[int, ProcessFailure] = error.failures
         tell(pipe, {"event": "failed", "failures": [facts(rank, failure) for rank, failure in failures.items()]})
         return 1
-    return 0
+    finally:
+        # All is over; torch's handlers would turn a late SIGTERM into a traceback from the interpreter's own clean-up.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Closing(logging.Handler):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -25,6 +26,7 @@ from app.launch.report import make_report, read_counters, write_report
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SHORTEST_TOKEN = 16
+MOST_FILES = 65_536
 
 
 def supervise(plan: Plan) -> int:
@@ -34,6 +36,7 @@ def supervise(plan: Plan) -> int:
     token = read_token(plan)
     make_folders(plan)
     torchrun.adopt_orphans()
+    allow_many_files()
     started, before = time.time(), read_counters()
     verdict, own_stop = asyncio.run(_take_part(plan, token))
     if verdict.code not in (ExitCode.DONE, ExitCode.STOPPED):
@@ -78,6 +81,15 @@ def make_folders(plan: Plan) -> None:
         (plan.run_dir / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"RUN_DIR={plan.run_dir} cannot be written: {error.strerror}.") from None
+
+
+def allow_many_files() -> None:
+    """Raises the soft limit of open files as far as it goes: 1,024, Docker's usual one, is less than 1,000 nodes and
+    the data loaders of one node need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def progress(plan: Plan) -> str:
@@ -141,7 +153,7 @@ async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:
         return None
     try:
         return await asyncio.start_server(
-            hub.serve, plan.address, plan.control_port, limit=MAX_LINE, backlog=2 * len(plan.nodes) + 64
+            hub.door.serve, plan.address, plan.control_port, limit=MAX_LINE, backlog=2 * len(plan.nodes) + 64
         )
     except OSError as error:
         say(f"node 0 cannot listen on {plan.address} port {plan.control_port}: {os.strerror(error.errno or 0).lower()}")
@@ -162,7 +174,7 @@ def _dial_inside(hub: Hub) -> Callable[[], Awaitable[Wire]]:
 
     async def dial() -> Wire:
         here, there = socket.socketpair()
-        tasks.add(asyncio.ensure_future(hub.serve(*await asyncio.open_connection(sock=there, limit=MAX_LINE))))
+        tasks.add(asyncio.ensure_future(hub.door.serve(*await asyncio.open_connection(sock=there, limit=MAX_LINE))))
         return Wire(*await asyncio.open_connection(sock=here, limit=MAX_LINE))
 
     return dial

@@ -10,8 +10,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.launch.plan import Plan
+
+if TYPE_CHECKING:
+    import psutil
 
 AGENT = Path(__file__).with_name("agent.py")
 WORKER = Path(__file__).with_name("worker.py")
@@ -165,6 +169,7 @@ def sweep() -> int:
     import psutil
 
     left = psutil.Process().children(recursive=True)
+    alive = [process for process in left if _lives(process)]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -172,7 +177,15 @@ def sweep() -> int:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    return len(left)
+    return len(alive)
+
+
+def _lives(process: "psutil.Process") -> bool:
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False
 
 
 def _failure(fields: Mapping[str, object]) -> Failure:

@@ -1,24 +1,21 @@
 """The training loop: `torchrun ... -m app.train`. Reads downwards: connect, agree, build, resume, step, stop."""
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from math import ceil, cos, inf, isfinite, pi
+from math import ceil, inf, isfinite
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from app.train.checkpoint import Checkpoints, State
 from app.train.data import Corpus, held_out_batch, load_corpus, training_batch
 from app.train.metrics import Clock, SlowRanks, Summary, Window, open_journal, peak_flops, summarize
 from app.train.model import GPT, generate
+from app.train.parallel import adamw, in_parallel, learning_rate, synchronized, to_device
 from app.train.picture import loss_picture
 from app.train.ranks import Place, StopRequest, agree, connect, first_line, gathered, leave, lost_contact
 from app.train.settings import Settings, UserError, refuse
@@ -69,10 +66,11 @@ class Run:
         )
         if settings.compile:
             self.net.compile()
-        self.model = _parallel(self.net, settings, place, self.clock, bf16=self.bf16)
-        self.optimizer = _adamw(self.net, settings)
+        self.model = in_parallel(self.net, settings, place, self.clock, bf16=self.bf16)
+        self.optimizer = adamw(self.net, settings)
         self.parameters = [weight for weight in self.net.parameters() if weight.requires_grad]
         self.profiler: torch.profiler.profile | None = None
+        self.window = Window()
         self.step = self.position = 0
         self._resume()
 
@@ -84,8 +82,11 @@ class Run:
         """
         try:
             return self._train()
-        except RuntimeError as error:
-            if not lost_contact(error):
+        except Exception as error:
+            if self.settings.sharding == "ddp":
+                # The save in the background needs no other rank and may be the newest.
+                self.checkpoints.wait()
+            if not (isinstance(error, RuntimeError) and lost_contact(error)):
                 raise
             say(
                 f"{self.names[self.place.rank]} has lost another rank at step {self.step}: {first_line(error)}. "
@@ -95,25 +96,36 @@ class Run:
 
     def _train(self) -> int:
         settings, stop = self.settings, StopRequest()
-        self.window = Window()
+        if self.place.world > 2 and settings.sharding == "ddp":
+            self._settle_buckets()
+        self.window.started = time.perf_counter()
         number = 0
         while self.step < settings.steps and not number:
             self._profile()
-            self._step()
+            self.take_step()
             number = stop.agreed()
             last = number or self.step == settings.steps
             due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
             if last or due or self.step % settings.log_every == 0:
-                self._report()
+                self.report()
             if last or due:
-                self.checkpoints.save(self._state(), self.step)
+                self.checkpoints.save(self.state(), self.step)
             if settings.eval_every and (self.step % settings.eval_every == 0 or self.step == settings.steps):
                 self._evaluate()
             self.checkpoints.poll()
         stop.close()
         return self._end(number)
 
-    def _step(self) -> None:
+    def _settle_buckets(self) -> None:
+        """One pass that is thrown away. After its first backward DDP lays out its buckets anew, and with more than two
+        ranks the sums then round differently: so no step may be the first, or a resume would not repeat the bits.
+        """
+        for piece in self._pieces():
+            self.model(piece[:, :-1], piece[:, 1:]).backward()
+        self.optimizer.zero_grad()
+
+    def take_step(self) -> None:
+        """One optimizer step over `batch` sequences."""
         settings, place, window = self.settings, self.place, self.window
         began = time.perf_counter()
         # Randomness of a step (a dropout that you may add) depends on the step alone, so that a resume repeats it.
@@ -126,9 +138,9 @@ class Run:
         # DDP and FSDP2 average the gradients of the ranks: so scaled, uneven shares give the mean of all tokens.
         scale = place.world / tokens
         for number, piece in enumerate(pieces, start=1):
-            with _synchronized(self.model, number == len(pieces)), self._autocast():
+            with synchronized(self.model, number == len(pieces)), self._autocast():
                 part = self.model(piece[:, :-1], piece[:, 1:])
-            with _synchronized(self.model, number == len(pieces)):
+            with synchronized(self.model, number == len(pieces)):
                 (part * scale).backward()
             loss += part.detach()
         end = self.clock.mark()
@@ -157,9 +169,9 @@ class Run:
             seed=settings.seed,
         )
         count = ceil(ceil(settings.batch / place.world) / settings.micro_batch)
-        return [_to_device(piece, place.device) for piece in share.tensor_split(count)]
+        return [to_device(piece, place.device) for piece in share.tensor_split(count)]
 
-    def _report(self) -> None:
+    def report(self) -> None:
         """One line, and one record per step since the last one.
 
         Raises:
@@ -220,7 +232,7 @@ class Run:
         share = held_out_batch(self.corpus, count=settings.eval_sequences, rank=place.rank, world=place.world)
         sums = torch.zeros(2, dtype=torch.float64)
         count = ceil(ceil(settings.eval_sequences / place.world) / settings.micro_batch)
-        for piece in (_to_device(piece, place.device) for piece in share.tensor_split(count)):
+        for piece in (to_device(piece, place.device) for piece in share.tensor_split(count)):
             with self._autocast():
                 loss = self.net(piece[:, :-1], piece[:, 1:])
             sums += torch.tensor([float(loss), piece[:, 1:].numel()], dtype=torch.float64)
@@ -230,13 +242,14 @@ class Run:
             self.journal.write([{"step": self.step, "eval_loss": value}])
             say(f"step {self.step}/{settings.steps}  held-out loss {value:.4f} nats/token")
 
-    def _state(self) -> State:
+    def state(self) -> State:
+        """What a checkpoint holds. Its tensors are those of the run, not copies."""
         model, optimizer = get_state_dict(self.net, self.optimizer)
         progress = {"step": self.step, "position": self.position, **_order(self.settings, self.corpus)}
         return {"model": model, "optimizer": optimizer, "progress": progress}
 
     def _resume(self) -> None:
-        state = self._state()
+        state = self.state()
         if self.checkpoints.restore(state) is None:
             self._say_once(f"starting at step 0: no complete checkpoint in {self.checkpoints.folder}")
             return
@@ -297,14 +310,6 @@ def say(text: str) -> None:
     print(f"{text}\n", end="", flush=True)
 
 
-def learning_rate(settings: Settings, step: int) -> float:
-    """Linear warm-up, then a cosine down to `min_lr` of the peak: a function of the step, so nothing to restore."""
-    if step < settings.warmup:
-        return settings.lr * (step + 1) / settings.warmup
-    share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return settings.lr * (settings.min_lr + (1 - settings.min_lr) * (1 + cos(pi * share)) / 2)
-
-
 def _agreed_corpus(settings: Settings, place: Place) -> Corpus:
     corpus, problem = None, ""
     try:
@@ -332,43 +337,3 @@ def _agreed_corpus(settings: Settings, place: Place) -> Corpus:
 def _order(settings: Settings, corpus: Corpus) -> dict[str, Any]:
     """What the order of the data depends on."""
     return {"seed": settings.seed, "context": settings.context, "corpus": corpus.digest[:16]}
-
-
-def _parallel(net: GPT, settings: Settings, place: Place, clock: Clock, *, bf16: bool) -> nn.Module:
-    if settings.sharding == "fsdp":
-        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        policy = half if bf16 else MixedPrecisionPolicy()
-        mesh = init_device_mesh(place.device.type, (place.world,))
-        for block in net.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(net, mesh=mesh, mp_policy=policy)
-        return net
-    # The first parameter gets its gradient last.
-    next(net.parameters()).register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]  # torch has no types there
-        lambda _: clock.gradients_are_there()
-    )
-    return DistributedDataParallel(
-        net,
-        device_ids=[place.local_rank] if place.device.type == "cuda" else None,
-        forward_sync_buffers=False,
-        gradient_as_bucket_view=True,
-    )
-
-
-def _synchronized(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients are exchanged with the last micro-batch only."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-        return nullcontext()
-    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
-
-
-def _adamw(net: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    matrices = [weight for weight in net.parameters() if weight.dim() >= 2]
-    vectors = [weight for weight in net.parameters() if weight.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
-
-
-def _to_device(tokens: Tensor, device: torch.device) -> Tensor:
-    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens

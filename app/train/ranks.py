@@ -56,11 +56,12 @@ def connect(settings: Settings) -> Place:
         torch.cuda.set_device(device)
     # Gloo carries the agreement to stop and the checkpoints' messages; neither may wait for the GPU.
     on_gpu = device.type == "cuda"
+    nccl = on_gpu and env.get("BACKEND") != "gloo"
     alone: dict[str, Any] = {} if "MASTER_ADDR" in env else {"store": HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu and env.get("BACKEND") != "gloo" else "gloo",
+        "cpu:gloo,cuda:nccl" if nccl else "gloo",
         timeout=timedelta(seconds=settings.timeout),
-        device_id=device if on_gpu else None,
+        device_id=device if nccl else None,
         **alone,
     )
     return Place(

@@ -170,6 +170,7 @@ def test_a_second_interrupt_ends_a_stubborn_script_at_once_and_the_other_node_st
         assert second.end() == 143
         assert time.monotonic() - asked < 2
         assert first.end() == 143
+        first.wait_for(r"waiting \d+ s for .*node 0 \(127\.0\.0\.1\).* to end \(until", 1)
 
 
 def test_a_stop_while_waiting_for_a_node_ends_those_that_wait(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import zlib
 import pytest
 import torch
 
-from app.train.loop import learning_rate
 from app.train.metrics import SlowRanks, peak_flops
 from app.train.model import GPT, Linear
+from app.train.parallel import learning_rate
 from app.train.picture import HEIGHT, HELD_OUT, TRAINING, WIDTH, loss_picture
 from app.train.settings import Settings
 

@@ -12,8 +12,9 @@ from typing import Protocol
 from app.launch.exitcodes import ExitCode
 from app.launch.gang import reach
 from app.launch.gang.facts import host_id
-from app.launch.gang.hub import BEATS, SAY_AFTER, SAY_EVERY
+from app.launch.gang.hub import SAY_AFTER, SAY_EVERY
 from app.launch.gang.messages import Say
+from app.launch.gang.seats import BEATS
 from app.launch.gang.verdict import Verdict
 from app.launch.gang.wire import HANDSHAKE, Message, UntrustedError, Wire, WireError, integer, introduce, items, text
 from app.launch.plan import Plan
@@ -235,8 +236,9 @@ class Member:
             self._spawn(self._probe(wire, found))
         elif kind == "go":
             self._go(message)
-        elif kind == "halt" and self._engine:
-            self.around.say(f"{text(message, 'text')}; ending the workers of this node")
+        elif kind == "halt":
+            ending = "; ending the workers of this node" if self._engine else ""
+            self.around.say(text(message, "text") + ending)
             self._end(gently=message.get("why") == "stop", grace=float(integer(message, "grace", 0, 1 << 20)))
         return None
 
@@ -278,7 +280,7 @@ class Member:
             outcome, self._engine = self._last, None
             left = self.around.clean()
             if left:
-                self.around.say(f"{left} processes outlived torchrun and were killed")
+                self.around.say(f"processes that outlived torchrun and were killed: {left}")
             with contextlib.suppress(OSError):
                 await self._listen()
             self.around.state("waiting", self._round)

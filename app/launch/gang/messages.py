@@ -48,8 +48,6 @@ class Event:
     kind: str
     """joined, lost, reached, failing, ended or stop."""
     why: str = ""
-    silent: bool = False
-    """Lost by silence, not by a closed connection."""
     code: int = 0
     report: Report | None = None
     blocked: tuple[tuple[int, int, str], ...] = ()

@@ -53,7 +53,8 @@ class Answering:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._busy += 1
-        with contextlib.suppress(OSError, ValueError, TimeoutError, EOFError):
+        # CancelledError: the loop ends; Python 3.11's asyncio.streams would print a traceback of its own.
+        with contextlib.suppress(OSError, ValueError, TimeoutError, EOFError, asyncio.CancelledError):
             async with asyncio.timeout(CONNECT + PASS):
                 # A stranger without the key gets no byte back.
                 if self._busy <= STRANGERS and secrets.compare_digest(

@@ -26,6 +26,8 @@ class Round:
     running: set[int] = field(default_factory=set)
     limit: float = float("inf")
     """Monotonic time at which those that still run are given up."""
+    halted_at: float = 0.0
+    """Monotonic time at which the nodes were told to end; 0 before."""
     troubles: list[Trouble] = field(default_factory=list)
     stopped_by: str = ""
     _signs: dict[int, float] = field(default_factory=dict)
@@ -63,7 +65,7 @@ class Round:
     def _end(self, why: str, grace: float, reason: str, now: float) -> None:
         if why not in self._halted and "stop" not in self._halted:
             self._halted.add(why)
-            self.limit = now + grace + self.patience
+            self.halted_at, self.limit = now, now + grace + self.patience
             self.halt(why, grace, reason)
 
     def give_up(self, now: float) -> None:
