@@ -6,14 +6,15 @@ import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
 from app.doctor import meter
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Row
-from app.doctor.meeting import ANSWER, BEAT, SAY_AFTER, SAY_EVERY, Meeting, read_findings, run_of
+from app.doctor.meeting import ANSWER, BEAT, SAY_AFTER, SAY_EVERY, Meeting, run_of
+from app.doctor.talk import read_findings, read_peer, told_collective, told_findings
 from app.doctor.transport import Collective
 from app.launch.gang import reach
 from app.launch.gang.facts import gather, host_id
@@ -123,7 +124,7 @@ class Attendant:
             "speed": (speed_of(nic, self.facts.host) or 0) if nic else 0,
             "transport": dict(plan.equal).get("transport of NCCL", "sockets"),
             "facts": {name: value[:2000] for name, value in self._compared().items()},
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": told_findings(self.findings),
             "ports": [{"port": port} for port in self._answering.ports],
             "key": self._answering.key,
             "tcp": self._meter.tcp,
@@ -167,10 +168,10 @@ class Attendant:
             return await self._reach(message)
         if kind == "speed":
             calibrate = bool(integer(message, "calibrate", 0, 1))
-            return await asyncio.to_thread(self._speed, _peer(message), calibrate=calibrate)
+            return await asyncio.to_thread(self._speed, read_peer(message), calibrate=calibrate)
         if kind == "packets":
             mtu = integer(message, "mtu", 100, 1 << 20)
-            outcome = await asyncio.to_thread(meter.full_size, self.plan.address, _peer(message), mtu)
+            outcome = await asyncio.to_thread(meter.full_size, self.plan.address, read_peer(message), mtu)
             return {"outcome": outcome}
         if kind == "leave":
             return {"wrote": int(self._leave(text(message, "nonce", 32)))}
@@ -244,32 +245,7 @@ class Attendant:
         size = integer(message, "nnodes", 1, 1 << 16)
         place = integer(message, "place", 0, size - 1)
         found = await self.reduce(self.facts, self.plan, text(message, "run_id", 64), place, size)
-        log = found.log
-        return {
-            "failure": found.failure,
-            "backend": found.backend,
-            "ranks": found.ranks,
-            "bandwidth": round(found.bus_bandwidth),
-            "interface": found.interface,
-            "carrier": found.carrier,
-            "transport": found.transport,
-            "expects_direct": int(found.expects_direct),
-            "active_ports": found.active_ports,
-            "network": log.network,
-            "devices": [{"name": name} for name in log.devices[:64]],
-            "channels": log.channels,
-            "direct": log.direct,
-            "version": log.version,
-        }
-
-
-def _peer(message: Message) -> meter.Peer:
-    return meter.Peer(
-        address=text(message, "address", 64),
-        tcp=integer(message, "tcp", 1, 65535),
-        udp=integer(message, "udp", 1, 65535),
-        key=text(message, "key", 64),
-    )
+        return told_collective(found)
 
 
 async def meet(attendant: Attendant, wait: float) -> tuple[Row, ...]:

@@ -8,12 +8,14 @@ import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from app.doctor.cluster import Measured, Node, judge, slowness
-from app.doctor.findings import CHECKS, Finding, Level, Row
+from app.doctor.cluster import judge
+from app.doctor.findings import Row
+from app.doctor.links import slowness
+from app.doctor.measured import Measured
 from app.doctor.meter import Speed
-from app.doctor.transport import Collective, NcclLog
+from app.doctor.talk import Seat, read_collective, read_seat, told_findings
 from app.launch.gang import reach
 from app.launch.gang.messages import Say
 from app.launch.gang.wire import HANDSHAKE, Message, UntrustedError, Wire, WireError, challenge, integer, items, text
@@ -39,21 +41,6 @@ CLOCK_ASKS = 5
 def run_of(plan: Plan) -> str:
     """Names the doctor's talk on CONTROL_PORT; no RUN_NAME has a space."""
     return f"doctor of {plan.run_name}"
-
-
-@dataclass(slots=True, kw_only=True)
-class Seat:
-    """A node that is connected."""
-
-    wire: Wire
-    node: Node
-    life: str
-    ports: tuple[int, ...]
-    key: str
-    meter: Mapping[str, str | int]
-    """Fields of meter.Peer, to hand on."""
-    inbox: asyncio.Queue[Message | str] = field(default_factory=asyncio.Queue)
-    """What it said, or why it is gone."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,7 +93,7 @@ class Meeting:
                 wire.send("refuse", text=f"node 0 has another RUN_NAME, {self.plan.run_name!r}")
             # A node that waits to train is not answered: it keeps trying, and comes to its job once doctor is done.
             raise WireError("not doctor")
-        seat = _read_seat(wire, message)
+        seat = read_seat(wire, message)
         rank, taken = seat.node.rank, self.seats.get(seat.node.rank)
         if not self._open:
             wire.send("refuse", text="doctor has begun without this node: start it again on all nodes")
@@ -142,7 +129,7 @@ class Meeting:
             rows = judge(measured)
             for seat in self.seats.values():
                 for row in rows:
-                    seat.wire.send("row", rank=row.rank, address=row.address, findings=_findings(row))
+                    seat.wire.send("row", rank=row.rank, address=row.address, findings=told_findings(row.findings))
                 seat.wire.send("end")
             return rows
         finally:
@@ -335,7 +322,7 @@ class Meeting:
             for index, rank in enumerate(ranks)
         }
         for rank, answer in (await self._ask_all(questions)).items():
-            measured.collectives[rank] = _read_collective(answer)
+            measured.collectives[rank] = read_collective(answer)
 
 
 def steps(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
@@ -348,71 +335,3 @@ def steps(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
         found.append([(min(one, two), max(one, two)) for one, two in pairs if one is not None and two is not None])
         circle = [circle[0], circle[-1], *circle[1:-1]]
     return found
-
-
-def _read_seat(wire: Wire, message: Message) -> Seat:
-    """Raises WireError."""
-    told = message.get("facts")
-    if not isinstance(told, dict) or len(told) > 200:
-        raise WireError("facts is not an object")
-    node = Node(
-        rank=integer(message, "rank", 0, 1 << 16),
-        # Where the connection came from, which nobody can make up; node 0 itself comes by a pair of sockets.
-        address=wire.peer or text(message, "address", 64),
-        host=text(message, "host", 120),
-        interface=text(message, "interface", 64),
-        mtu=integer(message, "mtu", 0, 1 << 20),
-        speed=integer(message, "speed", 0, 1 << 30),
-        transport=text(message, "transport", 40),
-        facts={str(name)[:100]: text(told, name, 2000) for name in told},
-        findings=read_findings(message),
-    )
-    ports = {name: integer(message, name, 1, 65535) for name in ("tcp", "udp")}
-    return Seat(
-        wire=wire,
-        node=node,
-        life=text(message, "life", 64),
-        ports=tuple(integer(one, "port", 1, 65535) for one in items(message, "ports", 4)),
-        key=text(message, "key", 64),
-        meter={"address": node.address, "key": text(message, "meter_key", 64), **ports},
-    )
-
-
-def read_findings(message: Message) -> tuple[Finding, ...]:
-    """Raises WireError for what is not one of our checks and levels."""
-    found = []
-    for one in items(message, "findings", 200):
-        check, level = text(one, "check", 40), text(one, "level", 20)
-        if check not in CHECKS or level not in {*Level}:
-            raise WireError("not a finding")
-        found.append(
-            Finding(check=check, level=Level(level), sentence=text(one, "sentence", 2000), cure=text(one, "cure", 500))
-        )
-    return tuple(found)
-
-
-def _findings(row: Row) -> list[dict[str, str]]:
-    return [asdict(finding) for finding in row.findings]
-
-
-def _read_collective(message: Message) -> Collective:
-    names = [text(one, "name", 100) for one in items(message, "devices", 64)]
-    log = NcclLog(
-        network=text(message, "network", 60),
-        devices=tuple(names),
-        channels=integer(message, "channels", 0, 1 << 20),
-        direct=integer(message, "direct", 0, 1 << 20),
-        version=text(message, "version", 40),
-    )
-    return Collective(
-        failure=text(message, "failure", 1000),
-        backend=text(message, "backend", 20),
-        ranks=integer(message, "ranks", 0, 1 << 20),
-        bus_bandwidth=float(integer(message, "bandwidth", 0, 1 << 50)),
-        interface=text(message, "interface", 64),
-        carrier=text(message, "carrier", 64),
-        transport=text(message, "transport", 40),
-        expects_direct=bool(integer(message, "expects_direct", 0, 1)),
-        active_ports=integer(message, "active_ports", 0, 1 << 10),
-        log=log,
-    )

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from app.doctor.cluster import Measured, Node, judge
+from app.doctor.cluster import judge
 from app.doctor.findings import Finding, Level, Row, green
+from app.doctor.measured import Measured, Node
 from app.doctor.meeting import steps
 from app.doctor.meter import Speed
 from app.doctor.transport import Collective
