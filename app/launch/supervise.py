@@ -16,7 +16,7 @@ from app.launch.errors import UserError
 from app.launch.exitcodes import ExitCode
 from app.launch.final import write_final
 from app.launch.gang.facts import gather
-from app.launch.gang.hub import Hub
+from app.launch.gang.hub import LAST_WORD, Hub
 from app.launch.gang.member import Member, Place, Surroundings
 from app.launch.gang.verdict import Verdict
 from app.launch.gang.wire import MAX_LINE, Wire
@@ -93,18 +93,23 @@ def allow_many_files() -> None:
 
 
 def progress(plan: Plan) -> str:
-    """What changes when the training has got on: the first line of RUN_DIR/progress if the script writes that file,
-    otherwise name and time of the newest entry of CHECKPOINT_DIR (hidden and temporary ones apart); "" for none."""
+    """What changes when the training has got on, and at nothing else; "" for nothing yet.
+
+    The first line of RUN_DIR/progress if the script writes that file. Otherwise the newest entry of CHECKPOINT_DIR,
+    hidden and temporary ones apart: a file by name and time, since many scripts write one again and again, a folder by
+    name alone, since a script that always fails while it saves would renew its time."""
     try:
         return (plan.run_dir / "progress").read_text(errors="replace").partition("\n")[0][:100]
     except OSError:
         pass
     try:
-        entries = [entry for entry in plan.checkpoint_dir.iterdir() if _is_complete(entry)]
-        newest = max(((entry.stat().st_mtime, entry.name) for entry in entries), default=None)
+        found = [(entry.stat().st_mtime, entry) for entry in plan.checkpoint_dir.iterdir() if _is_complete(entry)]
     except OSError:
         return ""
-    return f"{newest[1][:80]} {newest[0]:.3f}" if newest else ""
+    if not found:
+        return ""
+    at, newest = max(found)
+    return newest.name[:80] if newest.is_dir() else f"{newest.name[:80]} {at:.3f}"
 
 
 def _is_complete(entry: Path) -> bool:
@@ -136,9 +141,12 @@ async def _take_part(plan: Plan, token: bytes) -> tuple[Verdict, bool]:
             presiding.result()
         verdict = await part
         if presiding and member.stops < 2:
-            await presiding
+            # The others are told the verdict meanwhile. A member that left by itself has none to wait for.
+            await asyncio.wait([presiding], timeout=2 * LAST_WORD)
     finally:
         part.cancel()
+        if presiding:
+            presiding.cancel()
         path.unlink(missing_ok=True)
         if server:
             server.close()

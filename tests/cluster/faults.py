@@ -28,10 +28,10 @@ signal.signal(signal.SIGUSR1, fail)
 for step in range(100000):
     stop = torch.tensor(float(bool(stopped)))
     dist.all_reduce(stop)
+    if step % 20 == 3:
+        Path(os.environ["RUN_DIR"], "progress").write_text(f"step {step} of {run_id}")
     if step == 3:
         print(f"trains: rank {dist.get_rank()} of {dist.get_world_size()}, {run_id}", flush=True)
-    if step % 20 == 10:
-        Path(os.environ["RUN_DIR"], "progress").write_text(f"step {step} of {run_id}")
     if stop.item():
         print("saved", flush=True)
         sys.exit(143)
@@ -53,8 +53,8 @@ class Row:
     """One line of the table."""
 
     fault: str
-    knows: float
-    """Seconds from the fault until the last node printed it."""
+    knows: float | None
+    """Seconds from the fault until the last node printed it; None where there is nothing to know."""
     ends: str
     said: str
 
@@ -63,22 +63,29 @@ class Row:
 class Table:
     rows: list[Row] = field(default_factory=list)
 
-    def add(self, fault: str, knows: float, ends: str, said: str) -> None:
-        row = Row(fault=fault, knows=knows, ends=ends, said=re.sub(r"\s+", " ", said)[:230])
+    def add(self, fault: str, knows: float | None, ends: str, said: str) -> None:
+        told = re.sub(r"\s+", " ", said).strip()
+        row = Row(fault=fault, knows=knows, ends=ends, said=told[:230] + "..." * (len(told) > 230))
         self.rows.append(row)
-        print(f"\n{row.fault}: all nodes know after {row.knows:.1f} s; {row.ends}; said: {row.said}", flush=True)
+        print(f"\n{row.fault}: all nodes know after {shown(knows)}; {row.ends}; said: {row.said}", flush=True)
 
     def write(self, part: str) -> None:
         """Puts the table's part into the file that FAULTS_TABLE names, if it names one."""
         target = os.environ.get("FAULTS_TABLE")
         if not target or not self.rows:
             return
-        rows = [f"| {row.fault} | {row.knows:.1f} s | {row.ends} | {row.said.replace('|', '/')} |" for row in self.rows]
+        rows = [
+            f"| {row.fault} | {shown(row.knows)} | {row.ends} | {row.said.replace('|', '/')} |" for row in self.rows
+        ]
         head = "| fault | all nodes know after | how it ends | what the nodes say |\n|---|---|---|---|"
         path = Path(target)
         old = path.read_text() if path.exists() else INTRODUCTION
         kept = re.sub(rf"\n## {part}\n.*?(?=\n## |\Z)", "", old, flags=re.DOTALL)
         path.write_text("\n".join([kept.rstrip(), "", f"## {part}", "", head, *rows, ""]))
+
+
+def shown(knows: float | None) -> str:
+    return "-" if knows is None else f"{knows:.1f} s"
 
 
 def up(

@@ -4,6 +4,7 @@ Only real processes show that nothing is left running, and only several launcher
 """
 
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -170,7 +171,18 @@ def test_a_second_interrupt_ends_a_stubborn_script_at_once_and_the_other_node_st
         assert second.end() == 143
         assert time.monotonic() - asked < 2
         assert first.end() == 143
-        first.wait_for(r"waiting \d+ s for .*node 0 \(127\.0\.0\.1\).* to end \(until", 1)
+
+
+def test_scripts_that_do_not_stop_are_waited_for_aloud_and_killed_after_their_grace(tmp_path: Path) -> None:
+    stubborn = "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint('stubborn', flush=True)\ntime.sleep(600)"
+    with nodes(tmp_path, 2, stubborn, STOP_GRACE="3") as job:
+        first, second = job.start_all()
+        for launcher in (first, second):
+            launcher.wait_for("stubborn")
+        second.signal(signal.SIGTERM)
+        assert ends([first, second], 20) == [143, 143]
+    for launcher in (first, second):
+        launcher.wait_for(r"waiting \d s for node 0 \(127\.0\.0\.1\); node 1 \(127\.0\.0\.2\) to end \(until", 1)
 
 
 def test_a_stop_while_waiting_for_a_node_ends_those_that_wait(tmp_path: Path) -> None:
@@ -248,6 +260,17 @@ def test_a_setting_that_differs_is_refused_with_a_table(tmp_path: Path, setting:
     for launcher in launchers:
         launcher.wait_for("the nodes do not agree; nothing was started")
         launcher.wait_for(row, 1)
+
+
+def test_a_master_port_in_use_is_named_and_a_stop_ends_the_wait_at_once(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, ALL_REDUCE) as job, socket.socket() as other:
+        port = int(job.settings["MASTER_PORT"])
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        first = job.start(0, "10")
+        first.wait_for(rf"cannot listen on 127\.0\.0\.1 port {port} \(MASTER_PORT\): address already in use")
+        first.signal(signal.SIGTERM)
+        assert first.end(8) == 143
 
 
 def test_another_job_on_the_port_is_told_apart_and_not_disturbed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a launcher leaves on disk: its state for the health check, and its ending for Docker's own retry."""
+"""What a launcher leaves on disk: its state for the health check, its ending for Docker's retry; what is progress."""
 
 import asyncio
 import json
@@ -10,6 +10,8 @@ import pytest
 
 from app.launch import health
 from app.launch.final import RETRY_WINDOW, read_final, write_final
+from app.launch.supervise import progress
+from tests.unit.launch_facts import machine, planned
 
 IDENTITY = "0123456789abcdef" * 4
 MOUNTS = f"612 600 8:1 /var/lib/docker/containers/{IDENTITY}/hostname /etc/hostname rw - ext4 /dev/sda1 rw\n"
@@ -53,6 +55,27 @@ def test_the_state_file_follows_the_launcher(monkeypatch: pytest.MonkeyPatch, tm
         return [first["state"], second["state"], second["round"], second["progress"]]
 
     assert asyncio.run(live()) == ["waiting", "running", 4, "step 3"]
+
+
+def test_progress_is_a_new_checkpoint_and_not_one_that_is_torn_again_and_again(tmp_path: Path) -> None:
+    plan = planned(machine(), TRAIN_SCRIPT=__file__, RUN_DIR=str(tmp_path))
+    folder = plan.checkpoint_dir
+    folder.mkdir(parents=True)
+    assert progress(plan) == ""
+    (folder / ".tmp-step-1").mkdir()
+    (folder / "step-2.partial").mkdir()
+    assert progress(plan) == ""
+    (folder / "step-1").mkdir()
+    assert progress(plan) == "step-1"
+    (folder / "step-1" / "part").touch()
+    assert progress(plan) == "step-1"
+    (folder / "last.pt").touch()
+    os.utime(folder / "last.pt", (4e9, 4e9))
+    first = progress(plan)
+    os.utime(folder / "last.pt", (4e9, 4e9 + 1))
+    assert first != progress(plan)
+    (tmp_path / "progress").write_text("step 12\nloss 2.9\n")
+    assert progress(plan) == "step 12"
 
 
 @pytest.fixture
