@@ -3,9 +3,9 @@
 import asyncio
 
 from app.launch.exitcodes import ExitCode
-from app.launch.gang.messages import Hello, read_hello
+from app.launch.gang.messages import Hello, Pulse, read_hello
 from app.launch.gang.verdict import Verdict
-from app.launch.gang.wire import HANDSHAKE, Message, Wire, WireError, challenge, integer, text
+from app.launch.gang.wire import HANDSHAKE, PATIENCE, Message, Wire, WireError, challenge, integer, text
 from app.launch.plan import Plan
 
 UNPROVEN = 8
@@ -16,7 +16,7 @@ class Door:
     """Puts into `inbox` what each connection says: a Hello first, then messages, at the end a text: why it ended."""
 
     def __init__(self, plan: Plan, token: bytes) -> None:
-        self.inbox: asyncio.Queue[tuple[Wire, Hello | Message | str]] = asyncio.Queue(maxsize=1000)
+        self.inbox: asyncio.Queue[tuple[Wire, Hello | Pulse | Message | str]] = asyncio.Queue(maxsize=1000)
         self.verdict: Verdict | None = None
         """For those who come when the job has ended."""
         self._plan = plan
@@ -27,7 +27,10 @@ class Door:
         """One connection, from the handshake to its end."""
         wire = Wire(reader, writer)
         try:
-            await self.inbox.put((wire, await self._admit(wire)))
+            first = await self._admit(wire)
+            await self.inbox.put((wire, first))
+            if isinstance(first, Pulse):
+                return await wire.closed()
             if self.verdict:
                 wire.send("verdict", code=int(self.verdict.code), text=self.verdict.text)
             while True:
@@ -39,7 +42,7 @@ class Door:
         finally:
             wire.close()
 
-    async def _admit(self, wire: Wire) -> Hello:
+    async def _admit(self, wire: Wire) -> Hello | Pulse:
         callers = self._callers
         if callers.get(wire.peer, 0) >= UNPROVEN or sum(callers.values()) >= 2 * len(self._plan.nodes) + 64:
             raise WireError("too many connections without a hello")
@@ -59,6 +62,8 @@ class Door:
             cure = f"{self._plan.run_name!r}; this node's is {run!r}. Set the same RUN_NAME, or another MASTER_PORT."
             wire.send("refuse", code=int(ExitCode.DISAGREE), text=f"{stranger} {cure}")
             raise WireError(f"it belongs to another job, run {run!r}")
-        wire.give_up_after(self._plan.heartbeat_timeout)
+        if "pulse" in message:
+            return Pulse(life=text(message, "pulse", 64))
+        wire.give_up_after(PATIENCE * self._plan.heartbeat_timeout)
         # A node with a longer list must get a seat, or its list could not be shown next to ours.
         return read_hello(message, wire.peer, max(len(self._plan.nodes), integer(message, "nnodes", 1, 1 << 20)))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from app.launch.exitcodes import ExitCode
 from app.launch.gang import reach
 from app.launch.gang.door import Door
-from app.launch.gang.messages import Event, Hello, Say, read_event, read_ports
+from app.launch.gang.messages import Event, Hello, Pulse, Say, read_event, read_ports
 from app.launch.gang.round import Round, lost
 from app.launch.gang.seats import Seats
 from app.launch.gang.verdict import Final, Trouble, Verdict, account, first_cause
@@ -262,6 +262,9 @@ class Hub:
             async with asyncio.timeout(max(0.0, min(0.3, until - time.monotonic()))):
                 wire, said = await self.door.inbox.get()
         except TimeoutError:
+            return None
+        if isinstance(said, Pulse):
+            wire.send("beat" if self.seats.pulse(said.life) else "refuse", code=0, text="not seated")
             return None
         if isinstance(said, Hello):
             return Event(rank=said.rank, kind="joined") if self._seat(wire, said) else None

@@ -16,7 +16,18 @@ from app.launch.gang.hub import SAY_AFTER, SAY_EVERY
 from app.launch.gang.messages import Say
 from app.launch.gang.seats import BEATS
 from app.launch.gang.verdict import Verdict
-from app.launch.gang.wire import HANDSHAKE, Message, UntrustedError, Wire, WireError, integer, introduce, items, text
+from app.launch.gang.wire import (
+    HANDSHAKE,
+    PATIENCE,
+    Message,
+    UntrustedError,
+    Wire,
+    WireError,
+    integer,
+    introduce,
+    items,
+    text,
+)
 from app.launch.plan import Plan
 from app.launch.torchrun import Failure, Outcome
 
@@ -82,6 +93,7 @@ class Member:
         self._before = ""
         self._halted = self._killed = self._failing = float("inf")
         self._last: Outcome | None = None
+        self._heard = 0.0
 
     def stop(self) -> None:
         """The user wants this job to end; called a second time, at once."""
@@ -166,7 +178,7 @@ class Member:
                 **self._ready(),
             }
             await introduce(wire, self.token, hello)
-            wire.give_up_after(self.plan.heartbeat_timeout)
+            wire.give_up_after(PATIENCE * self.plan.heartbeat_timeout)
         except BaseException:
             wire.close()
             raise
@@ -189,7 +201,7 @@ class Member:
         self._spawn(self._read(wire))
         if self.stops:
             wire.send("stop")
-        heard = time.monotonic()
+        self._heard = time.monotonic()
         beat = self.plan.heartbeat_timeout / BEATS
         sent = gone = 0.0
         while not (gone and not self._engine):
@@ -197,8 +209,11 @@ class Member:
             if now >= sent + beat:
                 wire.send("beat")
                 sent = now
-            if not gone and now > heard + self.plan.heartbeat_timeout:
-                self._inbox.put_nowait(("gone", {"why": f"no sign of life for {now - heard:.0f} s"}))
+            silence = now - self._heard
+            if not gone and silence > self.plan.heartbeat_timeout:
+                self._inbox.put_nowait(("gone", {"why": f"no sign of life for {silence:.0f} s"}))
+            elif not gone and silence > 3 * beat:
+                self._spawn(self._pulse(2 * beat))
             try:
                 async with asyncio.timeout(beat):
                     kind, message = await self._inbox.get()
@@ -211,7 +226,7 @@ class Member:
             elif kind != "said":
                 await self._notice(wire, kind)
             else:
-                heard = now
+                self._heard = time.monotonic()
                 try:
                     verdict = self._follow(wire, message)
                 except WireError as error:
@@ -220,6 +235,19 @@ class Member:
                 if verdict:
                     return verdict
         return None
+
+    async def _pulse(self, seconds: float) -> None:
+        """Tries a new connection while the old one is silent: after a short cut TCP itself may wait for longer than
+        HEARTBEAT_TIMEOUT before it tries again, since it doubles its pauses."""
+        with contextlib.suppress(OSError, TimeoutError, WireError):
+            async with asyncio.timeout(seconds):
+                wire = await self.around.dial()
+                try:
+                    await introduce(wire, self.token, {"run": self.plan.run_name, "pulse": self.life})
+                    await wire.expect("beat")
+                    self._heard = time.monotonic()
+                finally:
+                    wire.close()
 
     def _follow(self, wire: Wire, message: Message) -> Verdict | None:
         """One message of node 0."""

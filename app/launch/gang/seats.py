@@ -79,6 +79,13 @@ class Seats:
             return ""
         return differences({**known, hello.rank: hello.facts})[0]
 
+    def pulse(self, life: str) -> bool:
+        """Somebody lives whose connection is stuck; False if nobody here is meant."""
+        seat = next((seat for seat in self._taken.values() if seat.hello.life == life), None)
+        if seat:
+            seat.heard = time.monotonic()
+        return seat is not None
+
     def take(self, wire: Wire, hello: Hello) -> None:
         """Gives a node its seat; an older connection of the same node is closed."""
         reference = next((seat.hello.facts for seat in self._taken.values()), hello.facts)

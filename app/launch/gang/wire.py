@@ -5,6 +5,7 @@ short, a text is printable, a number is in range, or it is a `WireError`.
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
 import secrets
@@ -19,6 +20,10 @@ MAX_BACKLOG = 1 << 20
 """Bytes waiting for a peer that does not read; more, and it is dropped."""
 HANDSHAKE = 5.0
 """Seconds from a connection to a proven hello."""
+
+PATIENCE = 3
+"""HEARTBEAT_TIMEOUTs until the kernel gives a stuck connection up: presence is judged by what is heard, and one that
+was stuck for a while must still be there when the link is back."""
 
 Message = Mapping[str, object]
 
@@ -70,6 +75,12 @@ class Wire:
         if text(message, "kind") != kind:
             raise WireError(f"{text(message, 'kind')!r} instead of {kind!r}")
         return message
+
+    async def closed(self) -> None:
+        """Waits until the other side hangs up, for a moment at most; what it still says is not heard."""
+        with contextlib.suppress(OSError, TimeoutError, ValueError):
+            async with asyncio.timeout(HANDSHAKE):
+                await self._reader.read(1)
 
     def close(self) -> None:
         self._writer.close()
