@@ -2,7 +2,9 @@
 
     python entrypoint.py [run] [SCRIPT | -m MODULE] [ARGS...]    train (what `docker compose up` does)
     python entrypoint.py explain [--json]                        what a start would use, and why
+    python entrypoint.py doctor [--alone] [--json]               is this cluster fit to train? on all nodes at once
     python entrypoint.py bench [ARGS...]                         what the network gives; on all nodes at once
+    python entrypoint.py report [--bundle FILE]                  what went wrong on this node, last time
     python entrypoint.py healthcheck                             waiting, running or stopping; for the engine
 
 Settings come from the environment and from `.env` in the current folder; `.env.example` describes them.
@@ -73,23 +75,44 @@ def explain(arguments: Sequence[str]) -> int:
     return render(settings, probe_for(settings), as_json=as_json)
 
 
+def doctor(arguments: Sequence[str]) -> int:
+    """Checks this node, and all nodes and pairs when they run it too; starts no training."""
+    from app.doctor.command import main as examine
+
+    return examine(arguments, os.environ, env_file())
+
+
 def bench(arguments: Sequence[str]) -> int:
     """Measures collectives and pairs of nodes, in place of the training script."""
     return run(["-m", "app.bench", *arguments])
 
 
+def report(arguments: Sequence[str]) -> int:
+    """Prints the report of the last failure, or packs it with the logs into one archive without secrets."""
+    from app.launch.bundle import main as tell
+
+    return tell(arguments, os.environ, env_file())
+
+
 def healthcheck(_arguments: Sequence[str]) -> int:
     """Tells the engine how this node is doing; 0 is healthy."""
-    from app.launch.health import healthcheck as report
+    from app.launch.health import healthcheck as examine
 
-    return report()
+    return examine()
 
 
 def env_file() -> Path:
     return Path(os.environ.get("ENV_FILE") or ".env")
 
 
-COMMANDS: dict[str, Command] = {"run": run, "explain": explain, "bench": bench, "healthcheck": healthcheck}
+COMMANDS: dict[str, Command] = {
+    "run": run,
+    "explain": explain,
+    "doctor": doctor,
+    "bench": bench,
+    "report": report,
+    "healthcheck": healthcheck,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,11 +1,13 @@
 """Runs one node's part of the job, from the roll call to the exit code: the one thing the entrypoint calls to run."""
 
 import asyncio
+import contextlib
 import os
 import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from app.launch.gang.verdict import Verdict
 from app.launch.gang.wire import MAX_LINE, Wire
 from app.launch.health import keep_state
 from app.launch.plan import Plan
+from app.launch.report import make_report, read_counters, write_report
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SHORTEST_TOKEN = 16
@@ -34,7 +37,14 @@ def supervise(plan: Plan) -> int:
     make_folders(plan)
     torchrun.adopt_orphans()
     allow_many_files()
+    started, before = time.time(), read_counters()
     verdict, own_stop = asyncio.run(_take_part(plan, token))
+    if verdict.code not in (ExitCode.DONE, ExitCode.STOPPED):
+        # A full disk must not hide the verdict.
+        with contextlib.suppress(OSError):
+            report = make_report(plan, int(verdict.code), verdict.text, before, started)
+            say(f"kept for `report`: {write_report(plan, report)}")
+    # The last line is what people read first.
     say(verdict.text)
     if verdict.code == ExitCode.STOPPED:
         return int(verdict.code) if own_stop else plan.stopped_exit_code

@@ -41,9 +41,11 @@ class Launcher:
     text: str = ""
     seen: dict[str, float] = field(default_factory=dict)
     _news: threading.Condition = field(default_factory=threading.Condition)
+    _reader: threading.Thread = field(init=False)
 
     def __post_init__(self) -> None:
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout
@@ -71,7 +73,7 @@ class Launcher:
     def end(self, seconds: float = 30) -> int:
         """Waits for the end and for the last of the output; returns the exit code."""
         code = self.process.wait(seconds)
-        self.wait_for(r"\Z", 1)
+        self._reader.join(5)
         return code
 
     @property

@@ -69,7 +69,7 @@ def _limit(limits: str, name: str, column: int) -> int | None:
     return int(word) if word.isdigit() else None
 
 
-def _groups(root: Path) -> dict[str, list[Path]]:
+def control_groups(root: Path) -> dict[str, list[Path]]:
     """Folders of this process's control groups by controller ("" is version 2), the nearest first."""
     found: dict[str, list[Path]] = {}
     base = root / "sys/fs/cgroup"
@@ -85,7 +85,7 @@ def _groups(root: Path) -> dict[str, list[Path]]:
 
 
 def _cpu_quota(root: Path) -> float | None:
-    groups = _groups(root)
+    groups = control_groups(root)
     quotas: list[float] = []
     for folder in groups.get("", []):
         words = (text(folder / "cpu.max") or "max").split()
@@ -99,7 +99,7 @@ def _cpu_quota(root: Path) -> float | None:
 
 
 def _memory(root: Path) -> int | None:
-    groups = _groups(root)
+    groups = control_groups(root)
     values = [number(folder / "memory.max") for folder in groups.get("", [])]
     values += [number(folder / "memory.limit_in_bytes") for folder in groups.get("memory", [])]
     return min((value for value in values if value is not None and value < UNLIMITED), default=None)

@@ -1,0 +1,130 @@
+"""This node's part of the all-reduce: torchrun as a child, its log, NCCL's log, and the bytes that interfaces moved."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from app.doctor.facts import Facts
+from app.doctor.meeting import ALL_REDUCE
+from app.doctor.transport import Collective, carrier, read_nccl
+from app.launch import torchrun
+from app.launch.host import PROJECT, Host
+from app.launch.host.files import entries, number
+from app.launch.plan import Plan
+from app.launch.symptoms import diagnose
+
+LAUNCHER_WORDS = 3
+"""Of torchrun.command_line: the interpreter, -P, and the agent that reports to a supervisor, which doctor has not."""
+
+
+async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: int) -> Collective:
+    """Runs torchrun for at most ALL_REDUCE seconds and reads what it left. Never raises for what torchrun does."""
+    nproc = plan.nproc if plan.backend == "nccl" else 1
+    expected = Collective(
+        backend=plan.backend,
+        ranks=nproc * nnodes,
+        interface=plan.interface,
+        transport=dict(plan.equal).get("transport of NCCL", "sockets"),
+        expects_direct=any(each.name == "GPUDirect RDMA" and each.value != "no" for each in plan.decisions),
+        active_ports=sum(port.state == "ACTIVE" for port in facts.host.rdma_ports),
+    )
+    with tempfile.TemporaryDirectory(prefix="doctor-") as name:
+        folder = Path(name)
+        (folder / "logs").mkdir()
+        changed = replace(
+            plan, command=("-m", "app.doctor.allreduce"), nproc=nproc, nproc_per_node=str(nproc), run_dir=folder
+        )
+        command = torchrun.command_line(
+            changed,
+            node_rank=place,
+            nnodes=nnodes,
+            master_addr=plan.master_addr,
+            master_port=plan.master_port,
+            run_id=run_id,
+        )
+        engine = [sys.executable, "-m", "torch.distributed.run", *command[LAUNCHER_WORDS:]]
+        before = _bytes()
+        failure = await _run(engine, _environment(changed, folder, run_id), folder / "output")
+        moved = _bytes()
+        log = read_nccl(_text(*sorted(folder.glob("nccl.*"))))
+        result = folder / "result.json"
+        if failure or not result.exists():
+            return replace(expected, failure=failure or "it left no result", log=log)
+        found = json.loads(result.read_text())
+    if not found["correct"]:
+        wrong = "its result is WRONG: memory or network corrupt data. Do not train on this cluster."
+        return replace(expected, failure=wrong, log=log)
+    ranks = int(found["ranks"])
+    through = carrier(before, moved, int(0.9 * found["bytes"]))
+    return replace(
+        expected,
+        ranks=ranks,
+        # As nccl-tests: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+        bus_bandwidth=found["size"] / found["seconds"] * 2 * (ranks - 1) / ranks,
+        # RDMA passes the interfaces' counters by; what else they moved says nothing.
+        carrier="" if plan.backend == "nccl" and log.network != "Socket" else _above(facts.host, plan, through),
+        log=log,
+    )
+
+
+def _environment(plan: Plan, folder: Path, run_id: str) -> dict[str, str]:
+    inherited = torchrun.environment(plan, os.environ, run_id=run_id)
+    path = inherited.get("PYTHONPATH")
+    return {
+        **inherited,
+        "PYTHONPATH": f"{PROJECT}:{path}" if path else str(PROJECT),
+        "DOCTOR_RESULT": str(folder / "result.json"),
+        "NCCL_DEBUG": "INFO",
+        "NCCL_DEBUG_SUBSYS": "INIT,NET",
+        "NCCL_DEBUG_FILE": str(folder / "nccl.%h.%p"),
+    }
+
+
+async def _run(command: list[str], env: dict[str, str], output: Path) -> str:
+    """Why it failed; "" if it did not."""
+    with output.open("wb") as file:
+        process = await asyncio.create_subprocess_exec(
+            *command, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        async with asyncio.timeout(ALL_REDUCE):
+            code = await process.wait()
+    except TimeoutError:
+        return f"it did not end within {ALL_REDUCE:.0f} s. {_diagnosis(_text(output))}".strip()
+    finally:
+        # torchrun's workers die with it; the group is torchrun and whatever it started without a group of its own.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return (_diagnosis(_text(output)) or f"torchrun ended with {code}") if code else ""
+
+
+def _diagnosis(output: str) -> str:
+    symptom = diagnose(output)
+    if symptom is not None:
+        return f"{symptom.line} - {symptom.cause} {symptom.cure}"
+    errors = [line for line in output.splitlines() if "Error" in line]
+    return errors[0].strip()[:300] if errors else ""
+
+
+def _text(*files: Path) -> str:
+    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+
+
+def _bytes() -> dict[str, int]:
+    base = Path("/sys/class/net")
+    counts = {name: number(base / name / "statistics/tx_bytes") for name in entries(base)}
+    return {name: count for name, count in counts.items() if count is not None}
+
+
+def _above(host: Host, plan: Plan, name: str) -> str:
+    """A bond's member or a VLAN's parent carries what was given to the bond or VLAN."""
+    nic = next((each for each in host.nics if each.name == plan.interface), None)
+    below = set(nic.lower) if nic else set()
+    below |= {lower for each in host.nics if each.name in below for lower in each.lower}
+    return plan.interface if name in below else name

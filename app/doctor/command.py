@@ -1,0 +1,123 @@
+"""`doctor`: this node's findings, then those of the whole cluster once the other nodes run it too."""
+
+import argparse
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+
+from app.doctor.checks import check_node
+from app.doctor.facts import Facts
+from app.doctor.findings import Level, Row, red
+from app.doctor.look import look
+from app.doctor.table import WORDS, exit_code, to_json, to_lines, to_table, verdict
+from app.launch.errors import UserError
+from app.launch.host import probe
+from app.launch.plan import Plan, draft
+from app.launch.plan.membership import names_to_resolve
+from app.launch.plan.script import files_to_look_at
+from app.launch.settings import Settings, read_settings
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | None) -> int:
+    """Prints the table; 0 if nothing is red, 1 if something is, 2 for wrong arguments."""
+    wanted = options(arguments)
+    facts = gather_facts(read_settings(environ, env_file))
+    rows: Sequence[Row] = [own_row(facts)]
+    if facts.plan and len(facts.plan.nodes) > 1 and not wanted.alone:
+        rows = with_others(facts, facts.plan, rows[0], wanted.wait)
+    print(shown(rows, as_json=wanted.json))
+    return exit_code(rows)
+
+
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    """`alone`, `json` and `wait` (seconds)."""
+    parser = argparse.ArgumentParser(
+        prog="doctor",
+        description="Is this cluster fit to train? Run it on all nodes at once.",
+        epilog="Exit code: 0 when nothing is red, 1 when something is, 2 for wrong arguments.",
+    )
+    parser.add_argument("--alone", action="store_true", help="only what this node knows by itself")
+    parser.add_argument("--json", action="store_true", help="findings as JSON on standard output")
+    parser.add_argument("--wait", type=float, default=60.0, help="seconds that the other nodes have to come (60)")
+    return parser.parse_args(arguments)
+
+
+def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row]:
+    """The table of all nodes, or of this one with the reason why there is no other."""
+    from app.doctor.attend import Attendant, NobodyError, meet
+    from app.doctor.collective import all_reduce
+    from app.launch.gang.reach import why
+    from app.launch.supervise import read_token, say
+
+    tell_own(own, say)
+    try:
+        token = read_token(plan)
+        attendant = Attendant(facts=facts, plan=plan, token=token, findings=own.findings, say=say, reduce=all_reduce)
+        return asyncio.run(stoppable(meet(attendant, wait)))
+    except UserError as error:
+        return [_with(own, "settings", error.message)]
+    except NobodyError as error:
+        node0 = Row(rank=0, address=plan.nodes[0], findings=(red("met", str(error)),))
+        return [node0, own] if own.rank else [_with(own, "met", str(error))]
+    except OSError as error:
+        where = f"{plan.address} (MASTER_PORT {plan.master_port}, CONTROL_PORT {plan.control_port})"
+        return [_with(own, "ports", f"This node cannot listen on {where}: {why(error)}.")]
+
+
+async def stoppable(work: Coroutine[None, None, Sequence[Row]]) -> Sequence[Row]:
+    """Lets `docker stop` and Ctrl-C end the work in order: nothing stays behind. Raises SystemExit then."""
+    task = asyncio.ensure_future(work)
+    stops: list[int] = []
+
+    def stop(number: int) -> None:
+        stops.append(number)
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise SystemExit(128 + stops[0] if stops else 1) from None
+
+
+def tell_own(own: Row, say: Callable[[str], None]) -> None:
+    """What this node found by itself, at once: the others may take a while."""
+    bad = [each for each in own.findings if each.level in (Level.YELLOW, Level.RED)]
+    for each in bad:
+        say(f"{each.check} {WORDS[each.level]}: {each.sentence}")
+    say(f"this node alone: {verdict([own]).partition(', ')[2]}; meeting the others")
+
+
+def _with(own: Row, check: str, sentence: str) -> Row:
+    return Row(rank=own.rank, address=own.address, findings=(*own.findings, red(check, sentence)))
+
+
+def gather_facts(settings: Settings, root: Path = Path("/")) -> Facts:
+    """The machine, the plan, and the live facts of doctor."""
+    name = socket.gethostname()
+    host = probe(root, resolve=(*names_to_resolve(settings), name), paths=files_to_look_at(settings))
+    found = draft(settings, host)
+    return Facts(host=host, draft=found, look=look(root, host, found.plan.checkpoint_dir if found.plan else None))
+
+
+def own_row(facts: Facts) -> Row:
+    plan = facts.plan
+    findings = check_node(facts)
+    if plan is None:
+        return Row(rank=-1, address=facts.host.hostname, findings=findings)
+    return Row(rank=plan.node_rank, address=plan.address, findings=findings)
+
+
+def shown(rows: Sequence[Row], *, as_json: bool) -> str:
+    """For people on a terminal, for grep elsewhere, for programs with --json."""
+    if as_json:
+        return to_json(rows)
+    if sys.stdout.isatty():
+        return to_table(rows, shutil.get_terminal_size().columns, colour="NO_COLOR" not in os.environ)
+    return to_lines(rows)

@@ -1,0 +1,28 @@
+"""All that the checks of one node go by."""
+
+from dataclasses import dataclass
+
+from app.doctor.look import Look
+from app.launch.host import Host
+from app.launch.host.nics import Nic
+from app.launch.plan import Draft, Plan
+from app.launch.plan.ledger import Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    host: Host
+    draft: Draft
+    look: Look
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.draft.plan
+
+    @property
+    def nic(self) -> Nic | None:
+        """The interface that carries this node's address."""
+        return next((nic for nic in self.host.nics if self.plan and nic.name == self.plan.interface), None)
+
+    def decision(self, name: str) -> Decision | None:
+        return next((each for each in self.draft.decisions if each.name == name), None)

@@ -1,0 +1,221 @@
+"""The few live facts that only doctor wants, besides those of `app.launch.host`. Reads below a `root`; no decisions."""
+
+import contextlib
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+
+from app.launch.host import Host
+from app.launch.host.addresses import canonical
+from app.launch.host.files import entries, number, text
+
+NIC_COUNTERS = ("rx_errors", "tx_errors", "rx_crc_errors", "rx_missed_errors", "tx_carrier_errors")
+PROBE_BYTES = 32 << 20
+PROBE_SECONDS = 0.4
+PROBE_LIMIT = 1.0
+"""Seconds after which a write that does not come back is left alone: a dead NFS server must not stop doctor."""
+BUSY_DISK = 50e6
+"""Bytes per second below which a second look is taken."""
+SMI_FIELDS = (
+    "index",
+    "memory.used",
+    "memory.total",
+    "ecc.errors.uncorrected.volatile.total",
+    "clocks_throttle_reasons.hw_slowdown",
+)
+LISTEN = "0A"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NicHealth:
+    """One interface since it came up."""
+
+    duplex: str
+    packets: int
+    errors: Mapping[str, int]
+    """Counters of NIC_COUNTERS that are not 0."""
+    flaps: int
+    """How often the link went down."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """The file system below the checkpoint folder."""
+
+    folder: str
+    """The nearest folder that exists: checkpoints and run are made below it at the start."""
+    free: int = 0
+    """Bytes."""
+    total: int = 0
+    inodes: int | None = None
+    """Free ones; None where the file system does not count them."""
+    speed: float | None = None
+    """Bytes per second of a short write with fsync; None if it did not end in PROBE_LIMIT seconds or failed."""
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuHealth:
+    index: int
+    used: int
+    """MiB of memory in use before this job starts."""
+    total: int
+    uncorrected: int
+    """ECC errors since the driver was loaded."""
+    slowed: bool
+    """The hardware holds its clock down: heat or power."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """Live facts of this node."""
+
+    nics: Mapping[str, NicHealth] = field(default_factory=dict)
+    rdma: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """By port (`mlx5_0:1`): error counters that are not 0."""
+    disk: Disk | None = None
+    listening: frozenset[tuple[str, int]] = frozenset()
+    """(address, port) of every listening TCP socket of this network namespace."""
+    clock_source: str = ""
+    gpus: tuple[GpuHealth, ...] = ()
+    gpu_failure: str = ""
+    """Why nothing is known of the GPUs; "" if all is, or there is none."""
+    iommu: Mapping[str, str] = field(default_factory=dict)
+    """By GPU's PCI address: how the IOMMU treats it (`identity`, `DMA`, `DMA-FQ`); absent without IOMMU."""
+
+
+def look(root: Path, host: Host, folder: Path | None) -> Look:
+    """Looks below `root`; `folder` is where checkpoints go, None to leave the disk alone. Takes about a second."""
+    smi, failure = _ask_smi() if host.gpus.visible and root == Path("/") else ("", "")
+    return Look(
+        nics={nic.name: _nic(root / "sys/class/net" / nic.name) for nic in host.nics if nic.kind != "loopback"},
+        rdma={
+            port.name: _rdma(root / "sys/class/infiniband" / port.device / "ports" / str(port.port))
+            for port in host.rdma_ports
+        },
+        disk=None if folder is None else look_at_disk(folder),
+        listening=frozenset(_listening(root)),
+        clock_source=text(root / "sys/devices/system/clocksource/clocksource0/current_clocksource") or "",
+        gpus=read_smi(smi),
+        gpu_failure=failure,
+        iommu=_iommu(root, [gpu.bus for gpu in host.gpus.visible if gpu.bus]),
+    )
+
+
+def _nic(folder: Path) -> NicHealth:
+    counts = {name: number(folder / "statistics" / name) or 0 for name in NIC_COUNTERS}
+    packets = sum(number(folder / "statistics" / name) or 0 for name in ("rx_packets", "tx_packets"))
+    return NicHealth(
+        duplex=text(folder / "duplex") or "",
+        packets=packets,
+        errors={name: count for name, count in counts.items() if count},
+        flaps=number(folder / "carrier_down_count") or 0,
+    )
+
+
+def _rdma(port: Path) -> dict[str, int]:
+    counts = {
+        name: number(port / leaf / name) or 0 for leaf in ("counters", "hw_counters") for name in entries(port / leaf)
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _listening(root: Path) -> Iterable[tuple[str, int]]:
+    for name in ("tcp", "tcp6"):
+        for line in (text(root / "proc/net" / name) or "").splitlines()[1:]:
+            words = line.split()
+            if len(words) > 3 and words[3] == LISTEN:
+                address, _, port = words[1].partition(":")
+                yield _unhex(address), int(port, 16)
+
+
+def _unhex(digits: str) -> str:
+    # The kernel prints 32-bit words in its own byte order: reversed on x86 and arm64.
+    raw = b"".join(bytes.fromhex(digits[start : start + 8])[::-1] for start in range(0, len(digits), 8))
+    return canonical(str(ip_address(raw)))
+
+
+def look_at_disk(folder: Path) -> Disk:
+    """Free space, and a short write, at the nearest folder that exists. Leaves nothing behind; never raises."""
+    place = next(each for each in (folder, *folder.parents) if each.is_dir())
+    try:
+        found = os.statvfs(place)
+    except OSError as error:
+        return Disk(folder=str(place), failure=error.strerror or "")
+    speed, failure = _probe_within_limit(place)
+    if not failure and (speed is None or speed < BUSY_DISK):
+        # What else writes at this moment is no fault of the disk: the better of two looks counts.
+        again, failure = _probe_within_limit(place)
+        speed = max((each for each in (speed, again) if each is not None), default=None)
+    return Disk(
+        folder=str(place),
+        free=found.f_bavail * found.f_frsize,
+        total=found.f_blocks * found.f_frsize,
+        inodes=found.f_favail if found.f_files else None,
+        speed=speed,
+        failure=failure,
+    )
+
+
+def _probe_within_limit(place: Path) -> tuple[float | None, str]:
+    result: list[tuple[float | None, str]] = []
+    thread = threading.Thread(target=lambda: result.append(_write_speed(place)), daemon=True)
+    thread.start()
+    thread.join(PROBE_LIMIT)
+    return result[0] if result else (None, "")
+
+
+def _write_speed(place: Path) -> tuple[float | None, str]:
+    # Not zeros: a file system that compresses would be measured wrong.
+    block = os.urandom(1 << 20) * 4
+    start, written = time.monotonic(), 0
+    try:
+        with tempfile.TemporaryFile(dir=place, prefix=".doctor-") as file:
+            while written < PROBE_BYTES and time.monotonic() < start + PROBE_SECONDS:
+                written += file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return None, error.strerror or str(error)
+    return written / max(time.monotonic() - start, 1e-6), ""
+
+
+def _ask_smi() -> tuple[str, str]:
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=10)
+    except FileNotFoundError:
+        return "", "nvidia-smi is not here"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", f"nvidia-smi: {type(error).__name__}"
+    if done.returncode:
+        return "", f"nvidia-smi: {(done.stdout + done.stderr).strip().partition(chr(10))[0][:200]}"
+    return done.stdout, ""
+
+
+def read_smi(output: str) -> tuple[GpuHealth, ...]:
+    """The answer to SMI_FIELDS, one GPU a line; `[N/A]` and whatever else is no number counts as 0."""
+    found = []
+    for line in output.splitlines():
+        words = [word.strip() for word in line.split(",")]
+        if len(words) == len(SMI_FIELDS):
+            index, used, total, uncorrected = (int(word) if word.isdigit() else 0 for word in words[:4])
+            slowed = words[4] == "Active"
+            found.append(GpuHealth(index=index, used=used, total=total, uncorrected=uncorrected, slowed=slowed))
+    return tuple(found)
+
+
+def _iommu(root: Path, buses: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for bus in buses:
+        with contextlib.suppress(OSError):
+            kind = text(root / "sys/bus/pci/devices" / bus.lower() / "iommu_group" / "type")
+            if kind:
+                found[bus] = kind
+    return found

@@ -1,0 +1,60 @@
+"""What the plan itself says is wrong with this node, each sentence at its check."""
+
+import re
+from dataclasses import dataclass
+
+from app.doctor.findings import Finding, Level
+from app.launch.plan import Draft
+
+PROBLEMS = {
+    **dict.fromkeys(("NODES", "NODE_RANK", "NNODES", "MASTER_ADDR"), "rank"),
+    **dict.fromkeys(("HARDWARE", "BACKEND", "NPROC_PER_NODE"), "gpus"),
+    **dict.fromkeys(("MASTER_PORT", "CONTROL_PORT"), "ports"),
+    "memlock": "rdma",
+}
+"""Which check a problem belongs to, by its setting; all others are `settings`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placing:
+    """Which check a warning of the plan belongs to."""
+
+    check: str
+    pattern: str
+    level: Level = Level.YELLOW
+    cure: str = ""
+
+
+PLACINGS = (
+    Placing(check="network", pattern=r"no interface here|matches no interface|Gloo knows no \^", level=Level.RED),
+    Placing(check="rdma", pattern=r"cannot use it, because|no port is usable|matches no RDMA device", level=Level.RED),
+    Placing(check="rdma", pattern=r"nvidia_peermem", cure="sudo modprobe nvidia-peermem"),
+    Placing(check="rdma", pattern=r"^NCCL_IB_|of RDMA on this machine|has no RoCE v2 address"),
+    Placing(check="limits", pattern=r"^Shared memory", cure="SHM_SIZE=8gb in .env"),
+    Placing(check="limits", pattern=r"files and connections may be open|memory limit is|processes share \d"),
+    Placing(check="network", pattern=r"MTU \d|is a tunnel|its link is|has several addresses|Gb/s\) carries"),
+    Placing(check="gpus", pattern=r"NVIDIA GPU|built without CUDA|^NCCL_(P2P|NVLS|CUMEM)_"),
+    Placing(check="names", pattern=r"a line in /etc/hosts"),
+    Placing(check="ports", pattern=r"^(MASTER|CONTROL)_PORT="),
+    Placing(check="rank", pattern=r"cannot be checked: none of NODES|although it is node 0"),
+)
+
+
+def problems(draft: Draft) -> tuple[Finding, ...]:
+    """What keeps the plan from being made."""
+    return tuple(
+        Finding(check=PROBLEMS.get(problem.setting, "settings"), level=Level.RED, sentence=problem.message)
+        for problem in draft.problems
+    )
+
+
+def warnings(draft: Draft) -> tuple[Finding, ...]:
+    """The plan's warnings, each at its check."""
+    return tuple(_placed(text) for text in draft.warnings)
+
+
+def _placed(text: str) -> Finding:
+    for each in PLACINGS:
+        if re.search(each.pattern, text):
+            return Finding(check=each.check, level=each.level, sentence=text, cure=each.cure)
+    return Finding(check="settings", level=Level.YELLOW, sentence=text)

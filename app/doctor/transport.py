@@ -1,0 +1,121 @@
+"""What NCCL or Gloo really used for a collective: read from NCCL's own log, and from the interfaces' byte counters."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from app.doctor.findings import Finding, Level, green
+
+VIA = re.compile(r"via NET/([^/\s(]+(?: [^/\s(]+)*)/(\d+)(?:\([^)]*\))?((?:/\w+)*)")
+"""`Channel 00/0 : 0[0] -> 8[0] [send] via NET/IB/0/GDRDMA` (nccl/src/transport/net.cc)."""
+NETWORK = re.compile(r"NCCL INFO Using network (.+?)\s*$", re.MULTILINE)
+DEVICES = re.compile(r"NCCL INFO NET/(?:IB|Socket) : Using (.+?)(?: ?\[RO\])?(?: ?; OOB .*)?\s*$", re.MULTILINE)
+VERSION = re.compile(r"NCCL version (\d+(?:\.\d+)+)")
+SOCKETS = ("Socket",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NcclLog:
+    """NCCL's choices, as it logs them under NCCL_DEBUG=INFO. Empty where the log does not tell."""
+
+    network: str = ""
+    """`IB` (which is RoCE too), `Socket`, or a plugin's name (`IBext`, `AWS Libfabric`)."""
+    devices: tuple[str, ...] = ()
+    """As NCCL names them: `mlx5_0:1/IB`, `eth0:10.0.0.1<0>`."""
+    channels: int = 0
+    """Connections to other nodes."""
+    direct: int = 0
+    """Those of them by which the card reads GPU memory itself (GPUDirect RDMA)."""
+    version: str = ""
+
+
+def read_nccl(log: str) -> NcclLog:
+    """The choices in the log of one node, all its ranks together."""
+    channels = VIA.findall(log)
+    networks = [*NETWORK.findall(log), *(name for name, _, _ in channels)]
+    device_lists = [re.findall(r"\[\d+\](\S+)", line) for line in DEVICES.findall(log)]
+    version = VERSION.search(log)
+    return NcclLog(
+        # What the channels say counts more than what was announced: some go through shared memory or NVLink instead.
+        network=networks[-1] if networks else "",
+        devices=tuple(dict.fromkeys(device for devices in device_lists for device in devices)),
+        channels=len(channels),
+        direct=sum("/GDRDMA" in rest for _, _, rest in channels),
+        version=version[1] if version else "",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+    """One node's part of the all-reduce, and what the plan expected of it."""
+
+    failure: str = ""
+    """Why it did not work; "" if it did, with right results."""
+    backend: str = "gloo"
+    ranks: int = 0
+    bus_bandwidth: float = 0.0
+    """Bytes per second, as nccl-tests defines it."""
+    interface: str = ""
+    """The one that the plan chose."""
+    carrier: str = ""
+    """The interface whose counters moved most; "" where none moved enough to tell."""
+    transport: str = "sockets"
+    """What the plan expected: InfiniBand, RoCE or sockets."""
+    expects_direct: bool = False
+    active_ports: int = 0
+    """RDMA ports of this machine with a link."""
+    log: NcclLog = NcclLog()
+
+
+def judge_transport(found: Collective) -> Finding:
+    """The verdict on what was really used, against what the hardware offers."""
+    if found.failure:
+        cure = "docker compose run --rm trainer explain; docs/troubleshooting.md has the texts of known errors"
+        sentence = f"The all-reduce failed: {found.failure}"
+        return Finding(check="all-reduce", level=Level.RED, sentence=sentence, cure=cure)
+    if found.backend == "nccl":
+        wrong = _nccl_trouble(found)
+        if wrong:
+            return wrong
+    if found.carrier and found.carrier != found.interface:
+        sentence = f"The all-reduce went over {found.carrier}, not over {found.interface} as planned."
+        cure = "remove GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME from .env; check `ip route` on this node"
+        return Finding(check="all-reduce", level=Level.YELLOW, sentence=sentence, cure=cure)
+    how = f"{found.backend} on {found.ranks} ranks, {8 * found.bus_bandwidth / 1e9:.1f} Gb/s bus bandwidth"
+    return green("all-reduce", f"{how}, through {_used(found)}")
+
+
+def _nccl_trouble(found: Collective) -> Finding | None:
+    log = found.log
+    if not log.network:
+        # One GPU a node, or all ranks on one node: nothing went over a network that could be judged.
+        return None
+    if log.network in SOCKETS and found.active_ports:
+        layer = found.transport if found.transport != "sockets" else "InfiniBand or RoCE"
+        sentence = f"{layer} is here ({found.active_ports} active ports) but NCCL runs over sockets ({_named(log)})."
+        cure = "the rdma check above says what is in the way; NCCL_NET=IB makes NCCL fail instead of falling back"
+        return Finding(check="all-reduce", level=Level.RED, sentence=sentence, cure=cure)
+    if found.expects_direct and log.network not in SOCKETS and log.channels and not log.direct:
+        sentence = f"NCCL uses {log.network}, but through the CPU's memory: no channel has GPUDirect RDMA (GDRDMA)."
+        cure = "sudo modprobe nvidia-peermem; check PCI ACS and IOMMU, and `nvidia-smi topo -m`"
+        return Finding(check="all-reduce", level=Level.YELLOW, sentence=sentence, cure=cure)
+    return None
+
+
+def _named(log: NcclLog) -> str:
+    return ", ".join(log.devices) or "devices not told"
+
+
+def _used(found: Collective) -> str:
+    log = found.log
+    if found.backend == "nccl" and log.network:
+        direct = f", {log.direct} of {log.channels} channels with GPUDirect" if log.channels else ""
+        return f"{log.network} ({_named(log)}{direct})"
+    return found.carrier or f"{found.interface} (its counters do not tell)"
+
+
+def carrier(before: Mapping[str, int], after: Mapping[str, int], least: int) -> str:
+    """The interface that moved most bytes between two readings, if it moved at least `least`; "" otherwise."""
+    moved = {name: count - before.get(name, count) for name, count in after.items()}
+    most = max(moved, key=lambda name: moved[name], default="")
+    return most if most and moved[most] >= least else ""

@@ -1,0 +1,43 @@
+"""A job that fails on this machine leaves a report on every node; only real launchers show what each node knows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.native.launchers import PROJECT, nodes
+
+FAILING = """
+import os, time
+if os.environ["RANK"] == "1":
+    raise ValueError("bad batch 7, key hf_abcdefghijklmnopqrst")
+time.sleep(60)
+"""
+
+
+def test_each_node_of_a_failed_job_has_a_report_and_the_command_prints_it(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, FAILING, MAX_RESTARTS="0") as made:
+        assert [launcher.end(60) for launcher in made.start_all()] == [5, 5]
+        assert "kept for `report`: " in made.launchers[1].text
+    folders = [tmp_path / f"node{rank}/default/report/node{rank}" for rank in (0, 1)]
+    first, second = (json.loads((folder / "report.json").read_text()) for folder in folders)
+    assert first["verdict"] == second["verdict"]
+    assert (first["rounds"], second["rounds"][0]["exitcode"]) == ([], 1)
+    assert "ValueError: bad batch 7" in second["rounds"][0]["traceback"]
+    assert any("bad batch 7" in line for line in second["logs"]["local rank 0 stderr"])
+    command = [sys.executable, str(PROJECT / "entrypoint.py"), "report"]
+    env = {"RUNS_ROOT": str(tmp_path / "node1"), "PATH": "/usr/bin:/bin"}
+    told = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30)
+    assert told.returncode == 0, told.stderr
+    assert len(told.stdout.splitlines()) <= 15
+    assert "first error here: ValueError: bad batch 7" in told.stdout
+    packed = subprocess.run([*command, "--bundle", "-"], cwd=tmp_path, env=env, capture_output=True, timeout=30)
+    listed = subprocess.run(["tar", "xzO"], input=packed.stdout, capture_output=True, timeout=30)
+    assert b"bad batch 7" in listed.stdout
+    assert b"hf_abcdefghijklmnopqrst" not in listed.stdout
+
+
+def test_a_job_that_ends_well_leaves_no_report(tmp_path: Path) -> None:
+    with nodes(tmp_path, 1, "print('well')") as made:
+        assert made.start(0).end(60) == 0
+    assert not list(tmp_path.glob("node0/default/report*"))

@@ -1,0 +1,224 @@
+"""What is concluded from what the nodes measured together."""
+
+from dataclasses import replace
+
+import pytest
+
+from app.doctor.cluster import judge
+from app.doctor.findings import Finding, Level, Row, green
+from app.doctor.measured import Measured, Node
+from app.doctor.meeting import steps
+from app.doctor.meter import Speed
+from app.doctor.transport import Collective
+
+GBIT = 125e6
+
+
+def node(rank: int, **changes: object) -> Node:
+    known = Node(
+        rank=rank,
+        address=f"10.0.0.{rank + 1}",
+        host=f"gpu-{rank}",
+        interface=f"eth{rank}",
+        mtu=9000,
+        speed=100_000,
+        transport="sockets",
+        facts={"torch": "2.13.0", "RUN_NAME": "default"},
+        findings=(green("rank", "found"),),
+    )
+    return replace(known, **changes)  # type: ignore[arg-type]  # mypy does not check replace with a dict
+
+
+def cluster(count: int, **all_nodes: object) -> Measured:
+    """A sound cluster: every pair connects, is fast, passes full-size packets."""
+    nodes = {rank: node(rank, **all_nodes) for rank in range(count)}
+    pairs = [(low, high) for low in nodes for high in nodes if low < high]
+    ordered = {(one, two) for one in nodes for two in nodes if one != two}
+    return Measured(
+        nodes=nodes,
+        listed=tuple(each.address for each in nodes.values()),
+        tried=set(ordered),
+        speeds={pair: Speed(rtt=50e-6, out=20 * GBIT, back=20 * GBIT) for pair in pairs},
+        packets=dict.fromkeys(ordered, "passes"),
+        offsets=dict.fromkeys(range(1, count), (0.001, 0.0005)),
+        seen={rank: frozenset({rank}) for rank in nodes},
+        collectives={rank: Collective(ranks=count, interface=f"eth{rank}", carrier=f"eth{rank}") for rank in nodes},
+    )
+
+
+def bad(rows: tuple[Row, ...]) -> dict[tuple[int, str], Finding]:
+    wrong = (Level.YELLOW, Level.RED)
+    return {(row.rank, each.check): each for row in rows for each in row.findings if each.level in wrong}
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 40])
+def test_a_sound_cluster_is_green_in_every_cell(count: int) -> None:
+    rows = judge(cluster(count))
+    assert not bad(rows)
+    assert len(rows) == count
+    for row in rows:
+        checks = {each.check for each in row.findings if each.level == Level.GREEN}
+        assert checks == {"rank", "met", "agree", "reach", "mtu", "speed", "shared", "all-reduce"}
+
+
+def test_a_node_that_did_not_come_is_a_red_row_with_its_address() -> None:
+    measured = cluster(2)
+    measured.nodes.pop(1)
+    measured.missing = {1: "connection refused"}
+    measured.speeds, measured.packets, measured.collectives, measured.seen = {}, {}, {}, {}
+    measured.tried, measured.offsets, measured.no_collective = set(), {}, "not tried"
+    rows = judge(measured)
+    assert rows[1].name == "node 1 (10.0.0.2)"
+    assert bad(rows).keys() == {(1, "met")}
+    skipped = {each.check for each in rows[0].findings if each.level == Level.SKIPPED}
+    assert {"reach", "mtu", "all-reduce"} <= skipped
+
+
+def test_a_node_that_went_away_is_red() -> None:
+    measured = cluster(3)
+    measured.lost = {2: "its connection closed"}
+    assert "went away again: its connection closed" in bad(judge(measured))[2, "met"].sentence
+
+
+def test_a_setting_that_differs_is_red_at_the_node_that_differs_and_names_both_values() -> None:
+    measured = cluster(3)
+    measured.nodes[1] = node(1, facts={"torch": "2.12.0", "RUN_NAME": "default"})
+    found = bad(judge(measured))
+    assert found.keys() == {(1, "agree")}
+    assert found[1, "agree"].level == Level.RED
+    assert "torch 2.13.0 (nodes 0, 2) 2.12.0 (node 1)" in found[1, "agree"].sentence
+    assert found[1, "agree"].cure == "Use the same image on all nodes."
+
+
+def test_a_difference_that_may_be_meant_is_yellow() -> None:
+    measured = cluster(2)
+    measured.nodes[1] = node(1, facts={**measured.nodes[0].facts, "cuda driver": "580.82"})
+    assert bad(judge(measured))[1, "agree"].level == Level.YELLOW
+
+
+def test_a_blocked_port_stands_at_the_node_that_lets_nobody_in() -> None:
+    measured = cluster(2)
+    measured.blocked = {(0, 1, "no answer"): [40001, 40002]}
+    found = bad(judge(measured))
+    assert found.keys() == {(1, "reach")}
+    assert "node 0 (10.0.0.1) cannot connect to it, port 40001 and 40002" in found[1, "reach"].sentence
+    assert "random ports" in found[1, "reach"].sentence
+    assert "-s 10.0.0.1 -d 10.0.0.2" in found[1, "reach"].cure
+
+
+@pytest.mark.parametrize(("transport", "level"), [("sockets", Level.YELLOW), ("RoCE", Level.RED)])
+def test_an_odd_mtu_is_told_and_red_where_roce_depends_on_it(transport: str, level: Level) -> None:
+    measured = cluster(3, transport=transport)
+    measured.nodes[2] = replace(measured.nodes[2], mtu=1500)
+    found = bad(judge(measured))
+    assert found.keys() == {(2, "mtu")}
+    assert found[2, "mtu"].level == level
+    assert "eth2 has MTU 1500, but 9000 on node 0, 1" in found[2, "mtu"].sentence
+
+
+def test_full_size_packets_that_are_lost_on_the_way_are_red_at_the_receiver() -> None:
+    measured = cluster(2)
+    measured.packets[0, 1] = "lost"
+    found = bad(judge(measured))
+    assert found.keys() == {(1, "mtu")}
+    assert "Packets of 9000 bytes from node 0 (10.0.0.1) are lost" in found[1, "mtu"].sentence
+
+
+def test_where_udp_does_not_pass_the_size_is_not_called_green() -> None:
+    measured = cluster(2)
+    measured.packets = dict.fromkeys(measured.packets, "unknown")
+    rows = judge(measured)
+    assert not bad(rows)
+    assert all(each.level == Level.SKIPPED for row in rows for each in row.findings if each.check == "mtu")
+
+
+def slow(measured: Measured, *pairs: tuple[int, int], gigabits: float) -> Measured:
+    for pair in pairs:
+        measured.speeds[pair] = Speed(rtt=50e-6, out=gigabits * GBIT, back=20 * GBIT)
+    return measured
+
+
+def test_a_pair_that_is_slow_one_way_is_told_at_both_of_two_nodes_with_the_right_direction() -> None:
+    found = bad(judge(slow(cluster(2), (0, 1), gigabits=1)))
+    assert found.keys() == {(0, "speed"), (1, "speed")}
+    assert "sends 1.0 Gb/s, receives 20.0 Gb/s of a link of 100 Gb/s" in found[0, "speed"].sentence
+    assert "sends 20.0 Gb/s, receives 1.0 Gb/s" in found[1, "speed"].sentence
+
+
+def test_of_four_nodes_the_slow_one_is_named_alone() -> None:
+    found = bad(judge(slow(cluster(4), (0, 2), (1, 2), (2, 3), gigabits=1)))
+    assert found.keys() == {(2, "speed")}
+
+
+@pytest.mark.parametrize(
+    ("link", "gigabits", "level"),
+    [
+        (1000, 0.94, None),
+        (1000, 0.5, Level.YELLOW),
+        (1000, 0.1, Level.RED),
+        (100_000, 4.0, None),
+        (100_000, 2.0, Level.YELLOW),
+        (100_000, 1.0, Level.RED),
+    ],
+)
+def test_a_pair_is_judged_by_its_link_and_no_more_is_asked_than_one_stream_gives(
+    link: int, gigabits: float, level: Level | None
+) -> None:
+    found = bad(judge(slow(cluster(2, speed=link), (0, 1), gigabits=gigabits)))
+    assert (found[0, "speed"].level if found else None) == level
+
+
+@pytest.mark.parametrize(("own", "told"), [(20.0, True), (3.0, False)])
+def test_a_machine_too_busy_to_send_fast_is_no_slow_link(own: float, told: bool) -> None:
+    measured = slow(cluster(2), (0, 1), gigabits=1)
+    measured.speeds[0, 1] = replace(measured.speeds[0, 1], own=own * GBIT)
+    assert ((0, "speed") in bad(judge(measured))) == told
+
+
+def test_links_that_do_not_tell_their_rate_are_compared_with_each_other() -> None:
+    assert not bad(judge(slow(cluster(2, speed=0), (0, 1), gigabits=0.01)))
+    found = bad(judge(slow(cluster(4, speed=0), (0, 3), (1, 3), (2, 3), gigabits=2)))
+    assert found.keys() == {(3, "speed")}
+
+
+def test_a_far_node_is_told() -> None:
+    measured = cluster(2)
+    measured.speeds[0, 1] = replace(measured.speeds[0, 1], rtt=0.03)
+    assert "30000 us" in bad(judge(measured))[1, "speed"].sentence
+
+
+@pytest.mark.parametrize(
+    ("offset", "doubt", "told"), [(-90.0, 0.1, True), (90.0, 0.1, True), (1.0, 0.1, False), (90.0, 89.0, False)]
+)
+def test_a_clock_that_is_surely_wrong_is_told(offset: float, doubt: float, told: bool) -> None:
+    measured = cluster(2)
+    measured.offsets[1] = (offset, doubt)
+    found = bad(judge(measured))
+    assert ((1, "clock") in found) == told
+    assert not told or ("behind" if offset < 0 else "ahead of") in found[1, "clock"].sentence
+
+
+def test_a_folder_that_only_some_nodes_share_is_red_at_those_that_do_not() -> None:
+    measured = cluster(3)
+    measured.seen = {0: frozenset({0, 1}), 1: frozenset({0, 1}), 2: frozenset({2})}
+    found = bad(judge(measured))
+    assert found[2, "shared"].sentence == "Its checkpoint folder is its own, while nodes 0, 1 share one."
+    measured.seen = {rank: frozenset({0, 1, 2}) for rank in range(3)}
+    assert not bad(judge(measured))
+
+
+def test_two_nodes_with_one_rank_are_told_at_the_first_row() -> None:
+    measured = cluster(2)
+    measured.doubles = ["Two nodes say they are node 1: a and b."]
+    assert bad(judge(measured))[0, "rank"].sentence.startswith("Two nodes say")
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 16, 33])
+def test_the_steps_meet_every_pair_once_and_no_node_twice_at_a_time(count: int) -> None:
+    found = steps(range(count))
+    assert sorted(pair for step in found for pair in step) == [
+        (low, high) for low in range(count) for high in range(low + 1, count)
+    ]
+    for step in found:
+        members = [rank for pair in step for rank in pair]
+        assert len(members) == len(set(members))
