@@ -101,8 +101,8 @@ def first_line(error: BaseException) -> str:
 def leave(code: int) -> NoReturn:
     """Ends the process without tearing down Python and torch.
 
-    Seen with torch 2.13 and gloo: of 26 runs that were stopped, 3 hung for ever while DDP was being freed. The cause was
-    not found; since ranks leave this way, 25 of 25 ended.
+    Seen with torch 2.13 and gloo: of 26 runs that were stopped, 3 hung for ever while DDP was being freed. The cause
+    was not found; since ranks leave this way, 25 of 25 ended.
     """
     sys.stdout.flush()
     sys.stderr.flush()
