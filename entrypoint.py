@@ -34,45 +34,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Takes part in the job until it ends; at once where Docker only repeats a start that has its verdict already."""
-    from app.launch.final import read_final, write_final
+    """Takes part in the job until it ends."""
+    from app.launch.start import main as start
 
-    if again := read_final():
-        raise UserError(f"not started again: {again.text}", again.code)
-    try:
-        return train(arguments)
-    except UserError as error:
-        write_final(error.code, error.message)
-        raise
-
-
-def train(arguments: Sequence[str]) -> int:
-    """Makes this node's plan, prints it in five lines, and carries it out."""
-    from app.launch.errors import refusal
-    from app.launch.explain import short
-    from app.launch.plan import Plan, make_plan, probe_for
-    from app.launch.settings import read_settings
-    from app.launch.supervise import supervise
-
-    settings = read_settings(os.environ, env_file(), arguments)
-    plan = make_plan(settings, probe_for(settings))
-    if not isinstance(plan, Plan):
-        raise refusal(plan)
-    print(short(plan), flush=True)
-    for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
-    return supervise(plan)
+    return start(arguments, os.environ, env_file())
 
 
 def explain(arguments: Sequence[str]) -> int:
     """Prints every decision of a start with its source and reason; starts nothing."""
-    from app.launch.explain import explain as render
-    from app.launch.plan import probe_for
-    from app.launch.settings import read_settings
+    from app.launch.explain import main as tell
 
-    as_json = "--json" in arguments
-    settings = read_settings(os.environ, env_file(), [argument for argument in arguments if argument != "--json"])
-    return render(settings, probe_for(settings), as_json=as_json)
+    return tell(arguments, os.environ, env_file())
 
 
 def doctor(arguments: Sequence[str]) -> int:

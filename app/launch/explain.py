@@ -5,13 +5,15 @@ import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TextIO
 
 from app.launch.host import Host
-from app.launch.plan import Draft, Plan, draft
+from app.launch.plan import Draft, Plan, draft, probe_for
 from app.launch.plan.ledger import Decision, count
-from app.launch.settings import BY_NAME, Settings
+from app.launch.settings import BY_NAME, Settings, read_settings
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Node", ("NODES", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CONTROL_PORT")),
@@ -25,6 +27,12 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """Title and beginnings of names; a decision stands in the first section that fits."""
 
 BOLD, DIM, RED, YELLOW, CYAN, PLAIN = "\033[1m", "\033[2m", "\033[31m", "\033[33m", "\033[36m", "\033[0m"
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
+    """The command `explain [--json] [SCRIPT ...]`; starts nothing."""
+    settings = read_settings(environ, env_file, [argument for argument in arguments if argument != "--json"])
+    return explain(settings, probe_for(settings), as_json="--json" in arguments)
 
 
 def explain(settings: Settings, host: Host, *, as_json: bool = False, out: TextIO | None = None) -> int:

@@ -1,0 +1,37 @@
+"""`run`: this node's plan is made, told in five lines, and carried out."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from app.launch.errors import UserError, refusal
+from app.launch.explain import short
+from app.launch.final import read_final, write_final
+from app.launch.plan import Plan, make_plan, probe_for
+from app.launch.settings import read_settings
+from app.launch.supervise import supervise
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
+    """Takes part in the job until it ends; at once where Docker only repeats a start that has its verdict already.
+
+    Raises UserError for what the user must change; Docker's next retry is then told so.
+    """
+    if again := read_final():
+        raise UserError(f"not started again: {again.text}", again.code)
+    try:
+        return start(arguments, environ, env_file)
+    except UserError as error:
+        write_final(error.code, error.message)
+        raise
+
+
+def start(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
+    settings = read_settings(environ, env_file, arguments)
+    plan = make_plan(settings, probe_for(settings))
+    if not isinstance(plan, Plan):
+        raise refusal(plan)
+    print(short(plan), flush=True)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return supervise(plan)
