@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,8 @@ INPUTS = ("Dockerfile", ".dockerignore", "entrypoint.py", "app", "requirements")
 @contextlib.contextmanager
 def builder(tools: Tools) -> Iterator[Engine]:
     """A running engine in the machine's own network whose image store and build cache last."""
-    name = f"trc-{store(tools).name}"
+    # One name per store, so that users of different stores do not meet; short for the sockets below it.
+    name = f"trc-{zlib.crc32(str(store(tools)).encode()):08x}"
     home = Path("/run") / name
     shutil.rmtree(home, ignore_errors=True)
     engine = Engine(name=name, tools=tools, home=home, data=store(tools), netns=None)
