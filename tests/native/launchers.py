@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,10 +14,13 @@ from pathlib import Path
 
 import psutil
 
+from tests.native.ports import free_port
+
 PROJECT = Path(__file__).resolve().parents[2]
 
 ALL_REDUCE = """
 import os, sys, time, torch, torch.distributed as dist
+from tests.native.ports import free_port
 dist.init_process_group("gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
 local = [int(os.environ[name]) for name in ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
@@ -139,7 +141,7 @@ def nodes(folder: Path, count: int, script: str, **settings: str) -> Iterator[No
     """`count` nodes that run `script` (Python source); afterwards nothing of them is left, which it checks."""
     path = folder / "script.py"
     path.write_text(script)
-    made = Nodes(folder, count, path, {"MASTER_PORT": str(free_ports()), **settings})
+    made = Nodes(folder, count, path, {"MASTER_PORT": str(free_port()), **settings})
     try:
         yield made
         assert not left_behind(folder), "processes outlived their launcher"
@@ -165,13 +167,3 @@ def _works_for(process: psutil.Process, folder: str) -> bool:
     with contextlib.suppress(psutil.Error):
         return process.status() != psutil.STATUS_ZOMBIE and any(folder in word for word in process.cmdline())
     return False
-
-
-def free_ports() -> int:
-    """A port that is free together with the next one, below those that the kernel hands out by itself."""
-    for port in range(20_000 + os.getpid() % 5_000, 32_000, 7):
-        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
-            first.bind(("127.0.0.1", port))
-            second.bind(("127.0.0.1", port + 1))
-            return port
-    raise RuntimeError("no two free ports")

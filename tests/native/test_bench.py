@@ -5,7 +5,6 @@ Unit tests cover what is concluded from figures; only real ranks show that a col
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,15 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.native.ports import free_port
+
 PROJECT = Path(__file__).resolve().parents[2]
 COLLECTIVES = ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send_recv"]
 TINY = ("--seconds", "6", "--smallest", "1K", "--largest", "16K")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def environment(run_dir: Path, **extra: str) -> dict[str, str]:

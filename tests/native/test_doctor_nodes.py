@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.launchers import PROJECT, Launcher, free_ports, left_behind
+from tests.native.launchers import PROJECT, Launcher, left_behind
+from tests.native.ports import free_port
 
 TOKEN = "0123456789abcdef" * 2
 
@@ -37,7 +38,7 @@ class Doctors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = str(free_ports())
+        self.port = str(free_port())
         self.started: list[Launcher] = []
 
     def start(self, rank: int, *words: str, nodes: int = 2, command: str = "doctor", **settings: str) -> Launcher:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.training import ROOT, TINY, complete, free_port, losses, torchrun, train, until, worker_codes
+from tests.native.ports import free_port
+from tests.native.training import ROOT, TINY, complete, losses, torchrun, train, until, worker_codes
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.training import Agent, complete, free_port, losses, records, torchrun, train, until, worker_codes
+from tests.native.ports import free_port
+from tests.native.training import Agent, complete, losses, records, torchrun, train, until, worker_codes
 
 STEPS, INTERVAL = 400, 5
 FLAGS = f"--steps {STEPS} --checkpoint-every {INTERVAL}"

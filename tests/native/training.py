@@ -4,9 +4,7 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.native.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 TINY = "--layers 1 --heads 2 --width 32 --context 32 --batch 10 --micro-batch 3 --log-every 1 --eval-every 0 --sample 0"
@@ -122,12 +122,3 @@ def until(condition: Callable[[], Any], agents: Sequence[Agent], *, seconds: flo
         if time.monotonic() > deadline or (over and not condition()):
             raise AssertionError(f"waited in vain for {what}:\n" + "\n".join(agent.text() for agent in agents))
         time.sleep(0.002)
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago, below those that the kernel gives to gloo's connections."""
-    while True:
-        port = secrets.choice(range(15000, 32000))
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("", port))
-            return port
