@@ -20,7 +20,6 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 ALL_REDUCE = """
 import os, sys, time, torch, torch.distributed as dist
-from tests.native.ports import free_port
 dist.init_process_group("gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
 local = [int(os.environ[name]) for name in ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
