@@ -18,7 +18,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -
     Raises UserError for what the user must change; Docker's next retry is then told so.
     """
     if again := read_final():
-        raise UserError(f"not started again: {again.text}", again.code)
+        # The whole of it stands above: this is the same container's log.
+        raise UserError(f"not started again: {again.text.splitlines()[0]}", again.code)
     try:
         return start(arguments, environ, env_file)
     except UserError as error:
