@@ -3,6 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 BIN := .venv/bin
 # PyTorch's CPU wheels are not on PyPI. A folder with one (PIP_FIND_LINKS) does as well; hashes decide what is accepted.
 TORCH_PAGE := $(if $(PIP_FIND_LINKS),,--find-links=https://download.pytorch.org/whl/cpu/torch/)
+FIGURES := launch_overhead container_speed image roll_call train_speed train_operability train_recovery
 HARDWARE_KINDS := cpu nvidia nvidia-ib cdi
 
 .PHONY: demo test lint unit native cluster figures lock clean
@@ -23,7 +24,7 @@ unit native cluster: .venv/.ready
 	$(BIN)/python -m pytest tests/$@
 
 figures: .venv/.ready         ## the figures of the README, measured on this machine
-	$(BIN)/python -m benchmarks
+	for figure in $(FIGURES); do echo "== $$figure"; $(BIN)/python -m benchmarks.$$figure || exit 1; done
 
 lock: .venv/.ready            ## pin every dependency anew
 	$(BIN)/python requirements/lock.py

@@ -5,7 +5,6 @@ own CPU time (its children left out) is what a user pays on top. Linux only.
 """
 
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent
 PAIRS = 7
+PORT = 29400
 SCRIPT = "import os\n"
 
 
@@ -32,8 +32,7 @@ def main() -> int:
         script.write_text(SCRIPT)
         ours, plain = [], []
         for pair in range(PAIRS + 1):
-            port = free_port()
-            costs = (entrypoint(script, folder, port), torchrun(script, port))
+            costs = (entrypoint(script, folder), torchrun(script))
             if pair:
                 ours.append(costs[0])
                 plain.append(costs[1])
@@ -52,19 +51,19 @@ def ratios(ours: list[float], plain: list[float]) -> str:
     return f"median {statistics.median(pairs):.3f} ({pairs[0]:.3f} to {pairs[-1]:.3f})"
 
 
-def entrypoint(script: Path, folder: str, port: int) -> Cost:
+def entrypoint(script: Path, folder: str) -> Cost:
     environment = {
         **os.environ,
         "RUNS_ROOT": folder,
         "NPROC_PER_NODE": "2",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(PORT),
         "ENV_FILE": os.devnull,
     }
     return measure([sys.executable, str(PROJECT / "entrypoint.py"), str(script)], environment)
 
 
-def torchrun(script: Path, port: int) -> Cost:
-    flags = ["--nnodes=1", "--nproc-per-node=2", "--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={port}"]
+def torchrun(script: Path) -> Cost:
+    flags = ["--nnodes=1", "--nproc-per-node=2", "--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={PORT}"]
     return measure(
         [sys.executable, "-m", "torch.distributed.run", *flags, str(script)], {**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -72,7 +71,7 @@ def torchrun(script: Path, port: int) -> Cost:
 
 def measure(command: list[str], environment: dict[str, str]) -> Cost:
     before = os.times()
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     # WNOWAIT leaves the ended process readable in /proc, where its own CPU stands apart from its children's.
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     own = own_cpu(child.pid)
@@ -87,12 +86,6 @@ def own_cpu(pid: int) -> float:
     """CPU seconds of one process without its children: fields 14 and 15 of /proc/PID/stat (proc(5))."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":
