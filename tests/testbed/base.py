@@ -24,8 +24,12 @@ PASSED_ON = (
     "CURL_CA_BUNDLE",
     "PIP_INDEX_URL",
     "PIP_EXTRA_INDEX_URL",
+    "PIP_CERT",
+    "PIP_DEFAULT_TIMEOUT",
+    "PIP_TRUSTED_HOST",
+    "UV_INDEX_URL",
+    "UV_SYSTEM_CERTS",
 )
-PASSED_ON_TOO = ("PIP_CERT", "PIP_DEFAULT_TIMEOUT", "PIP_TRUSTED_HOST", "UV_INDEX_URL", "UV_SYSTEM_CERTS")
 BUNDLE = "etc/ssl/certs/ca-certificates.crt"
 
 
@@ -41,9 +45,7 @@ def base_image(tools: Tools, docker_host: str) -> str:
     name = f"local/torchrun-compose-base:{debian_release()}"
     if not has_image(name, env):
         archive = stand_in(tools)
-        changes = [
-            f"--change=ENV {key}={os.environ[key]}" for key in (*PASSED_ON, *PASSED_ON_TOO) if os.environ.get(key)
-        ]
+        changes = [f"--change=ENV {key}={os.environ[key]}" for key in PASSED_ON if os.environ.get(key)]
         run([tools.which("docker"), "import", *changes, archive, name], env=env)
     return name
 
