@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from app.bench.chart import bandwidth_chart
 from app.bench.figures import Findings, readable_rate, readable_size
 from app.bench.verdict import changes, is_good, key_figures, of_link, slow_parts, spread
 
@@ -27,8 +26,11 @@ def keep(findings: Findings, folder: Path) -> tuple[str, ...]:
     result, baseline = folder / "result.json", folder / f"baseline-{_cluster(findings)}.json"
     _write(result, json.dumps(as_json(findings), indent=1) + "\n")
     if findings.measures:
-        _write(folder / "bandwidth.svg", bandwidth_chart(findings))
-    figures = f"Figures: {result}, bandwidth.svg"
+        # Only rank 0 draws, once, at the end: the other ranks never load Pillow.
+        from app.bench.chart import bandwidth_chart
+
+        _write(folder / "bandwidth.png", bandwidth_chart(findings))
+    figures = f"Figures: {result}, bandwidth.png"
     if baseline.exists():
         before = json.loads(baseline.read_text(encoding="utf-8"))
         changed = changes(findings, before["figures"]) or ("no figure differs by more than a quarter",)
@@ -57,10 +59,10 @@ def _cluster(findings: Findings) -> str:
     return f"{len(findings.nodes)}x{findings.ranks}-{findings.backend}-{findings.device.split()[0]}"
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     # Whole or not at all: a reader never sees half a file.
     partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 
 
