@@ -55,8 +55,10 @@ def doctor(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Measures collectives and pairs of nodes, in place of the training script."""
-    return run(["-m", "app.bench", *arguments])
+    """Measures collectives and pairs of nodes, in place of the training script; a failure is told, not tried again."""
+    from app.launch.start import main as start
+
+    return start(["-m", "app.bench", *arguments], {**os.environ, "MAX_RESTARTS": "0"}, env_file())
 
 
 def report(arguments: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """The bench on four nodes with links of a known speed: the one with a slow link is named, a healthy cluster is not.
 
-Real namespaces and wires, but native ranks: what is tested is the verdict, and no container is needed for it.
+Every node in turn has native ranks between real wires: what is tested is the verdict. `bench` as users run it, in
+containers, names the slow node once.
 """
 
 import contextlib
@@ -9,11 +10,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.testbed import network
+from tests.testbed import Cluster, Finished, Node, network
 
 PROJECT = Path(__file__).resolve().parents[2]
 NODES = 4
@@ -92,3 +94,21 @@ def test_four_equal_links_give_no_alarm(tmp_path: Path) -> None:
     found = bench(tmp_path)
     assert found["slow"] == []
     assert found["good"] is True
+
+
+def test_bench_on_four_engines_names_the_slow_node_and_keeps_its_figures(cluster4: Cluster) -> None:
+    for node in cluster4.nodes:
+        node.slow(SPEED)
+    cluster4.nodes[2].slow(TENTH)
+    env = {"NODES": cluster4.addresses, "NPROC_PER_NODE": "1"}
+
+    def bench_on(node: Node) -> Finished:
+        return node.run("bench", "--seconds", "6", "--largest", "16K", env=env)
+
+    with ThreadPoolExecutor(len(cluster4.nodes)) as pool:
+        done = list(pool.map(bench_on, cluster4.nodes))
+    assert [each.code for each in done] == [0] * NODES, "\n".join(each.output for each in done)
+    slow = [line for line in done[0].output.splitlines() if "slowly" in line]
+    assert len(slow) == 1, done[0].output
+    assert f"node 2 ({cluster4.nodes[2].address}) sends and receives slowly" in slow[0]
+    assert "/runs/default/bench/result.json, bandwidth.png" in done[0].output
