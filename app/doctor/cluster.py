@@ -56,12 +56,13 @@ def judge_agree(measured: Measured) -> Found:
         if len({*values.values()}) == 1:
             continue
         wrong, doubtful = differences({rank: {name: value} for rank, value in values.items()})
-        first, *rest = (line.strip() for line in (wrong or doubtful).splitlines())
+        lines = [" ".join(line.split()) for line in (wrong or doubtful).splitlines()]
+        told = [line for line in lines if line.startswith("package ")] or lines[:1]
         finding = Finding(
             check="agree",
             level=Level.RED if wrong else Level.YELLOW,
-            sentence=f"Nodes differ: {' '.join(first.split())}",
-            cure=" ".join(rest) or "set it the same on all nodes, or use the same image",
+            sentence=f"Nodes differ: {'; '.join(told)}",
+            cure=" ".join(lines[len(told) :]) or "set it the same on all nodes, or use the same image",
         )
         counts = Counter(values.values())
         usual = max(values.values(), key=lambda value: counts[value])

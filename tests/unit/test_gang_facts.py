@@ -27,6 +27,24 @@ def test_what_may_differ_for_a_good_reason_is_a_warning(name: str) -> None:
     assert doubtful.startswith(f"  {name}  a (node 0)   ")
 
 
+def test_packages_that_differ_are_named_one_by_one_with_the_cure_and_refuse_nothing() -> None:
+    first = {**BASE, "packages": "numpy-2.1.0 pillow-12.0"}
+    wrong, doubtful = differences({0: first, 1: first, 2: {**BASE, "packages": "einops-0.8 numpy-2.2.0 pillow-12.0"}})
+    assert wrong == ""
+    assert doubtful.splitlines()[:2] == [
+        "  package einops  - (nodes 0, 1)   0.8 (node 2)",
+        "  package numpy   2.1.0 (nodes 0, 1)   2.2.0 (node 2)",
+    ]
+    assert doubtful.endswith("docker load`.")
+
+
+def test_images_that_have_little_in_common_make_no_endless_table() -> None:
+    many = " ".join(f"package{number}-1.0" for number in range(300))
+    _, doubtful = differences({0: {**BASE, "packages": many}, 1: BASE})
+    assert "  and 288 more" in doubtful
+    assert len(doubtful.splitlines()) == 14
+
+
 def test_a_fact_that_one_node_lacks_is_shown_as_a_dash() -> None:
     wrong, _ = differences({0: BASE, 1: {**BASE, "content of train.py": "3fa2"}})
     assert wrong.startswith("  content of train.py  - (node 0)   3fa2 (node 1)")

@@ -6,18 +6,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from app.launch.host import PROJECT
 from app.launch.plan import Plan
 
 Facts = Mapping[str, str]
 
-TOLERATED = {"cuda driver", "hcas", "link layer", "mtu", "python"}
-"""Facts that may differ for a good reason: said, not refused. So may times and whatever tunes NCCL."""
+TOLERATED = {"cuda driver", "hcas", "link layer", "mtu", "python", "torchrun-compose"}
+"""Facts that may differ for a good reason: said, not refused. So may times, whatever tunes NCCL, and packages."""
+MOST_LINES = 12
+"""Of a table: two images can differ in hundreds of packages."""
 CURES = {
     "NODES": "Copy one .env to all nodes.",
     "NNODES": "Copy one .env to all nodes.",
     "NPROC_PER_NODE": "Set NPROC_PER_NODE to one number on all nodes.",
     "torch": "Use the same image on all nodes.",
     "content": "Copy the script to all nodes, or use the same image.",
+    "package": "Use the same image on all nodes: build it once, then `docker save IMAGE | ssh NODE docker load`.",
+    "torchrun-compose": "Use the same image, or the same checkout of torchrun-compose, on all nodes.",
 }
 
 
@@ -31,6 +36,7 @@ def gather(plan: Plan, root: Path = Path("/")) -> dict[str, str]:
         "link layer": ",".join(sorted({_read(port / "link_layer") for port in active})),
         "mtu": _read(root / "sys/class/net" / plan.interface / "mtu"),
         "content of module": module_digest(plan.command, (plan.env.get("PYTHONPATH", "")).split(":")),
+        "torchrun-compose": _digest(sorted(PROJECT.glob("app/**/*.py")), PROJECT),
     }
     return {**{name: value for name, value in found.items() if value}, **dict(plan.equal)}
 
@@ -48,30 +54,49 @@ def module_digest(command: Sequence[str], python_path: Sequence[str]) -> str:
         place = Path(folder, *command[1].split("."))
         files = sorted(place.glob("**/*.py")) if (place / "__main__.py").is_file() else [place.with_suffix(".py")]
         if all(file.is_file() for file in files):
-            digest = hashlib.sha256()
-            for file in files:
-                digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
-            return digest.hexdigest()[:12]
+            return _digest(files, Path(folder))
     return ""
+
+
+def _digest(files: Sequence[Path], folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def differences(facts: Mapping[int, Facts]) -> tuple[str, str]:
     """Compares the nodes' facts by rank: (what must not differ, what may), each a small table or ""."""
+    if len({known.get("packages") for known in facts.values()}) > 1:
+        facts = {rank: _by_package(known) for rank, known in facts.items()}
     names = sorted({name for known in facts.values() for name in known})
     # Most names are equal everywhere, and 1,000 nodes must not cost 1,000 tables.
     uneven = [name for name in names if len({known.get(name) for known in facts.values()}) > 1]
     wrong = [name for name in uneven if not _tolerated(name)]
-    return _table(facts, wrong, cure=True), _table(facts, [name for name in uneven if name not in wrong])
+    return _table(facts, wrong), _table(facts, [name for name in uneven if name not in wrong])
+
+
+def _by_package(known: Facts) -> Facts:
+    """One fact per installed package in place of the list of all."""
+    packages = (entry.partition("-") for entry in known.get("packages", "").split())
+    rest = {name: value for name, value in known.items() if name != "packages"}
+    return rest | {f"package {name}": version for name, _, version in packages}
 
 
 def _tolerated(name: str) -> bool:
-    return name in TOLERATED or name.startswith("NCCL_") or name.endswith(("_TIMEOUT", "_GRACE", "_RESTARTS"))
+    return (
+        name in TOLERATED
+        or name.startswith(("NCCL_", "package "))
+        or name.endswith(("_TIMEOUT", "_GRACE", "_RESTARTS"))
+    )
 
 
-def _table(facts: Mapping[int, Facts], names: Sequence[str], *, cure: bool = False) -> str:
-    width = max((len(name) for name in names), default=0)
-    lines = [f"  {name:{width}}  {'   '.join(_by_value(facts, name))}" for name in names]
-    cures = dict.fromkeys(CURES[key] for name in names for key in CURES if cure and name.partition(" ")[0] == key)
+def _table(facts: Mapping[int, Facts], names: Sequence[str]) -> str:
+    shown = names[:MOST_LINES]
+    width = max((len(name) for name in shown), default=0)
+    lines = [f"  {name:{width}}  {'   '.join(_by_value(facts, name))}" for name in shown]
+    lines += [f"  and {len(names) - len(shown)} more"] if len(names) > len(shown) else []
+    cures = dict.fromkeys(CURES[key] for name in names for key in CURES if name.partition(" ")[0] == key)
     return "\n".join([*lines, *(f"  {text}" for text in cures)])
 
 

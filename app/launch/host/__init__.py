@@ -46,7 +46,7 @@ class Host:
     """For each path that was asked for: a digest of its content, "" if that cannot be read, None if it is missing."""
     python: str = ""
     packages: Mapping[str, str] = field(default_factory=dict)
-    """Versions of torch and NCCL as installed, without importing them."""
+    """Versions of torch and NCCL as installed, and the list of all other `packages`, without importing any."""
 
 
 def probe(root: Path = Path("/"), resolve: Sequence[str] = (), paths: Sequence[str] = ()) -> Host:
@@ -96,9 +96,12 @@ def _packages(root: Path) -> dict[str, str]:
     wanted = {"torch": "torch", "nvidia_nccl_cu12": "nccl", "nvidia_nccl_cu13": "nccl"}
     installed = [Path(entry) for entry in sys.path if entry.endswith("-packages")]
     folders = installed if root == Path("/") else list(root.glob("opt/venv/lib/python3*/site-packages"))
-    found: dict[str, str] = {}
+    found, others = dict[str, str](), set[str]()
     for info in (info for folder in folders for info in folder.glob("*.dist-info")):
         name, _, version = info.name.removesuffix(".dist-info").partition("-")
         if name in wanted:
             found.setdefault(wanted[name], version)
-    return found
+        else:
+            others.add(f"{name}-{version}")
+    # Far below what one line of the nodes' talk may hold.
+    return {**found, "packages": " ".join(sorted(others))[:20_000]} if others else found
