@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Level, green
-from app.doctor.machine import check_clock, check_disk, check_gpus, check_limits
+from app.doctor.machine import check_clock, check_disk, check_engine, check_gpus, check_limits
 from app.doctor.network import check_names, check_network, check_ports, check_rdma
 from app.doctor.planned import PROBLEMS, problems, warnings
 
@@ -47,4 +47,5 @@ CHECKERS: tuple[Callable[[Facts], tuple[Finding, ...]], ...] = (
     check_limits,
     check_disk,
     check_clock,
+    check_engine,
 )

@@ -55,6 +55,7 @@ CHECKS = (
     "limits",
     "disk",
     "clock",
+    "engine",
     "met",
     "agree",
     "reach",

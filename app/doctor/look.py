@@ -1,16 +1,16 @@
 """The few live facts that only doctor wants, besides those of `app.launch.host`. Reads below a `root`; no decisions."""
 
-import contextlib
 import os
-import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
+from app.doctor.engine import look_at_engine
+from app.doctor.gpus import GpuLook, look_at_gpus
 from app.launch.host import Host
 from app.launch.host.addresses import canonical
 from app.launch.host.files import entries, number, text
@@ -22,13 +22,6 @@ PROBE_LIMIT = 1.0
 """Seconds after which a write that does not come back is left alone: a dead NFS server must not stop doctor."""
 BUSY_DISK = 50e6
 """Bytes per second below which a second look is taken."""
-SMI_FIELDS = (
-    "index",
-    "memory.used",
-    "memory.total",
-    "ecc.errors.uncorrected.volatile.total",
-    "clocks_throttle_reasons.hw_slowdown",
-)
 LISTEN = "0A"
 
 
@@ -61,18 +54,6 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GpuHealth:
-    index: int
-    used: int
-    """MiB of memory in use before this job starts."""
-    total: int
-    uncorrected: int
-    """ECC errors since the driver was loaded."""
-    slowed: bool
-    """The hardware holds its clock down: heat or power."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
     """Live facts of this node."""
 
@@ -83,16 +64,13 @@ class Look:
     listening: frozenset[tuple[str, int]] = frozenset()
     """(address, port) of every listening TCP socket of this network namespace."""
     clock_source: str = ""
-    gpus: tuple[GpuHealth, ...] = ()
-    gpu_failure: str = ""
-    """Why nothing is known of the GPUs; "" if all is, or there is none."""
-    iommu: Mapping[str, str] = field(default_factory=dict)
-    """By GPU's PCI address: how the IOMMU treats it (`identity`, `DMA`, `DMA-FQ`); absent without IOMMU."""
+    gpus: GpuLook = field(default_factory=GpuLook)
+    engine: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the container engine and its parts, by name; "" for one that gives none."""
 
 
 def look(root: Path, host: Host, folder: Path | None) -> Look:
     """Looks below `root`; `folder` is where checkpoints go, None to leave the disk alone. Takes about a second."""
-    smi, failure = _ask_smi() if host.gpus.visible and root == Path("/") else ("", "")
     return Look(
         nics={nic.name: _nic(root / "sys/class/net" / nic.name) for nic in host.nics if nic.kind != "loopback"},
         rdma={
@@ -102,9 +80,8 @@ def look(root: Path, host: Host, folder: Path | None) -> Look:
         disk=None if folder is None else look_at_disk(folder),
         listening=frozenset(_listening(root)),
         clock_source=text(root / "sys/devices/system/clocksource/clocksource0/current_clocksource") or "",
-        gpus=read_smi(smi),
-        gpu_failure=failure,
-        iommu=_iommu(root, [gpu.bus for gpu in host.gpus.visible if gpu.bus]),
+        gpus=look_at_gpus(root, host),
+        engine=look_at_engine() if root == Path("/") else {},
     )
 
 
@@ -184,38 +161,3 @@ def _write_speed(place: Path) -> tuple[float | None, str]:
     except OSError as error:
         return None, error.strerror or str(error)
     return written / max(time.monotonic() - start, 1e-6), ""
-
-
-def _ask_smi() -> tuple[str, str]:
-    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=10)
-    except FileNotFoundError:
-        return "", "nvidia-smi is not here"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return "", f"nvidia-smi: {type(error).__name__}"
-    if done.returncode:
-        return "", f"nvidia-smi: {(done.stdout + done.stderr).strip().partition(chr(10))[0][:200]}"
-    return done.stdout, ""
-
-
-def read_smi(output: str) -> tuple[GpuHealth, ...]:
-    """The answer to SMI_FIELDS, one GPU a line; `[N/A]` and whatever else is no number counts as 0."""
-    found = []
-    for line in output.splitlines():
-        words = [word.strip() for word in line.split(",")]
-        if len(words) == len(SMI_FIELDS):
-            index, used, total, uncorrected = (int(word) if word.isdigit() else 0 for word in words[:4])
-            slowed = words[4] == "Active"
-            found.append(GpuHealth(index=index, used=used, total=total, uncorrected=uncorrected, slowed=slowed))
-    return tuple(found)
-
-
-def _iommu(root: Path, buses: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for bus in buses:
-        with contextlib.suppress(OSError):
-            kind = text(root / "sys/bus/pci/devices" / bus.lower() / "iommu_group" / "type")
-            if kind:
-                found[bus] = kind
-    return found

@@ -9,7 +9,8 @@ import pytest
 from app.doctor.checks import CHECKERS, check_node
 from app.doctor.facts import Facts
 from app.doctor.findings import CHECKS, Finding, Level
-from app.doctor.look import Disk, GpuHealth, Look, NicHealth, look
+from app.doctor.gpus import GpuHealth, GpuLook
+from app.doctor.look import Disk, Look, NicHealth, look
 from app.doctor.planned import PLACINGS
 from app.launch.host.names import Answer
 from app.launch.plan import draft
@@ -184,15 +185,52 @@ def test_a_disk_that_will_not_hold_checkpoints_is_told(disk: Disk, level: Level,
 
 def test_the_state_of_gpus_is_judged(tmp_path: Path) -> None:
     facts = facts_of("classic_a", tmp_path)
-    gpus = (
-        GpuHealth(index=0, used=30000, total=40960, uncorrected=0, slowed=False),
-        GpuHealth(index=1, used=400, total=40960, uncorrected=2, slowed=True),
+    gpus = GpuLook(
+        health=(
+            GpuHealth(index=0, used=30000, total=40960, uncorrected=0, slowed=False),
+            GpuHealth(index=1, used=400, total=40960, uncorrected=2, slowed=True),
+        ),
+        iommu={"0000:43:00.0": "DMA-FQ"},
+        apart=((0, 1, "CNS"),),
+        redirecting=("0000:40:01.0",),
+        xids=(("0000:43:00", 79), ("0000:43:00", 31)),
     )
-    found = check_node(replace(facts, look=replace(facts.look, gpus=gpus, iommu={"0000:43:00.0": "DMA-FQ"})))
+    found = check_node(replace(facts, look=replace(facts.look, gpus=gpus)))
     told = [each.sentence for each in found if each.check == "gpus"]
-    assert len(told) == 4
-    for words in ("GPU 0: 30000 of 40960 MiB", "GPU 1: 2 memory errors", "GPU 1: the hardware holds", "IOMMU"):
-        assert any(words in sentence for sentence in told)
+    expected = (
+        "GPU 0: 30000 of 40960 MiB",
+        "GPU 1: 2 memory errors",
+        "GPU 1: the hardware holds",
+        "IOMMU",
+        "PCI ACS on 0000:40:01.0",
+        "One pair of GPUs cannot read each other's memory, such as 0 and 1 (CNS: the chipset does not support it)",
+        "Xid 79 for the GPU at 0000:43:00",
+        "Xid 31",
+    )
+    assert len(told) == len(expected)
+    for words in expected:
+        assert any(words in sentence for sentence in told), words
+    assert [each.level for each in found if "Xid" in each.sentence] == [Level.RED, Level.YELLOW]
+
+
+@pytest.mark.parametrize(
+    ("versions", "level", "words"),
+    [
+        ({}, Level.SKIPPED, "not visible from inside a container"),
+        ({"Docker": "28.5.1", "Compose": "2.40.3"}, Level.GREEN, "Docker 28.5.1, Compose 2.40.3"),
+        ({"Docker": "", "Compose": ""}, Level.SKIPPED, "does not answer here"),
+        ({"Docker": "", "Compose": "2.24.0"}, Level.GREEN, "Compose 2.24.0"),
+        ({"Docker": "24.0.2", "Compose": "2.21.0"}, Level.RED, "Compose 2.21.0 is too old"),
+    ],
+)
+def test_the_engine_is_judged_where_it_can_be_seen(
+    versions: dict[str, str], level: Level, words: str, tmp_path: Path
+) -> None:
+    facts = facts_of("laptop", tmp_path)
+    found = check_node(replace(facts, look=replace(facts.look, engine=versions)))
+    engine = next(each for each in found if each.check == "engine")
+    assert engine.level == level
+    assert words in engine.sentence
 
 
 def test_a_slow_clock_source_is_told(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app.doctor.look import Disk, GpuHealth, look, look_at_disk, read_smi
+from app.doctor.gpus import ACS, GpuHealth, read_health, read_peers, read_xids
+from app.doctor.look import Disk, look, look_at_disk
 from app.launch.host import Host, probe
 from tests.machines.library import MACHINES
 
@@ -102,7 +103,7 @@ def test_a_write_that_hangs_does_not_hold_up_doctor(monkeypatch: pytest.MonkeyPa
 def test_the_answer_of_nvidia_smi_is_read_and_what_a_card_does_not_have_is_0() -> None:
     # Format of `nvidia-smi --query-gpu --format=csv,noheader,nounits`; no GPU was asked for this text.
     output = "0, 31023, 81559, 0, Not Active\n1, 4, 15360, [N/A], Active\nno such line\n"
-    assert read_smi(output) == (
+    assert read_health(output) == (
         GpuHealth(index=0, used=31023, total=81559, uncorrected=0, slowed=False),
         GpuHealth(index=1, used=4, total=15360, uncorrected=0, slowed=True),
     )
@@ -112,4 +113,47 @@ def test_how_the_iommu_treats_a_gpu_is_read(tmp_path: Path) -> None:
     MACHINES["classic_a"](tmp_path)
     host = probe(tmp_path)
     write(tmp_path / "sys/bus/pci/devices/0000:43:00.0/iommu_group/type", "DMA-FQ\n")
-    assert look(tmp_path, host, None).iommu == {"0000:43:00.0": "DMA-FQ"}
+    assert look(tmp_path, host, None).gpus.iommu == {"0000:43:00.0": "DMA-FQ"}
+
+
+def test_pairs_of_gpus_that_do_not_reach_each_other_are_read() -> None:
+    # `nvidia-smi topo -p2p r` as users post it; no GPU was asked for this text.
+    matrix = """ \tGPU0\tGPU1\tGPU2\t
+ GPU0\tX\tOK\tCNS\t
+ GPU1\tOK\tX\tGNS\t
+ GPU2\tCNS\tGNS\tX\t
+
+Legend:
+
+  X    = Self
+  OK   = Status Ok
+  CNS  = Chipset not supported
+"""
+    assert read_peers(matrix) == ((0, 2, "CNS"), (1, 2, "GNS"))
+    assert read_peers("No devices were found\n") == ()
+
+
+def test_errors_of_the_driver_are_read_from_the_kernels_log(tmp_path: Path) -> None:
+    MACHINES["classic_a"](tmp_path)
+    log = (
+        "4,1201,74889644132,-;NVRM: Xid (PCI:0000:43:00): 79, GPU has fallen off the bus.\n"
+        "4,1202,74889644133,-;NVRM: Xid (PCI:0000:43:00): 79, GPU has fallen off the bus.\n"
+        "6,1203,74889644134,-;eth0: link up\n"
+    )
+    write(tmp_path / "dev/kmsg", log)
+    assert look(tmp_path, probe(tmp_path), None).gpus.xids == (("0000:43:00", 79),)
+    assert read_xids("") == ()
+
+
+@pytest.mark.parametrize(("control", "redirects"), [(0x001D, True), (0x0001, False)])
+def test_a_bridge_above_a_gpu_that_redirects_traffic_is_found(tmp_path: Path, control: int, redirects: bool) -> None:
+    MACHINES["classic_a"](tmp_path)
+    host = probe(tmp_path)
+    bridge = host.gpus.visible[0].pci[1]
+    config = bytearray(4096)
+    config[0x100:0x104] = (0x0001 | 0x148 << 20).to_bytes(4, "little")  # error reporting comes first
+    config[0x148:0x14C] = ACS.to_bytes(4, "little")
+    config[0x14E:0x150] = control.to_bytes(2, "little")
+    (tmp_path / "sys/bus/pci/devices" / bridge).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "sys/bus/pci/devices" / bridge / "config").write_bytes(config)
+    assert look(tmp_path, host, None).gpus.redirecting == ((bridge,) if redirects else ())
