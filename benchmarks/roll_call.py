@@ -92,6 +92,7 @@ def member(plan: Plan, token: bytes, around: dict[str, object], started: list[fl
         clean=lambda: 0,
         progress=lambda: "",
         say=lambda _text: None,
+        holder=lambda _port: "",
         state=lambda _state, _round: None,
         **around,  # type: ignore[arg-type]  # the way to dial, which differs between node 0 and the others
     )

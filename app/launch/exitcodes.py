@@ -19,7 +19,7 @@ class ExitCode(IntEnum):
     DISAGREE = 4
     """The nodes do not agree: rank, node list, versions, script, or another job holds the port."""
     TRAINING = 5
-    """The training script failed, and MAX_RESTARTS rounds without progress are used up."""
+    """The training script failed, and MAX_RESTARTS rounds without progress are used up, or another try is no use."""
     LOST = 6
     """A node was lost and did not come back within REJOIN_TIMEOUT."""
     UNTRUSTED = 7

@@ -16,11 +16,12 @@ from app.launch.errors import UserError
 from app.launch.exitcodes import ExitCode
 from app.launch.final import write_final
 from app.launch.gang.facts import gather
-from app.launch.gang.hub import LAST_WORD, Hub
+from app.launch.gang.hub import LAST_WORD, LINGER, Hub
 from app.launch.gang.member import Member, Place, Surroundings
 from app.launch.gang.verdict import Verdict
 from app.launch.gang.wire import MAX_LINE, Wire
 from app.launch.health import keep_state
+from app.launch.host.ports import holder
 from app.launch.plan import Plan
 from app.launch.report import make_report, read_counters, write_report
 
@@ -38,14 +39,17 @@ def supervise(plan: Plan) -> int:
     torchrun.adopt_orphans()
     allow_many_files()
     started, before = time.time(), read_counters()
-    verdict, own_stop = asyncio.run(_take_part(plan, token))
-    if verdict.code not in (ExitCode.DONE, ExitCode.STOPPED):
-        # A full disk must not hide the verdict.
-        with contextlib.suppress(OSError):
-            report = make_report(plan, int(verdict.code), verdict.text, before, started)
-            say(f"kept for `report`: {write_report(plan, report)}")
-    # The last line is what people read first.
-    say(verdict.text)
+
+    def tell(verdict: Verdict) -> None:
+        if verdict.code not in (ExitCode.DONE, ExitCode.STOPPED):
+            # A full disk must not hide the verdict.
+            with contextlib.suppress(OSError):
+                report = make_report(plan, int(verdict.code), verdict.text, before, started)
+                say(f"kept for `report`: {write_report(plan, report)}")
+        # The last line is what people read first.
+        say(verdict.text)
+
+    verdict, own_stop = asyncio.run(_take_part(plan, token, tell))
     if verdict.code == ExitCode.STOPPED:
         return int(verdict.code) if own_stop else plan.stopped_exit_code
     if verdict.code != ExitCode.DONE:
@@ -116,8 +120,9 @@ def _is_complete(entry: Path) -> bool:
     return not entry.name.startswith(".") and "tmp" not in entry.name and not entry.name.endswith((".new", ".partial"))
 
 
-async def _take_part(plan: Plan, token: bytes) -> tuple[Verdict, bool]:
-    """The verdict, and whether the stop came from this node's own user."""
+async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) -> tuple[Verdict, bool]:
+    """The verdict, and whether the stop came from this node's own user. `tell` prints the verdict as soon as there is
+    one: node 0 may stay for a while to tell others."""
     hub = Hub(plan, token, say)
     server = await _listen(plan, hub)
     presiding = asyncio.ensure_future(hub.preside()) if server or len(plan.nodes) == 1 else None
@@ -127,12 +132,12 @@ async def _take_part(plan: Plan, token: bytes) -> tuple[Verdict, bool]:
         launch=lambda place: _launch(plan, place),
         clean=torchrun.sweep,
         progress=lambda: progress(plan),
+        holder=holder,
         say=say,
         state=state,
     )
     member = Member(plan, token, gather(plan) if len(plan.nodes) > 1 else {}, around)
-    for number in SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, member.stop)
+    _on_signals(member.stop)
     part = asyncio.ensure_future(member.take_part())
     try:
         # A bug in node 0's hub must end the job with its traceback, not leave it waiting for a verdict.
@@ -140,9 +145,13 @@ async def _take_part(plan: Plan, token: bytes) -> tuple[Verdict, bool]:
         if presiding and presiding.done():
             presiding.result()
         verdict = await part
+        own_stop = member.stops > 0
+        tell(verdict)
         if presiding and member.stops < 2:
-            # The others are told the verdict meanwhile. A member that left by itself has none to wait for.
-            await asyncio.wait([presiding], timeout=2 * LAST_WORD)
+            # The others are told meanwhile. What made this node's member leave by itself, the hub does not know yet.
+            hub.conclude(verdict)
+            _on_signals(presiding.cancel)
+            await asyncio.wait([presiding], timeout=LINGER + 2 * LAST_WORD)
     finally:
         part.cancel()
         if presiding:
@@ -151,7 +160,12 @@ async def _take_part(plan: Plan, token: bytes) -> tuple[Verdict, bool]:
         if server:
             server.close()
         torchrun.sweep()
-    return verdict, member.stops > 0
+    return verdict, own_stop
+
+
+def _on_signals(act: Callable[[], object]) -> None:
+    for number in SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, act)
 
 
 async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:

@@ -3,6 +3,8 @@
 Only real processes show that nothing is left running, and only several launchers show that all say the same.
 """
 
+import os
+import re
 import signal
 import socket
 import time
@@ -91,7 +93,8 @@ def test_three_failures_in_a_row_end_the_job_and_say_that_there_was_no_progress(
         assert ends(launchers, 60) == [5, 5]
     for launcher in launchers:
         assert "3 failures in a row without a new checkpoint (MAX_RESTARTS=2)" in launcher.said[-1]
-        assert sum("All nodes start again in" in line for line in launcher.said) == 2
+        again = [line.partition("All nodes start again ")[2] for line in launcher.said if "All nodes start" in line]
+        assert again == ["(restart 1 of 2)", "in 1 s (restart 2 of 2)"], "only the first restart comes at once"
 
 
 def test_a_killed_worker_is_named_with_its_signal_and_the_next_round_trains_to_the_end(tmp_path: Path) -> None:
@@ -241,7 +244,10 @@ def test_two_nodes_with_one_rank_are_both_named_at_once(tmp_path: Path) -> None:
         first, second = job.start(0, "10"), job.start(1, "10")
         first.wait_for(r"waiting \d+ s")
         twin = job.start(2, "10", NODE_RANK="1")
-        assert ends([first, second, twin]) == [4, 4, 4]
+        assert ends([second, twin]) == [4, 4]
+        first.wait_for("stays for up to 10 s to tell the end to node 2")
+        first.signal(signal.SIGINT)
+        assert first.end(5) == 4
     assert first.said[-1] == second.said[-1] == twin.said[-1]
     assert "two nodes say they are node 1: 127.0.0." in first.text
 
@@ -262,7 +268,7 @@ def test_a_setting_that_differs_is_refused_with_a_table(tmp_path: Path, setting:
         launcher.wait_for(row, 1)
 
 
-def test_a_master_port_in_use_is_named_and_a_stop_ends_the_wait_at_once(tmp_path: Path) -> None:
+def test_a_master_port_in_use_is_waited_for_a_moment_and_a_stop_ends_the_wait_at_once(tmp_path: Path) -> None:
     with nodes(tmp_path, 2, ALL_REDUCE) as job, socket.socket() as other:
         port = int(job.settings["MASTER_PORT"])
         other.bind(("127.0.0.1", port))
@@ -271,6 +277,72 @@ def test_a_master_port_in_use_is_named_and_a_stop_ends_the_wait_at_once(tmp_path
         first.wait_for(rf"cannot listen on 127\.0\.0\.1 port {port} \(MASTER_PORT\): address already in use")
         first.signal(signal.SIGTERM)
         assert first.end(8) == 143
+
+
+@pytest.mark.parametrize("setting", ["MASTER_PORT", "CONTROL_PORT"])
+def test_a_port_of_node_0_that_stays_in_use_is_refused_on_all_nodes_with_its_holder(
+    tmp_path: Path, setting: str
+) -> None:
+    with nodes(tmp_path, 2, ALL_REDUCE) as job, socket.socket() as other:
+        port = int(job.settings["MASTER_PORT"]) + (setting == "CONTROL_PORT")
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        started = time.monotonic()
+        launchers = [job.start(0, "10")]
+        if setting == "MASTER_PORT":
+            launchers.append(job.start(1, "10"))
+        assert ends(launchers, 25) == [2] * len(launchers)
+        assert time.monotonic() - started < 15
+    for launcher in launchers:
+        told = f"node 0 cannot listen on 127.0.0.1 port {port} ({setting}): process {os.getpid()} ("
+        assert launcher.said[-1].startswith(told)
+        assert launcher.said[-1].endswith(") has it. End that, or set another MASTER_PORT on all nodes.")
+
+
+@pytest.mark.parametrize(
+    ("script", "what", "why"),
+    [
+        (
+            "import argparse\nargparse.ArgumentParser().parse_args(['--no-such'])",
+            "ended with exit code 2",
+            "TRAIN_ARGS",
+        ),
+        ("import no_such_module", "failed with ModuleNotFoundError: No module named 'no_such_module'", "cannot start"),
+        ("if True print()", "failed with SyntaxError: ", "cannot start"),
+    ],
+)
+def test_what_another_try_cannot_cure_ends_the_job_at_once(tmp_path: Path, script: str, what: str, why: str) -> None:
+    with nodes(tmp_path, 2, script) as job:
+        launchers = job.start_all()
+        assert ends(launchers) == [5, 5]
+    for launcher in launchers:
+        assert re.match(rf"node \d \(127\.0\.0\.\d\) - rank \d {what}", launcher.said[-1])
+        assert why in launcher.said[-1]
+        assert launcher.said[-1].endswith("Not started again, since it would end the same way.")
+        assert "start again" not in launcher.text
+
+
+def test_a_script_that_got_on_before_is_tried_again_whatever_it_ends_with(tmp_path: Path) -> None:
+    gets_on = (
+        "import os, pathlib, sys\nmark = pathlib.Path(os.environ['RUN_DIR'], 'progress')\n"
+        "tries = len(mark.read_text()) if mark.exists() else 0\n"
+        "mark.write_text('.' * min(tries + 1, 2))\nsys.exit(2 if tries < 3 else 0)"
+    )
+    with nodes(tmp_path, 1, gets_on, NODES="", NODE_RANK="", MAX_RESTARTS="1") as job:
+        launcher = job.start(0)
+        assert launcher.end(40) == 5
+    assert sum("start again" in line for line in launcher.said) == 2
+    assert "failures in a row without a new checkpoint" in launcher.said[-1]
+
+
+def test_a_node_that_comes_after_a_refusal_is_told_the_same(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3, ALL_REDUCE) as job:
+        first, second = job.start(0, "10"), job.start(1, "10", NPROC_PER_NODE="2")
+        first.wait_for(r"stays for up to 10 s to tell the end to node 2 \(127\.0\.0\.3\)")
+        first.wait_for("NPROC_PER_NODE +1", 1)
+        late = job.start(2, "10")
+        assert ends([first, second, late]) == [4, 4, 4]
+    assert first.said[-2:] == second.said[-2:] == late.said[-2:]
 
 
 def test_another_job_on_the_port_is_told_apart_and_not_disturbed(tmp_path: Path) -> None:

@@ -66,6 +66,14 @@ def test_a_worker_that_was_told_to_end_is_not_to_blame() -> None:
     assert not worker_trouble("node 0", report(0, -11), seen=1.0).cascade
 
 
+def test_errors_that_another_try_cannot_cure_are_told_from_those_it_may() -> None:
+    for text in ("ModuleNotFoundError: No module named 'x'", "ImportError: cannot import name 'y'", "SyntaxError: bad"):
+        assert worker_trouble("node 0", report(0, 1, text), seen=1.0).hopeless
+    assert "TRAIN_ARGS" in worker_trouble("node 0", report(0, 2), seen=1.0).hopeless
+    for found in (report(0, 1, "ValueError: not a SyntaxError: x"), report(0, -9), report(0, 1), report(0, 3)):
+        assert not worker_trouble("node 0", found, seen=1.0).hopeless
+
+
 def test_a_round_is_done_only_when_all_nodes_ended_well() -> None:
     told: list[str] = []
     current = a_round(told)

@@ -23,7 +23,11 @@ SAY_AFTER, SAY_EVERY = 2.0, 10.0
 STRAGGLERS = 2.0
 """Seconds that a disagreement waits for nodes still on their way, so that one table shows all."""
 LONGEST_PAUSE = 30.0
+"""Seconds before a round; the first restart comes at once, each further one in a row after twice the pause."""
 LAST_WORD = 2.0
+"""Seconds until everybody has read the verdict."""
+LINGER = 10.0
+"""Seconds that a job which was refused still tells those who come late: they would wait until START_TIMEOUT."""
 
 
 class Hub:
@@ -41,6 +45,13 @@ class Hub:
         self._said = (0.0, "")
         self._grumbled = 0.0
         self._cause = ""
+        self._got_on = False
+        """The training made progress in some round, so its script and arguments are good."""
+        self._concluded: Verdict | None = None
+
+    def conclude(self, verdict: Verdict) -> None:
+        """Node 0 itself cannot take part: ends the job for all."""
+        self._concluded = verdict
 
     async def preside(self) -> Verdict:
         """Leads the job to its end; returns the verdict that every node was told."""
@@ -61,11 +72,18 @@ class Hub:
         """Tells everyone the verdict, and waits a little until they have hung up: then they have read it."""
         for wire in wires:
             wire.send("verdict", code=int(verdict.code), text=verdict.text)
+        refused = not self.round and verdict.code in (ExitCode.DISAGREE, ExitCode.SETTINGS)
+        late = {*self.seats.missing()} - {0} if refused else set[int]()
+        if late:
+            self.say(f"this node stays for up to {LINGER:.0f} s to tell the end to {self.seats.some(late)}")
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_WORD):
-                while wires:
+            async with asyncio.timeout(LINGER if late else LAST_WORD):
+                while wires or late:
                     wire, said = await self.door.inbox.get()
-                    if isinstance(said, str):
+                    if isinstance(said, Hello):
+                        late.discard(said.rank)
+                        wires.add(wire)
+                    elif isinstance(said, str):
                         wires.discard(wire)
 
     async def _roll_call(self) -> None:
@@ -225,19 +243,22 @@ class Hub:
                 self._tell_waiting(f"{self.seats.some(current.running)} to end", current.halted_at, current.limit)
         self._attending = False
         if any(rank in self.seats and self.seats[rank].progress != before[rank] for rank in ranks):
-            self.failures = 0
+            self.failures, self._got_on = 0, True
         return current.result()
 
     async def _weigh(self, troubles: Sequence[Trouble]) -> None:
         """Another round after a pause, or Final."""
         self.failures += 1
-        told, most = account(troubles), self.plan.max_restarts
+        cause, told, most = first_cause(troubles), account(troubles), self.plan.max_restarts
         self._cause = told
+        if cause.hopeless and not self._got_on:
+            raise Final(cause.code, f"{told}. {cause.hopeless}. Not started again, since it would end the same way.")
         if self.failures > most:
             tries = f". {self.failures} failures in a row without a new checkpoint (MAX_RESTARTS={most})"
-            raise Final(first_cause(troubles).code, told + tries * (most > 0))
-        pause = min(2.0 ** (self.failures - 1), LONGEST_PAUSE)
-        self._tell(f"{told}. All nodes start again in {pause:.0f} s (restart {self.failures} of {most})")
+            raise Final(cause.code, told + tries * (most > 0))
+        pause = min(2.0 ** (self.failures - 2), LONGEST_PAUSE) if self.failures > 1 else 0.0
+        when = f" in {pause:.0f} s" if pause else ""
+        self._tell(f"{told}. All nodes start again{when} (restart {self.failures} of {most})")
         await self._pause(pause)
 
     async def _pause(self, seconds: float) -> None:
@@ -254,6 +275,8 @@ class Hub:
 
     async def _hear(self, until: float) -> Event | None:
         """The next event; None after a moment, at `until`, or when what was heard was no event."""
+        if self._concluded:
+            raise Final(self._concluded.code, self._concluded.text)
         if self.door.inbox.empty() and (silent := self.seats.silent()):
             self.seats.free(silent.wire)
             why = f"no sign of life for {self.plan.heartbeat_timeout:g} s (machine down, or its link is cut)"

@@ -31,6 +31,8 @@ from app.launch.gang.wire import (
 from app.launch.plan import Plan
 from app.launch.torchrun import Failure, Outcome
 
+BUSY = 5.0
+"""Seconds that node 0 waits for its own ports: an old torchrun may be about to end."""
 RETRY = 1.0
 """Longest pause in seconds between two tries to connect."""
 STOPPED = Verdict(code=ExitCode.STOPPED, text="stopped before the training was done")
@@ -68,6 +70,8 @@ class Surroundings:
     progress: Callable[[], str]
     """A text that changes with every checkpoint."""
     say: Say
+    holder: Callable[[int], str]
+    """Who listens on a TCP port of this machine, for people; "" for nobody."""
     state: Callable[[str, int], None]
     """Told of every change: (waiting, running or stopping; the round)."""
 
@@ -125,6 +129,8 @@ class Member:
         """Connects to node 0 and says hello, again and again for `limit` seconds."""
         start, said, pause = time.monotonic(), (0.0, ""), 0.02
         self.around.state("waiting", self._round)
+        if self.plan.node_rank == 0:
+            limit = min(limit, BUSY)
         node0 = f"node 0, {self.plan.nodes[0]} port {self.plan.control_port}"
         while True:
             if self.stops:
@@ -140,7 +146,7 @@ class Member:
                 why = reach.why(error)
             now = time.monotonic()
             if now > start + limit:
-                return self._nobody(node0, now - start, why)
+                return self._nobody(node0, now - start, why) if self.plan.node_rank else self._taken(why)
             if now > start + SAY_AFTER and (now > said[0] + SAY_EVERY or why != said[1]):
                 said = (now, why)
                 end = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() + start + limit - now))
@@ -156,6 +162,16 @@ class Member:
         told = f"{node0} did not answer within {waited:.0f} s (START_TIMEOUT): {why}"
         cure = f"Start it there, and let this node in: iptables -I INPUT -p tcp -s {self.plan.address} -j ACCEPT"
         return Verdict(code=ExitCode.UNREACHABLE, text=f"{told}. {cure}")
+
+    def _taken(self, why: str) -> Verdict:
+        """Node 0 does not get one of its own ports."""
+        self._answering.close()
+        for name, port in (("MASTER_PORT", self.plan.master_port), ("CONTROL_PORT", self.plan.control_port)):
+            if holder := self.around.holder(port):
+                told = f"node 0 cannot listen on {self.plan.address} port {port} ({name}): {holder} has it"
+                cure = "End that, or set another MASTER_PORT on all nodes."
+                return Verdict(code=ExitCode.SETTINGS, text=f"{told}. {cure}")
+        return Verdict(code=ExitCode.FAILED, text=f"node 0: {why}")
 
     async def _greet(self) -> Wire:
         wire = await self.around.dial()

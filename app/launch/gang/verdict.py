@@ -17,6 +17,11 @@ CASCADE = re.compile(
     re.IGNORECASE,
 )
 """What workers say whose peer has gone (texts of gloo, NCCL and c10d; measured, or found in torch 2.13's binaries)."""
+BROKEN = re.compile(r"(ModuleNotFoundError|ImportError|SyntaxError|IndentationError|TabError): ")
+REFUSED = "It ended as scripts do that refuse their arguments: see its own message, and correct TRAIN_ARGS"
+UNFIT = "The script cannot start like this: correct it, TRAIN_SCRIPT or the image"
+USAGE = 2
+"""The exit code of argparse, and of app.train, for wrong settings."""
 HEAD_START = 3.0
 """Seconds by which a lost node or a signal may come after the errors it caused: they are found by polling."""
 
@@ -53,6 +58,8 @@ class Trouble:
     """A lost node or a signal: a cause that nobody else's error explains."""
     cascade: bool = False
     """Explained by another node's trouble."""
+    hopeless: str = ""
+    """What the user must change, where another try would end the same way."""
 
 
 def first_cause(troubles: Sequence[Trouble]) -> Trouble:
@@ -81,6 +88,7 @@ def worker_trouble(node: str, report: Report, seen: float) -> Trouble:
     else:
         what = f"- {who} was ended by {how}" if code < 0 else f"- {who} ended with {how}"
         what += " (out of memory, or killed by hand)" * (code == -SIGKILL)
+    hopeless = REFUSED if code == USAGE else UNFIT if BROKEN.match(report.text) else ""
     silent_end = not report.text and code in {-SIGTERM, -SIGKILL, 1, 128 + SIGTERM}
     return Trouble(
         node=node,
@@ -89,4 +97,5 @@ def worker_trouble(node: str, report: Report, seen: float) -> Trouble:
         clock=float(report.time),
         sudden=code < 0 and not report.text and not report.halted,
         cascade=bool(CASCADE.search(report.text)) or (report.halted and silent_end),
+        hopeless=hopeless,
     )
