@@ -4,21 +4,18 @@ Needs root. The builds run on an engine of their own with an empty store; packag
 and apt get them, so the first build's time says as much about that as about the image.
 """
 
-import contextlib
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from tests.testbed.base import base_image
-from tests.testbed.engine import Engine, remove_cgroups
-from tests.testbed.engines import Tools, find_tools
-from tests.testbed.image import IMAGE, INPUTS, build
+from tests.testbed.engine import Engine
+from tests.testbed.engines import find_tools
+from tests.testbed.image import IMAGE, INPUTS, build, builder
 from tests.testbed.shell import PROJECT
 
-NAME = "trc-bench"
 EDITS = 3
 PARTS = {
     "base": "ADD|import",
@@ -29,7 +26,7 @@ PARTS = {
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory(prefix=NAME) as folder, empty_engine(Path(folder)) as engine:
+    with tempfile.TemporaryDirectory() as folder, builder(find_tools(), Path(folder) / "engine") as engine:
         project = Path(folder) / "project"
         copy_inputs(project)
         base = base_image(engine.tools, engine.docker_host)
@@ -46,23 +43,6 @@ def main() -> int:
         print(f"first build: {first:.0f} s (packages included)")
         print(f"rebuild after an edit under app/: {min(edits):.1f} to {max(edits):.1f} s, {EDITS} times")
     return 0
-
-
-@contextlib.contextmanager
-def empty_engine(folder: Path) -> Iterator[Engine]:
-    """An engine that has built nothing yet, and is gone with everything it built afterwards."""
-    tools: Tools = find_tools()
-    home = Path("/run") / NAME
-    shutil.rmtree(home, ignore_errors=True)
-    engine = Engine(name=NAME, tools=tools, home=home, data=folder / "engine", netns=None)
-    engine.launch()
-    try:
-        engine.ready()
-        yield engine
-    finally:
-        engine.stop()
-        remove_cgroups(NAME)
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def copy_inputs(project: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.testbed.base import base_image
 from tests.testbed.engines import find_tools
-from tests.testbed.image import builder, store_lock, wheelhouse
+from tests.testbed.image import builder, store, store_lock, wheelhouse
 from tests.testbed.shell import PROJECT
 
 # The testbed's engines have no bridge network; a user's engine has one, and builds in it.
@@ -26,7 +26,7 @@ def test_with_an_engine_two_compose_stacks_train_with_falling_loss_and_leave_the
     for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
         folder.chmod(0o755)
     tools = find_tools()
-    with store_lock(tools), builder(tools) as engine:
+    with store_lock(tools), builder(tools, store(tools)) as engine:
         environment = {
             **os.environ,
             **engine.environment,

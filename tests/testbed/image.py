@@ -22,13 +22,13 @@ INPUTS = ("Dockerfile", ".dockerignore", "entrypoint.py", "app", "requirements")
 
 
 @contextlib.contextmanager
-def builder(tools: Tools) -> Iterator[Engine]:
-    """A running engine in the machine's own network whose image store and build cache last."""
+def builder(tools: Tools, data: Path) -> Iterator[Engine]:
+    """A running engine in the machine's own network whose images and build cache last as long as `data`."""
     # One name per store, so that users of different stores do not meet; short for the sockets below it.
-    name = f"trc-{zlib.crc32(str(store(tools)).encode()):08x}"
+    name = f"trc-{zlib.crc32(str(data).encode()):08x}"
     home = Path("/run") / name
     shutil.rmtree(home, ignore_errors=True)
-    engine = Engine(name=name, tools=tools, home=home, data=store(tools), netns=None)
+    engine = Engine(name=name, tools=tools, home=home, data=data, netns=None)
     engine.launch()
     try:
         engine.ready()
@@ -64,7 +64,7 @@ def ensure_image(tools: Tools) -> str:
         stamp = store(tools) / "built"
         wanted = fingerprint()
         if not stamp.exists() or stamp.read_text() != wanted:
-            with builder(tools) as engine:
+            with builder(tools, store(tools)) as engine:
                 build(engine)
             stamp.write_text(wanted)
     return IMAGE

@@ -149,3 +149,12 @@ def test_the_largest_machine_is_decided_in_milliseconds(tmp_path: Path) -> None:
     start = time.process_time()
     assert host_of(settings_of(environ), tmp_path).rdma_ports
     assert time.process_time() - start < 0.2
+
+
+def test_a_users_package_named_app_does_not_hide_the_launcher(tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "__init__.py").write_text("raise SystemExit('hidden')")
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(PROJECT / "entrypoint.py"), "explain"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
