@@ -47,6 +47,7 @@ def test_cuda_visible_devices_limits_the_gpus(mask: str, count: int) -> None:
 
 def test_nccl_without_gpus_or_cuda_is_refused() -> None:
     assert "there is no GPU here" in refused(CPU_HOST, BACKEND="nccl")
+    assert "at most 0" not in refused(CPU_HOST, BACKEND="nccl", NPROC_PER_NODE="2")
     cpu_build = machine(gpus=TWO_GPUS, limits=CPUS, packages={"torch": "2.13.0+cpu"})
     assert "is built without CUDA" in refused(cpu_build, BACKEND="nccl")
     assert planned(cpu_build).backend == "gloo"

@@ -131,7 +131,7 @@ def _nproc(settings: Settings, host: Host, gpus: int, backend: str, ledger: Ledg
         return max(1, gpus)
     nproc = int(value.text)
     ledger.take("NPROC_PER_NODE", value, "as you set it")
-    if backend == "nccl" and nproc > gpus:
+    if backend == "nccl" and gpus and nproc > gpus:  # NCCL without any GPU is refused with BACKEND
         ledger.refuse(
             "NPROC_PER_NODE",
             f"{shown('NPROC_PER_NODE', value)}, but this node has {count(gpus, 'usable GPU')}, and NCCL needs one for "
