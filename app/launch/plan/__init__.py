@@ -181,6 +181,7 @@ def _decide_times(settings: Settings, member: Membership | None, ledger: Ledger)
         ("HEARTBEAT_TIMEOUT", "seconds of silence after which a node counts as lost"),
         ("STOP_GRACE", "seconds for workers to save their state when stopped"),
         ("MAX_RESTARTS", "new rounds after a failure"),
+        ("STOPPED_EXIT_CODE", "exit code when the job is stopped on another node"),
     ):
         value = settings.get(name)
         if value is not None:

@@ -21,6 +21,13 @@ class Script:
     token_file: Path | None
 
 
+NAMED = (
+    ("DATA", "what the script of this project reads in place of Python's own source"),
+    ("RUN_NAME", "names the job: its folder, and whom nodes answer"),
+    ("RUNS_ROOT", "holds a folder for each run"),
+)
+
+
 def requested(settings: Settings) -> tuple[tuple[str, ...], str]:
     """The script part of torchrun's command, and where it comes from. Arguments of the entrypoint win.
 
@@ -49,6 +56,10 @@ def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
     command, source = requested(settings)
     ledger.decide("TRAIN_SCRIPT", shlex.join(command), source, _reason(settings, command, source))
     _check_command(command, source, host, ledger)
+    for name, reason in NAMED:
+        value = settings.get(name)
+        if value is not None:
+            ledger.take(name, value, reason)
     run_dir = _folder("RUN_DIR", Path(settings.text("RUNS_ROOT")) / settings.text("RUN_NAME"), settings, host, ledger)
     checkpoints = _folder("CHECKPOINT_DIR", run_dir / "checkpoints", settings, host, ledger)
     return Script(

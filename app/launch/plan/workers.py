@@ -60,6 +60,8 @@ def _usable_gpus(settings: Settings, host: Host) -> tuple[int, str]:
 
 def _check_hardware(settings: Settings, host: Host, ledger: Ledger) -> None:
     word = settings.values.get("HARDWARE")
+    if word is not None:
+        ledger.take("HARDWARE", word, "what compose asks of the engine for the container")
     cards = len(host.gpus.on_bus)
     if word is None and cards and not host.gpus.visible:
         if not host.container:
