@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from app.launch import hang
 from app.launch.exitcodes import ExitCode
 from app.launch.host.files import entries, number, text
 from app.launch.host.limits import control_groups
@@ -57,6 +58,8 @@ class Report:
     cure: str
     """A known error, "" where none was recognised; docs/troubleshooting.md has an entry of that name."""
     flight_records: tuple[str, ...]
+    stalls: tuple[str, ...]
+    """Files with the stacks of ranks that stood still at the end (stall.py)."""
     decisions: tuple[tuple[str, str, str], ...]
     """(name, value, source) of the plan."""
 
@@ -114,6 +117,7 @@ def make_report(plan: Plan, code: int, verdict: str, before: Mapping[str, int], 
         cause=symptom.cause if symptom else "",
         cure=symptom.cure if symptom else "",
         flight_records=tuple(sorted(str(file) for file in logs.glob("flight_recorder_rank_*"))),
+        stalls=tuple(sorted(str(file) for file in hang.folder(plan).glob("rank*.json"))),
         decisions=tuple((each.name, each.value, each.source) for each in plan.decisions),
     )
 
@@ -180,6 +184,7 @@ def summary(report: Report, folder: Path) -> str:
     grown = ", ".join(f"{name} +{count}" for name, count in report.counters.items())
     lines += [f"since the start: {grown}"] if grown else []
     lines += [f"flight records: {len(report.flight_records)} files"] if report.flight_records else []
+    lines += [f"stacks of ranks that stood still: {', '.join(report.stalls[:2])} ..."] if report.stalls else []
     return "\n".join(line[:WIDTH] for line in [*lines, f"more: {folder}"])
 
 

@@ -98,6 +98,8 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="REJOIN_TIMEOUT", default="120", check=seconds(1)),
     Setting(name="STOP_GRACE", default="30", check=seconds(0)),
     Setting(name="HEARTBEAT_TIMEOUT", default="8", check=seconds(1)),
+    Setting(name="HANG_REPORT", default="60", check=seconds(0)),
+    Setting(name="HANG_TIMEOUT", check=seconds(1)),
     Setting(name="CLUSTER_TOKEN_FILE", scope="node"),
     Setting(name="STOPPED_EXIT_CODE", default="143", check=whole_number(0, 255), scope="node"),
     Setting(name="NCCL_SOCKET_IFNAME", scope="worker"),

@@ -20,6 +20,7 @@ from app.launch.gang.hub import LAST_WORD, LINGER, Hub
 from app.launch.gang.member import Member, Place, Surroundings
 from app.launch.gang.verdict import Verdict
 from app.launch.gang.wire import MAX_LINE, Wire
+from app.launch.hang import read_stalls, watched
 from app.launch.health import keep_state
 from app.launch.host.ports import holder
 from app.launch.plan import Plan
@@ -132,6 +133,7 @@ async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) 
         launch=lambda place: _launch(plan, place),
         clean=torchrun.sweep,
         progress=lambda: progress(plan),
+        stalls=lambda: read_stalls(plan),
         holder=holder,
         say=say,
         state=state,
@@ -213,4 +215,4 @@ def _launch(plan: Plan, place: Place) -> torchrun.Torchrun:
     )
     if place.round > 1:
         say(f"round {place.round}: node rank {place.node_rank} of {place.nnodes}")
-    return torchrun.Torchrun(command, torchrun.environment(plan, os.environ, run_id=place.run_id))
+    return torchrun.Torchrun(command, {**torchrun.environment(plan, os.environ, run_id=place.run_id), **watched(plan)})

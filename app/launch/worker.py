@@ -18,6 +18,7 @@ def main() -> NoReturn:
     die_with_parent()
     ended = list[int]()
     atexit.register(leave, ended)  # registered first, so it runs last
+    watch_for_stalls()
     try:
         code = load_module(sys.argv[2]) if sys.argv[1] == "-m" else load_script(sys.argv[1])
         del sys.argv[0]
@@ -54,6 +55,21 @@ def leave(ended: list[int]) -> None:
                 stream.flush()
         ctypes.CDLL(None).fflush(None)
         os._exit(ended[0])
+
+
+def watch_for_stalls() -> None:
+    """Starts stall.py where the launcher asks for it: TORCHRUN_COMPOSE_STALLS=SECONDS:FOLDER. One rank alone waits for
+    nobody."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    patience, _, folder = os.environ.pop("TORCHRUN_COMPOSE_STALLS", "").partition(":")
+    if not folder or os.environ.get("WORLD_SIZE") == "1":
+        return
+    spec = spec_from_file_location("torchrun_compose_stall", __file__.removesuffix("worker.py") + "stall.py")
+    if spec and spec.loader:
+        stall = module_from_spec(spec)
+        spec.loader.exec_module(stall)
+        stall.watch(folder, float(patience))
 
 
 def load_script(path: str) -> CodeType:

@@ -19,7 +19,12 @@ def ended(rank: int, code: int, found: Report | None = None) -> Event:
 def a_round(told: list[str]) -> Round:
     names = {0: "node 0 (10.0.0.1)", 1: "node 1 (10.0.0.2)", 2: "node 2 (10.0.0.3)"}
     return Round(
-        names=names, stop_grace=30, patience=10, halt=lambda why, grace, reason: told.append(f"{why} {grace:g}")
+        names=names,
+        stop_grace=30,
+        patience=10,
+        hang_timeout=100,
+        halt=lambda why, grace, reason: told.append(f"{why} {grace:g}"),
+        tell=told.append,
     )
 
 

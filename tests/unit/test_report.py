@@ -95,6 +95,7 @@ FULL = Report(
     line="x" * 5000,
     cause="y" * 5000,
     cure="z" * 5000,
+    stalls=("rank0.json", "rank1.json"),
     flight_records=("a", "b"),
     decisions=(),
 )

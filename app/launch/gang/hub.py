@@ -228,6 +228,8 @@ class Hub:
             names={rank: self.seats.name(rank) for rank in ranks},
             stop_grace=self.plan.stop_grace,
             patience=self.plan.heartbeat_timeout + 10,
+            hang_timeout=self.plan.hang_timeout,
+            tell=self._tell,
             halt=lambda why, grace, reason: self.seats.tell("halt", text=reason, why=why, grace=math.ceil(grace)),
         )
         self._attending = True
@@ -239,6 +241,7 @@ class Hub:
                 for rank in current.running & {*self.seats.ranks}:
                     self.seats.free(self.seats[rank].wire)
                 current.give_up(time.monotonic())
+            current.lose_patience(time.monotonic())
             if current.halted_at and current.running:
                 self._tell_waiting(f"{self.seats.some(current.running)} to end", current.halted_at, current.limit)
         self._attending = False

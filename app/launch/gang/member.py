@@ -5,15 +5,15 @@ import contextlib
 import secrets
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from app.launch.exitcodes import ExitCode
 from app.launch.gang import reach
 from app.launch.gang.facts import host_id
 from app.launch.gang.hub import SAY_AFTER, SAY_EVERY
-from app.launch.gang.messages import Say
+from app.launch.gang.messages import MOST_RANKS, Say
 from app.launch.gang.seats import BEATS
 from app.launch.gang.verdict import Verdict
 from app.launch.gang.wire import (
@@ -28,6 +28,7 @@ from app.launch.gang.wire import (
     items,
     text,
 )
+from app.launch.hang import Stall
 from app.launch.plan import Plan
 from app.launch.torchrun import Failure, Outcome
 
@@ -69,6 +70,8 @@ class Surroundings:
     """Ends whatever torchrun left behind; returns how many processes that were."""
     progress: Callable[[], str]
     """A text that changes with every checkpoint."""
+    stalls: Callable[[], Sequence[Stall]]
+    """All ranks of this node, if none of them moves."""
     say: Say
     holder: Callable[[int], str]
     """Who listens on a TCP port of this machine, for people; "" for nobody."""
@@ -98,6 +101,7 @@ class Member:
         self._halted = self._killed = self._failing = float("inf")
         self._last: Outcome | None = None
         self._heard = 0.0
+        self._stalled = list[tuple[int, str, int]]()
 
     def stop(self) -> None:
         """The user wants this job to end; called a second time, at once."""
@@ -225,6 +229,7 @@ class Member:
             if now >= sent + beat:
                 wire.send("beat")
                 sent = now
+                self._tell_stalls(wire)
             silence = now - self._heard
             if not gone and silence > self.plan.heartbeat_timeout:
                 self._inbox.put_nowait(("gone", {"why": f"no sign of life for {silence:.0f} s"}))
@@ -251,6 +256,14 @@ class Member:
                 if verdict:
                     return verdict
         return None
+
+    def _tell_stalls(self, wire: Wire) -> None:
+        """Tells node 0 that all ranks of this node stand still, and where; or that one moves again."""
+        stalls = [*self.around.stalls()][:MOST_RANKS] if self._engine else []
+        places = [(stall.rank, stall.at, stall.sequence) for stall in stalls]
+        if places != self._stalled:
+            self._stalled = places
+            wire.send("stalled", ranks=[asdict(stall) for stall in stalls])
 
     async def _pulse(self, seconds: float) -> None:
         """Tries a new connection while the old one is silent: after a short cut TCP itself may wait for longer than
@@ -303,6 +316,7 @@ class Member:
         self._round, self._failures = place.round, integer(message, "failures", 0, 1 << 20)
         self._before = self.around.progress()
         self._halted = self._killed = self._failing = float("inf")
+        self._stalled = []
         self.around.state("running", self._round)
         self._engine = self.around.launch(place)
         self._spawn(self._watch(self._engine))

@@ -4,6 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from app.launch.gang.wire import Message, WireError, integer, items, text
+from app.launch.hang import Stall
+
+MOST_RANKS = 64
+"""Of one node: a line of the wire has room for their stalls."""
 
 Say = Callable[[str], None]
 """Prints one message on this node's terminal."""
@@ -53,12 +57,14 @@ class Event:
 
     rank: int
     kind: str
-    """joined, lost, reached, failing, ended or stop."""
+    """joined, lost, reached, failing, stalled, ended or stop."""
     why: str = ""
     code: int = 0
     report: Report | None = None
     blocked: tuple[tuple[int, int, str], ...] = ()
     """Peers that could not be reached: (rank, port, why)."""
+    stalls: tuple[Stall, ...] = ()
+    """All ranks of the node, if none of them moves."""
 
 
 def read_hello(message: Message, address: str, nnodes: int) -> Hello:
@@ -92,6 +98,10 @@ def read_event(message: Message, rank: int, nnodes: int) -> Event:
     if kind == "reached":
         failed = items(message, "failed", 4 * nnodes)
         return Event(rank=rank, kind=kind, blocked=tuple(_read_blocked(one, nnodes) for one in failed))
+    if kind == "stalled":
+        return Event(
+            rank=rank, kind=kind, stalls=tuple(_read_stall(one) for one in items(message, "ranks", MOST_RANKS))
+        )
     if kind == "ended":
         reports = [_read_report(one) for one in items(message, "failures", 1)]
         return Event(
@@ -103,6 +113,17 @@ def read_event(message: Message, rank: int, nnodes: int) -> Event:
 def _read_blocked(message: Message, nnodes: int) -> tuple[int, int, str]:
     rank, port = integer(message, "rank", 0, nnodes - 1), integer(message, "port", 1, 65535)
     return rank, port, text(message, "why", 200)
+
+
+def _read_stall(message: Message) -> Stall:
+    return Stall(
+        rank=integer(message, "rank", 0, 1 << 20),
+        seconds=integer(message, "seconds", 0, 1 << 30),
+        at=text(message, "at"),
+        collective=text(message, "collective"),
+        group=text(message, "group"),
+        sequence=integer(message, "sequence", -1, 1 << 60),
+    )
 
 
 def _read_report(message: Message) -> Report:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from app.launch.exitcodes import ExitCode
-from app.launch.gang.messages import Event
+from app.launch.gang.messages import Event, Say
 from app.launch.gang.verdict import Final, Trouble, worker_trouble
+from app.launch.hang import Stall, verdict
 
 HALT_GRACE = 2.0
 """Seconds that workers have to end after another node failed; their collectives cannot finish any more."""
@@ -21,8 +22,12 @@ class Round:
     stop_grace: float
     patience: float
     """Seconds beyond the grace after which a node that does not end is given up."""
+    hang_timeout: float
+    """Seconds that no rank moves until that is a failure; 0 for never."""
     halt: Callable[[str, float, str], None]
     """Tells all nodes to end: ("failure" or "stop", grace in seconds, reason)."""
+    tell: Say
+    """Prints on all nodes."""
     running: set[int] = field(default_factory=set)
     limit: float = float("inf")
     """Monotonic time at which those that still run are given up."""
@@ -33,6 +38,9 @@ class Round:
     _signs: dict[int, float] = field(default_factory=dict)
     _codes: dict[int, int] = field(default_factory=dict)
     _halted: set[str] = field(default_factory=set)
+    _stalls: dict[int, tuple[Stall, ...]] = field(default_factory=dict)
+    _still: float = 0.0
+    """Monotonic time since which no rank of any node moves; 0 while one does."""
 
     def __post_init__(self) -> None:
         self.running = set(self.names)
@@ -47,9 +55,34 @@ class Round:
         elif event.kind == "failing":
             self._signs.setdefault(event.rank, now)
             self._end("failure", HALT_GRACE, f"a worker on {node} ended early (the first sign; the cause follows)", now)
+        elif event.kind == "stalled":
+            self._stalls[event.rank] = event.stalls
+            self._judge(now)
         elif event.rank in self.running and event.kind in ("lost", "ended"):
             self.running.discard(event.rank)
             self._close(event, node, now)
+
+    def _judge(self, now: float) -> None:
+        """Says once that the whole job stands still, and why; and that it goes on, if it does."""
+        stands = self.running == self.names.keys() == {rank for rank, each in self._stalls.items() if each}
+        if stands and not self._still and not self.halted_at:
+            self._still = now - min(stall.seconds for each in self._stalls.values() for stall in each)
+            self.tell(self.hang)
+        elif self._still and not stands:
+            self._still = 0.0
+            if not self.halted_at:
+                self.tell("the ranks move again")
+
+    @property
+    def hang(self) -> str:
+        """Who waits for whom, as far as the nodes have told."""
+        return verdict({self.names[rank]: each for rank, each in sorted(self._stalls.items())})
+
+    def lose_patience(self, now: float) -> None:
+        """Ends a round that has stood still for too long. To be called again and again."""
+        if self._still and self.hang_timeout and now >= self._still + self.hang_timeout and not self.halted_at:
+            self.troubles.append(Trouble(node="the job", what=f"hangs: {self.hang}", seen=self._still, sudden=True))
+            self._end("failure", HALT_GRACE, f"the job hangs (HANG_TIMEOUT={self.hang_timeout:g})", now)
 
     def _close(self, event: Event, node: str, now: float) -> None:
         if event.kind == "lost":

@@ -56,6 +56,10 @@ class Plan:
     rejoin_timeout: float
     stop_grace: float
     heartbeat_timeout: float
+    hang_report: float
+    """0: never."""
+    hang_timeout: float
+    """0: never."""
     max_restarts: int
     min_nodes: int
     stopped_exit_code: int
@@ -181,6 +185,8 @@ def _decide_times(settings: Settings, member: Membership | None, ledger: Ledger)
         ("HEARTBEAT_TIMEOUT", "seconds of silence after which a node counts as lost"),
         ("STOP_GRACE", "seconds for workers to save their state when stopped"),
         ("MAX_RESTARTS", "new rounds after a failure"),
+        ("HANG_REPORT", "seconds without a move of any rank until the nodes say who waits for whom; 0 is never"),
+        ("HANG_TIMEOUT", "seconds without a move of any rank that count as a failure"),
         ("STOPPED_EXIT_CODE", "exit code when the job is stopped on another node"),
     ):
         value = settings.get(name)
@@ -231,6 +237,8 @@ def _plan(
         rejoin_timeout=float(settings.text("REJOIN_TIMEOUT")),
         stop_grace=float(settings.text("STOP_GRACE")),
         heartbeat_timeout=float(settings.text("HEARTBEAT_TIMEOUT")),
+        hang_report=float(settings.text("HANG_REPORT")),
+        hang_timeout=float(settings.text("HANG_TIMEOUT") or 0),
         max_restarts=int(settings.text("MAX_RESTARTS")),
         min_nodes=min_nodes,
         stopped_exit_code=int(settings.text("STOPPED_EXIT_CODE")),

@@ -14,6 +14,8 @@ SETTINGS = (
     "HEARTBEAT_TIMEOUT",
     "STOP_GRACE",
     "MAX_RESTARTS",
+    "HANG_REPORT",
+    "HANG_TIMEOUT",
     "MIN_NODES",
     # NCCL: each of these must be set on all nodes or on none (NCCL user guide, environment variables).
     "NCCL_NET",

@@ -1,0 +1,104 @@
+"""Runs in every worker beside the script: tells when the script stands still, where, and at which collective.
+
+worker.py loads it from its file, so that the script finds no module of ours; standard library only. A thread wakes a
+few times in a minute; while the script moves it reads a clock and writes nothing.
+"""
+
+import contextlib
+import json
+import linecache
+import os
+import sys
+import threading
+import time
+import traceback
+from types import FrameType
+
+BUSY = 0.02
+"""Share of a processor that the main thread uses when it works; one that waits for a socket uses hardly any."""
+SLOWEST_LOOK = 5.0
+STACK_BYTES, LINE_LENGTH = 20_000, 200
+
+
+def watch(folder: str, patience: float) -> None:
+    """Writes FOLDER/rankN.json while the main thread has stood still for `patience` seconds, and removes it afterwards.
+
+    The file holds `rank`, `seconds`, `at` (the script's own line), the last collective that this rank has entered as
+    torch's flight recorder has it (`collective`, `group`, `sequence`), and the `stack`.
+    """
+    path = os.path.join(folder, f"rank{os.environ['RANK']}.json")  # noqa: PTH118 - pathlib is not loaded at start-up
+    threading.Thread(target=_look_again, args=(path, patience), name="torchrun-compose", daemon=True).start()
+
+
+def _look_again(path: str, patience: float) -> None:
+    main = threading.main_thread().ident or 0
+    clock = time.pthread_getcpuclockid(main)
+    pause = min(SLOWEST_LOOK, patience / 4)
+    place, used, since, told = None, 0.0, time.monotonic(), False
+    while frame := sys._current_frames().get(main):
+        now, spent, here = time.monotonic(), time.clock_gettime(clock), (id(frame), frame.f_lasti, _sequence())
+        # A rank that waits for its GPU may spin; there only the place and the number of collectives tell.
+        works = spent - used > BUSY * pause and not _uses_gpu()
+        if works or here != place:
+            place, since = here, now
+            if told:
+                told = False
+                with contextlib.suppress(OSError):
+                    os.unlink(path)  # noqa: PTH108
+        elif now - since >= patience:
+            told = _tell(path, now - since, frame)
+        used = spent
+        # A frame that is kept would keep the script's tensors.
+        del frame
+        time.sleep(pause)
+
+
+def _tell(path: str, seconds: float, frame: FrameType) -> bool:
+    stack = "".join(traceback.format_stack(frame))[-STACK_BYTES:]
+    known = {"rank": int(os.environ["RANK"]), "seconds": seconds, "at": _own_line(frame), "stack": stack}
+    try:
+        with open(path + ".new", "w", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+            json.dump({**known, **_last_collective()}, file)
+        os.replace(path + ".new", path)  # noqa: PTH105
+    except OSError:
+        return False
+    return True
+
+
+def _own_line(frame: FrameType | None) -> str:
+    """The innermost line that belongs neither to Python nor to an installed package."""
+    library = os.path.dirname(os.__file__)  # noqa: PTH120
+    while frame:
+        code = frame.f_code
+        if not code.co_filename.startswith((library, "<")) and "-packages" not in code.co_filename:
+            line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+            place = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"  # noqa: PTH119
+            return f"{place}, in {code.co_name}: {line}"[:LINE_LENGTH]
+        frame = frame.f_back
+    return "no line of the script"
+
+
+def _sequence() -> int:
+    """How many collectives the default group has seen; -1 before there is one."""
+    try:
+        group = sys.modules["torch.distributed.distributed_c10d"]._get_default_group()
+        return int(group._get_sequence_number_for_group())
+    except Exception:  # Whatever this version of torch lacks must not end the watch.
+        return -1
+
+
+def _last_collective() -> dict[str, object]:
+    """The newest entry of torch's flight recorder (c10d/FlightRecorder.hpp; in torch 2.13 Gloo and NCCL
+    both write it); empty where there is none."""
+    try:
+        record = json.loads(sys.modules["torch"]._C._distributed_c10d._dump_fr_trace_json())
+        entry = [each for each in record["entries"] if not each["is_p2p"]][-1]
+        name = str(entry["profiling_name"]).partition(":")[2].lstrip("_")
+        return {"collective": name, "group": str(entry["process_group"]), "sequence": int(entry["collective_seq_id"])}
+    except Exception:  # As above.
+        return {}
+
+
+def _uses_gpu() -> bool:
+    cuda = sys.modules.get("torch.cuda")
+    return bool(cuda and getattr(cuda, "is_initialized", bool)())

@@ -1,0 +1,65 @@
+"""Real ranks that stand still: what all nodes print, and that a job which works is left alone."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.native.launchers import Nodes, nodes
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+BUSY = """
+import time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+dist.all_reduce(torch.ones(1))
+print("computes", flush=True)
+until = time.monotonic() + 6
+while time.monotonic() < until and dist.get_rank() == 1:
+    torch.ones(200, 200) @ torch.ones(200, 200)
+dist.all_reduce(torch.ones(1))
+print("has computed", flush=True)
+"""
+
+
+def on_two_nodes(made: Nodes, *arguments: str) -> list[str]:
+    """The whole line with the verdict, of both nodes."""
+    launchers = made.start_all(*arguments)
+    return [launcher.wait_for(r"no rank has moved for \d+ s: (.*)", 60)[1] for launcher in launchers]
+
+
+def test_a_rank_that_sleeps_before_a_collective_is_named_by_all_nodes_and_nobody_is_stopped(tmp_path: Path) -> None:
+    script = (SCRIPTS / "hang_before_collective.py").read_text()
+    with nodes(tmp_path, 2, script, NPROC_PER_NODE="2", HANG_REPORT="2") as made:
+        told = on_two_nodes(made, "2", "6")
+        assert told[0] == told[1]
+        assert "rank 2 did not enter all_reduce (number 6), where ranks 0, 1 and 3 wait at script.py:19" in told[0]
+        assert "rank 2 on node 1 (127.0.0.2) is at script.py:25, in load_batch: time.sleep(seconds)" in told[0]
+        stack = tmp_path / "node1/default/report/node1/stalls/rank2.json"
+        assert "load_batch" in stack.read_text()
+        assert [launcher.end(60) for launcher in made.launchers] == [0, 0]
+
+
+def test_a_rank_in_another_collective_is_named_and_hang_timeout_starts_all_again(tmp_path: Path) -> None:
+    script = (SCRIPTS / "other_collective.py").read_text()
+    with nodes(tmp_path, 2, script, NPROC_PER_NODE="2", HANG_TIMEOUT="4", HANG_REPORT="2", MAX_RESTARTS="1") as made:
+        told = on_two_nodes(made)
+        assert told[0] == told[1]
+        assert "ranks 0, 2 and 3 all_reduce (number 6) at script.py:18" in told[0]
+        assert "rank 1 barrier (number 6) at script.py:24, in save_checkpoint: dist.barrier()" in told[0]
+        for launcher in made.launchers:
+            launcher.wait_for("the job hangs: no rank has moved .* All nodes start again", 30)
+            launcher.wait_for("round 2: ", 30)
+        assert [launcher.end(90) for launcher in made.launchers] == [5, 5]
+
+
+@pytest.mark.parametrize("limit", ["2", "0"])
+def test_a_rank_that_computes_while_the_others_wait_is_no_hang_and_0_switches_the_watch_off(
+    tmp_path: Path, limit: str
+) -> None:
+    script = BUSY if limit != "0" else BUSY.replace("torch.ones(200, 200) @ torch.ones(200, 200)", "time.sleep(1)")
+    with nodes(tmp_path, 2, script, HANG_REPORT=limit) as made:
+        began = time.monotonic()
+        launchers = made.start_all()
+        assert [launcher.end(60) for launcher in launchers] == [0, 0]
+        assert time.monotonic() - began > 6
+        assert all("no rank has moved" not in launcher.text for launcher in launchers)

@@ -1,0 +1,91 @@
+"""Who waits for whom: one sentence from what all ranks tell."""
+
+from app.launch.gang.messages import Event
+from app.launch.gang.round import Round
+from app.launch.hang import Stall, verdict
+
+NODES = {0: "node 0 (10.0.0.1)", 1: "node 1 (10.0.0.2)"}
+
+
+def stall(
+    rank: int, at: str = "train.py:9, in step: dist.all_reduce(x)", name: str = "all_reduce", number: int = 6
+) -> Stall:
+    return Stall(rank=rank, seconds=60 + rank, at=at, collective=name, group="default_pg", sequence=number)
+
+
+def told(*stalls: Stall) -> str:
+    return verdict({NODES[0]: stalls[:2], NODES[1]: stalls[2:]})
+
+
+def test_the_rank_that_did_not_enter_a_collective_is_named_with_its_node_and_line() -> None:
+    asleep = stall(2, "data.py:4, in load: time.sleep(9)", "broadcast", 5)
+    assert told(stall(0), stall(1), asleep, stall(3)) == (
+        "no rank has moved for 60 s: rank 2 did not enter all_reduce (number 6), where ranks 0, 1 and 3 wait at "
+        "train.py:9, in step: dist.all_reduce(x). rank 2 on node 1 (10.0.0.2) is at data.py:4, in load: time.sleep(9)"
+    )
+
+
+def test_ranks_that_entered_different_collectives_are_named_with_theirs() -> None:
+    odd = stall(1, "save.py:7, in save: dist.barrier()", "barrier")
+    assert told(stall(0), odd, stall(2), stall(3)) == (
+        "no rank has moved for 60 s: the ranks entered different collectives: ranks 0, 2 and 3 all_reduce (number 6) "
+        "at train.py:9, in step: dist.all_reduce(x); rank 1 barrier (number 6) at save.py:7, in save: dist.barrier()"
+    )
+
+
+def test_data_that_does_not_arrive_is_told_apart_from_a_rank_that_does_not_come() -> None:
+    assert "all ranks have entered all_reduce (number 6)" in told(*map(stall, range(4)))
+
+
+def test_a_rank_before_its_first_collective_is_behind_the_others() -> None:
+    new = Stall(rank=3, seconds=70, at="data.py:4, in load: fetch()")
+    assert "rank 3 did not enter all_reduce (number 6)" in told(stall(0), stall(1), stall(2), new)
+
+
+def test_ranks_outside_any_collective_are_each_shown() -> None:
+    alone = [Stall(rank=rank, seconds=70, at=f"x.py:{rank}, in f: g()") for rank in range(6)]
+    text = told(*alone)
+    assert "rank 1 on node 0 (10.0.0.1) entered no collective, is at x.py:1" in text
+    assert text.endswith("; and 2 more")
+
+
+def a_round(said: list[str], timeout: float = 100) -> Round:
+    return Round(
+        names=NODES,
+        stop_grace=30,
+        patience=10,
+        hang_timeout=timeout,
+        halt=lambda why, _grace, reason: said.append(f"{why}: {reason}"),
+        tell=said.append,
+    )
+
+
+def stalled(rank: int, *stalls: Stall) -> Event:
+    return Event(rank=rank, kind="stalled", stalls=stalls)
+
+
+def test_a_standstill_is_told_once_when_the_last_node_stands_still_and_withdrawn_when_one_moves() -> None:
+    said: list[str] = []
+    course = a_round(said)
+    course.take(stalled(0, stall(0)), 1000.0)
+    assert not said
+    course.take(stalled(1, stall(1)), 1001.0)
+    course.take(stalled(1, stall(1)), 1002.0)
+    assert [text[:31] for text in said] == ["no rank has moved for 60 s: all"]
+    course.take(stalled(0), 1003.0)
+    assert said[1:] == ["the ranks move again"]
+    course.lose_patience(5000.0)
+    assert len(said) == 2
+
+
+def test_only_hang_timeout_ends_a_job_that_stands_still() -> None:
+    for timeout, ends in ((0.0, False), (100.0, True)):
+        said: list[str] = []
+        course = a_round(said, timeout)
+        course.take(stalled(0, stall(0)), 1000.0)
+        course.take(stalled(1, stall(1, number=5)), 1000.0)
+        course.lose_patience(1039.0)
+        assert len(said) == 1
+        course.lose_patience(1041.0)
+        assert said[1:] == (["failure: the job hangs (HANG_TIMEOUT=100)"] if ends else [])
+        assert [trouble.what[:33] for trouble in course.troubles] == ["hangs: no rank has moved for 60 s"] * ends
