@@ -37,11 +37,10 @@ def measure() -> None:
     import torch.distributed as dist
 
     from app.train.loop import Run
-    from app.train.ranks import StopRequest, connect, leave
-    from app.train.settings import read_settings
+    from app.train.settings import leave, read_settings
 
     settings = read_settings([], os.environ)
-    run, stop = Run(settings, connect(settings)), StopRequest()
+    run = Run(settings)
     costs: dict[bool, list[float]] = {True: [], False: []}
     for block in range(2 * PAIRS + 1):
         operable = block % 2 == 1
@@ -49,9 +48,9 @@ def measure() -> None:
         for number in range(1, BLOCK + 1):
             run.take_step()
             if operable:
-                stop.agreed()
+                run.agreed_signal()
                 if number % settings.log_every == 0:
-                    run.report()
+                    run.metrics.report(run.step)
                 if number == BLOCK:
                     run.checkpoints.save(run.state(), run.step)
                 run.checkpoints.poll()
@@ -62,7 +61,6 @@ def measure() -> None:
             costs[operable].append(float(total) / BLOCK * 1000)
     if dist.get_rank() == 0:
         write(costs)
-    stop.close()
     leave(0)
 
 

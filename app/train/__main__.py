@@ -4,23 +4,15 @@ import os
 import sys
 import traceback
 
-from app.train.settings import UserError, read_settings, refuse
+from app.train.settings import UserError, leave, read_settings, refuse
 
+try:
+    settings = read_settings(sys.argv[1:], os.environ)
+    from app.train.loop import train
 
-def main() -> int:
-    """The exit code where the run did not get as far as to end the process itself; see `loop.main`."""
-    try:
-        settings = read_settings(sys.argv[1:], os.environ)
-    except UserError as error:
-        return refuse(error)
-    from app.train import loop, ranks
-
-    try:
-        loop.main(settings)
-    except Exception:
-        traceback.print_exc()
-        ranks.leave(1)
-    return 1
-
-
-sys.exit(main())
+    train(settings)
+except UserError as error:
+    leave(refuse(error))
+except Exception:
+    traceback.print_exc()
+    leave(1)

@@ -7,33 +7,74 @@ import os
 import re
 import shutil
 import socket
-import uuid
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
-from torch.utils._pytree import tree_leaves, tree_leaves_with_path
 
-from app.train.ranks import agree, first_line, gathered
-from app.train.settings import UserError
+from app.train.settings import UserError, say
 
 State = dict[str, Any]
+"""Nested; its tensors are those of the run, so that loading into them is all that a resume takes."""
+_T = TypeVar("_T")
+
+
+def gathered(value: _T) -> list[_T]:
+    """`value` of every rank, in rank order."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(problem: str) -> None:
+    """Raises the problems of all ranks on all ranks, so that none is left waiting for the others."""
+    problems = [text for text in dict.fromkeys(gathered(problem and f"{node()}: {problem}")) if text]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def node() -> str:
+    """The name of this node in messages."""
+    return f"node {os.environ.get('GROUP_RANK', '0')} ({socket.gethostname()})"
+
+
+def disk_owner(folder: Path, variable: str) -> int:
+    """Makes a folder on all ranks; the lowest rank that sees this rank's one as its own, itself included.
+
+    Raises:
+        UserError: a rank cannot write there.
+    """
+    problem, name = "", f".probe-{gathered(uuid4().hex)[0]}"
+    mine = folder / f"{name}-{dist.get_rank()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mine.touch()
+    except OSError as error:
+        problem = f"{variable}={folder} cannot be written: {error.strerror} (user id {os.getuid()})."
+    agree(problem)
+    # Asked by name, not listed: a network file system may show an old listing for a minute.
+    owner = next(rank for rank in range(dist.get_world_size()) if (folder / f"{name}-{rank}").exists())
+    dist.barrier()
+    mine.unlink()
+    return owner
 
 
 class Checkpoints:
     """The checkpoints of one run, as this rank sees them. Every method is called by all ranks after the same step."""
 
-    def __init__(self, folder: Path, *, keep: int, sharded: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, *, keep: int, sharded: bool) -> None:
         """Finds out which ranks share a disk; the lowest rank of each disk writes to it.
 
         Raises:
@@ -41,63 +82,53 @@ class Checkpoints:
         """
         # Said of every save by one rank for its own disk, which is what we intend.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        self.folder, self.keep, self.sharded, self.say = folder, keep, sharded, say
-        self.rank = dist.get_rank()
-        self.node = f"node {os.environ.get('GROUP_RANK', '0')} ({socket.gethostname()})"
-        owner = _lowest_rank_on_this_disk(folder, self.node)
-        self.writes = owner == self.rank
-        owners: list[int] = gathered(owner)
-        if sharded and set(owners) != {0}:
+        self.folder, self.keep, self.sharded, self.rank = folder, keep, sharded, dist.get_rank()
+        owner = disk_owner(folder, "CHECKPOINT_DIR")
+        if strangers := [rank for rank, other in enumerate(gathered(owner)) if sharded and other]:
             raise UserError(
-                f"sharding=fsdp needs a CHECKPOINT_DIR that all ranks share, since each writes its part; ranks "
-                f"{[r for r, o in enumerate(owners) if o]} do not see what rank 0 wrote to {folder}. "
+                "sharding=fsdp needs a CHECKPOINT_DIR that all ranks share, since each writes its part; "
+                f"ranks {strangers} do not see what rank 0 wrote to {folder}. "
                 "Mount shared storage there, or use sharding=ddp."
             )
+        self.cares_for_disk, self.writes = owner == self.rank, sharded or owner == self.rank
         # A save in the background must not share a group with the collectives of the steps.
         self.group = dist.new_group(backend="gloo") if sharded else None
         self.pending: tuple[int, Future[Any]] | None = None
         self.last_error = ""
 
-    def restore(self, state: State) -> int | None:
-        """Loads the newest complete checkpoint of any disk into `state` in place, on all ranks; its step, or None.
+    def restore(self, fresh_state: Callable[[], State]) -> State | None:
+        """Loads the newest complete checkpoint of any disk into the run's own state, on all ranks; None without any.
 
         Raises:
-            UserError: it is of another model, or there are checkpoints and none can be read. Nothing is changed.
+            UserError: there are checkpoints and none is readable and of this model. Nothing is changed.
         """
-        found: list[list[int]] = gathered(complete_steps(self.folder) if self.writes else [])
-        candidates = sorted(((step, rank) for rank, steps in enumerate(found) for step in steps), key=_newest_first)
-        unreadable: list[Path] = []
-        for step, source in candidates:
-            problem = self._load(step, source, state)
-            if problem is None:
-                if not self.sharded:
-                    _broadcast(state, source)
-                for bad in unreadable:
-                    _set_aside(bad)
-                return step
-            if source == self.rank:
-                unreadable.append(self._path(step))
-                self.say(f"{self.node}: {problem}. Trying the one before.")
+        found = gathered(self.complete() if self.cares_for_disk else [])
+        candidates = sorted((-step, rank) for rank, steps in enumerate(found) for step in steps)
+        state, unusable = fresh_state() if candidates else {}, list[Path]()
+        for minus_step, source in candidates:
+            path = self._path(-minus_step)
+            if self._load(path, source, state):
+                for bad in unusable:
+                    with suppress(OSError):  # left where it is, a later save of the same step says why it fails
+                        bad.rename(f"{bad}.unreadable-{uuid4().hex[:6]}")
+                return state
+            if self.rank == source:
+                unusable.append(path)
         if candidates:
             raise UserError(
-                f"no checkpoint in {self.folder} can be read, of steps {sorted({s for s, _ in candidates})}. "
-                "Nothing was changed. Repair or move them away, or choose another RUN_NAME to begin anew."
+                f"no checkpoint in {self.folder} can be used, of steps {sorted({-step for step, _ in candidates})}. "
+                "Nothing was changed. Repair or move them away, go back to the settings they were made with, or choose "
+                "another RUN_NAME to begin anew."
             )
         return None
 
     def save(self, state: State, step: int) -> None:
         """Begins to save in the background, after the save before has ended; no-op where this step is there already."""
         self.wait()
-        if not (self.writes or self.sharded) or (self._path(step) / ".metadata").exists():
-            return
-        if problem := "" if self.sharded else _lack_of_space(self.folder, state):
-            self._failed(step, problem)
-            return
-        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-        future = async_save(
-            state, checkpoint_id=self._path(step), planner=planner, process_group=self.group, no_dist=not self.sharded
-        )
-        self.pending = step, future  # type: ignore[assignment]  # the other type is for stagers that we do not use
+        path, alone = self._path(step), not self.sharded
+        if self.writes and not (path / ".metadata").exists():
+            future = async_save(state, checkpoint_id=path, process_group=self.group, no_dist=alone)
+            self.pending = step, future  # type: ignore[assignment]  # the other type is for stagers that we do not use
 
     def poll(self) -> None:
         """Closes the save in the background if it has ended. Costs nothing otherwise."""
@@ -108,141 +139,73 @@ class Checkpoints:
         """Waits for the save in the background, says so if it failed, and removes what is no longer kept."""
         if self.pending is None:
             return
-        (step, future), self.pending = self.pending, None
+        (step, future), self.pending, self.last_error = self.pending, None, ""
         try:
             future.result()
         except (Exception, CheckpointException) as error:  # training outlives any failure to save
-            self._failed(step, _reason(error))
-            return
-        self.last_error = ""
-        if self.writes:
-            self._prune()
+            self.last_error = _reason(error)
+        if self.last_error and self.cares_for_disk:
+            shutil.rmtree(self._path(step), ignore_errors=True)
+            say(
+                f"{node()}: the checkpoint of step {step} could not be saved: {self.last_error}. "
+                f"Training goes on; the last good one here: {self.newest()}."
+            )
+        elif self.cares_for_disk:
+            kept = {self._path(step).name for step in self.complete()[-self.keep :]}
+            for path in self.folder.glob("step-*"):
+                if re.fullmatch(r"step-\d{8}", path.name) and path.name not in kept:
+                    # Without its mark it is torn, should this be killed half way.
+                    (path / ".metadata").unlink(missing_ok=True)
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def complete(self) -> list[int]:
+        """Steps of the complete checkpoints on this disk, oldest first."""
+        names = (mark.parent.name for mark in self.folder.glob("step-*/.metadata"))
+        return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8}", name))
 
     def newest(self) -> str:
         """The newest complete checkpoint of this disk, for messages."""
-        steps = complete_steps(self.folder)
+        steps = self.complete()
         return f"step {steps[-1]} in {self.folder}" if steps else f"none in {self.folder}"
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _load(self, step: int, source: int, state: State) -> str | None:
-        problem: str | UserError | None = None
-        if self.sharded or source == self.rank:
-            problem = _load(self._path(step), state, no_dist=not self.sharded)
-        box = [problem]
-        dist.broadcast_object_list(box, src=source)
-        if isinstance(box[0], UserError):
-            raise box[0]
-        return box[0]
-
-    def _failed(self, step: int, problem: str) -> None:
-        self.last_error = problem
-        if self.writes:
-            shutil.rmtree(self._path(step), ignore_errors=True)
-            self.say(
-                f"{self.node}: the checkpoint of step {step} could not be saved: {problem}. "
-                f"Training goes on; the last good one here: {self.newest()}."
-            )
-
-    def _prune(self) -> None:
-        kept = {self._path(step) for step in complete_steps(self.folder)[-self.keep :]}
-        for path in _folders(self.folder):
-            if path not in kept:
-                # Without its mark it is torn, should this be killed half way.
-                (path / ".metadata").unlink(missing_ok=True)
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def complete_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, oldest first."""
-    return sorted(int(path.name[5:]) for path in _folders(folder) if (path / ".metadata").exists())
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)]
-
-
-def _newest_first(candidate: tuple[int, int]) -> tuple[int, int]:
-    return -candidate[0], candidate[1]
-
-
-def _lowest_rank_on_this_disk(folder: Path, node: str) -> int:
-    """The lowest rank whose probe file this rank sees in its own `folder`, itself included."""
-    box = [uuid.uuid4().hex]
-    dist.broadcast_object_list(box, src=0)
-    mine = folder / f".probe-{box[0]}-{dist.get_rank()}"
-    problem = ""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        mine.touch()
-    except OSError as error:
-        problem = f"{node}: CHECKPOINT_DIR={folder} cannot be written: {error.strerror} (user id {os.getuid()})."
-    agree(problem)
-    # Asked by name, not listed: a network file system may show an old listing for a minute.
-    owner = next(r for r in range(dist.get_world_size()) if (folder / f".probe-{box[0]}-{r}").exists())
-    dist.barrier()
-    mine.unlink(missing_ok=True)
-    return owner
-
-
-def _load(path: Path, state: State, *, no_dist: bool) -> str | UserError | None:
-    try:
-        if difference := _difference(path, state):
-            return UserError(
-                f"{path} is a checkpoint of another model: {difference}. Nothing was changed. "
-                "Go back to the settings it was made with, or choose another RUN_NAME to begin anew."
-            )
-        load(state, checkpoint_id=path, no_dist=no_dist)
-    except (Exception, CheckpointException) as error:  # whatever is wrong, the one before may be fine
-        return f"{path} cannot be read: {_reason(error)}"
-    return None
+    def _load(self, path: Path, source: int, state: State) -> bool:
+        """Loads what `source` has into the state of all ranks, unless something is wrong with it."""
+        problem = ""
+        if self.sharded or self.rank == source:
+            try:
+                problem = _difference(path, state)
+                if not problem:
+                    load(state, checkpoint_id=path, no_dist=not self.sharded)
+            except (Exception, CheckpointException) as error:  # whatever is wrong, the one before may be fine
+                problem = f"cannot be read: {_reason(error)}"
+        if problem and self.rank == source:
+            say(f"{node()}: {path} {problem}. Trying the one before.")
+        if any(gathered(problem)):
+            return False
+        if not self.sharded:
+            for leaf in flatten_state_dict(state)[0].values():
+                if isinstance(leaf, Tensor):
+                    dist.broadcast(leaf, src=source)
+            state["progress"] = gathered(state["progress"])[source]
+        return True
 
 
 def _difference(path: Path, state: State) -> str:
+    """How the tensors of a checkpoint differ from those of the run, or nothing."""
     saved = FileSystemReader(path).read_metadata().state_dict_metadata
-    wanted = {_dotted(keys): leaf.shape for keys, leaf in tree_leaves_with_path(state) if isinstance(leaf, Tensor)}
-    for name, shape in wanted.items():
-        there = saved.get(name)
-        if not isinstance(there, TensorStorageMetadata):
-            return f"it has no {name}"
-        if there.size != shape:
-            return f"its {name} is {tuple(there.size)}, this model's is {tuple(shape)}"
-    extra = [name for name in saved if name.startswith("model.") and name not in wanted]
-    return f"this model has no {extra[0]}" if extra else ""
-
-
-def _dotted(keys: tuple[Any, ...]) -> str:
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
-
-
-def _broadcast(state: State, source: int) -> None:
-    for leaf in tree_leaves(state):
-        if isinstance(leaf, Tensor):
-            dist.broadcast(leaf, src=source)
-    box = [state["progress"]]
-    dist.broadcast_object_list(box, src=source)
-    state["progress"] = box[0]
-
-
-def _set_aside(path: Path) -> None:
-    target = path.with_name(f"{path.name}.unreadable-{uuid.uuid4().hex[:6]}")
-    try:
-        path.rename(target)
-    except OSError:
-        # Left where it is, a later save of the same step says why it fails.
-        return
-
-
-def _lack_of_space(folder: Path, state: State) -> str:
-    needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
-    free = shutil.disk_usage(folder).free
-    if free >= needed:
-        return ""
-    return f"the disk of {folder} has {free / 1e6:.1f} MB free, it needs {needed / 1e6:.1f} MB"
+    there = {name: tuple(entry.size) for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
+    here = {name: tuple(leaf.shape) for name, leaf in flatten_state_dict(state)[0].items() if isinstance(leaf, Tensor)}
+    for name in [*here, *there]:
+        if here.get(name) != there.get(name):
+            sizes = f"{there.get(name, 'missing')}, this model's is {here.get(name, 'missing')}"
+            return f"is a checkpoint of another model: its {name} is {sizes}"
+    return ""
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {first_line(error)}"
+    return next(iter(f"{type(error).__name__}: {error}".splitlines()))

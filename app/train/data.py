@@ -26,25 +26,13 @@ class Corpus:
     files: tuple[Tensor, ...]
     starts: tuple[int, ...]
     """Position of each file's first token in the row."""
-    length: int
     context: int
+    training: int
+    """Windows to train on."""
+    held_out: int
+    """Windows never trained on."""
     digest: str
     """SHA-256 over the size, the first and the last MiB of every file."""
-
-    @property
-    def windows(self) -> int:
-        """All windows."""
-        return (self.length - 1) // self.context
-
-    @property
-    def held_out(self) -> int:
-        """Windows never trained on."""
-        return self.windows // HELD_OUT
-
-    @property
-    def training(self) -> int:
-        """Windows to train on."""
-        return self.windows - self.held_out
 
     def window(self, index: int) -> Tensor:
         """Tokens of one window, int64 (context + 1,)."""
@@ -76,13 +64,13 @@ def load_corpus(data: str, context: int) -> Corpus:
         digest = _digest(paths)
     except OSError as error:
         raise UserError(f"DATA={data}: cannot read {error.filename}: {error.strerror}.") from error
-    starts = (0, *accumulate(len(file) for file in files))
-    corpus = Corpus(files=files, starts=starts[:-1], length=starts[-1], context=context, digest=digest)
-    if not corpus.held_out:
-        raise UserError(
-            f"DATA={data}: {corpus.length} tokens are too few: at least {HELD_OUT} times context={context}."
-        )
-    return corpus
+    *starts, length = accumulate((len(file) for file in files), initial=0)
+    windows = (length - 1) // context
+    held_out = windows // HELD_OUT
+    if not held_out:
+        raise UserError(f"DATA={data}: {length} tokens are too few: at least {HELD_OUT} times context={context}.")
+    counts = {"training": windows - held_out, "held_out": held_out}
+    return Corpus(files=files, starts=tuple(starts), context=context, digest=digest, **counts)
 
 
 def training_batch(corpus: Corpus, *, position: int, count: int, rank: int, world: int, seed: int) -> Tensor:

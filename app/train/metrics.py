@@ -1,21 +1,23 @@
-"""What a run tells: the times and losses between two lines, JSON lines, TensorBoard events, and who is slow."""
+"""What a run tells: lines, JSON, TensorBoard events, slow ranks, a trace, and at the end the loss as a PNG."""
 
 import importlib.util
 import json
-import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from app.train.ranks import agree
+from app.train.settings import Settings, say
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SLOW = 1.25
 """A rank is slow when its own work takes so many times that of the median rank."""
@@ -35,138 +37,159 @@ PEAK_FLOPS = {
 }
 """Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets. For an unknown device there is no MFU."""
 
+PROFILED_STEPS = 3
+
 Mark = Any
-"""A point on the device's time line: a CUDA event, or seconds."""
+"""A point on the device's time line: a CUDA event, or seconds. Read at log lines only: steps never wait for a GPU."""
 
 
-class Clock:
-    """Takes times on the device's own time line, which are read at log lines only: steps never wait for the device."""
+class Step(NamedTuple):
+    """One step as this rank saw it; loss and norm stay on the device until the line."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.on_gpu = device, device.type == "cuda"
-        self.ready: Mark = None
-        """When the last gradient was there and only the other ranks were missing."""
-
-    def mark(self) -> Mark:
-        """Now."""
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.Event(self.device, enable_timing=True)
-        event.record()
-        return event
-
-    def gradients_are_there(self) -> None:
-        """Called by the backward pass."""
-        self.ready = self.mark()
-
-    def seconds(self, begin: Mark, end: Mark) -> float:
-        """Seconds between two marks that the device has passed."""
-        return float(begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin)
+    loss: Tensor
+    """This rank's part of the mean loss in nats per token."""
+    norm: Tensor
+    rate: float
+    data_seconds: float
+    begin: Mark
+    ready: Mark
+    """When this rank's last gradient was there and only those of the other ranks were missing."""
+    end: Mark
 
 
-@dataclass(slots=True)
-class Window:
-    """The steps since the last line. Losses and norms stay on the device until the line."""
-
-    started: float = field(default_factory=time.perf_counter)
-    losses: list[Tensor] = field(default_factory=list)
-    """This rank's part of the mean loss in nats per token, one scalar per step."""
-    norms: list[Tensor] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    data_seconds: float = 0.0
-    marks: list[tuple[Mark, Mark, Mark]] = field(default_factory=list)
-    """Per step: begin of the forward, last gradient there, gradients of all ranks summed."""
+def mark(device: torch.device) -> Mark:
+    """Now."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.Event(device, enable_timing=True)
+    event.record()
+    return event
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """A window, the same on all ranks."""
-
-    losses: list[float]
-    norms: list[float]
-    shares: list[list[float]]
-    """Seconds per step for data, compute and waiting, of each rank."""
-    seconds: float
-    """Wall-clock time of the whole window on this rank."""
+def _seconds(begin: Mark, end: Mark) -> float:
+    return float(end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000)
 
 
-def summarize(window: Window, clock: Clock) -> Summary:
-    """The one synchronisation with the device, and one all-reduce over all ranks, per line."""
-    rank, world, steps = dist.get_rank(), dist.get_world_size(), len(window.losses)
-    losses = torch.stack(window.losses).double().cpu()
-    norms: list[float] = torch.stack(window.norms).double().tolist()
-    shares = torch.zeros(world, 3, dtype=torch.float64)
-    shares[rank, 0] = window.data_seconds / steps
-    shares[rank, 1] = sum(clock.seconds(begin, ready) for begin, ready, _ in window.marks) / steps
-    shares[rank, 2] = sum(clock.seconds(ready, end) for _, ready, end in window.marks) / steps
+def gather(steps: Sequence[Step]) -> tuple[list[float], list[float], list[list[float]]]:
+    """Losses and norms by step, and seconds per step for data, compute and waiting by rank: the same on all ranks.
+
+    The one synchronisation with the device, and one all-reduce, per line.
+    """
+    losses = torch.stack([step.loss for step in steps]).double().cpu()
+    norms: list[float] = torch.stack([step.norm for step in steps]).double().tolist()
+    own = [(s.data_seconds, _seconds(s.begin, s.ready), _seconds(s.ready, s.end)) for s in steps]
+    shares = torch.zeros(dist.get_world_size(), 3, dtype=torch.float64)
+    shares[dist.get_rank()] = torch.tensor(own, dtype=torch.float64).mean(0)
     together = torch.cat([losses, shares.flatten()])
     dist.all_reduce(together)
-    return Summary(
-        losses=together[:steps].tolist(),
-        norms=norms,
-        shares=together[steps:].view(world, 3).tolist(),
-        seconds=time.perf_counter() - window.started,
-    )
+    return together[: len(steps)].tolist(), norms, together[len(steps) :].view_as(shares).tolist()
 
 
-class SlowRanks:
-    """Names ranks whose own work is persistently slower than the median's, each once until it recovers."""
+def slow_ranks(
+    slow_for: dict[int, int], shares: Sequence[Sequence[float]], names: Sequence[str], *, steps: int
+) -> list[str]:
+    """A sentence about each rank that has just become persistently slow; it is named again only after it recovered.
 
-    def __init__(self) -> None:
-        self.steps: dict[int, int] = {}
-
-    def update(self, shares: Sequence[Sequence[float]], names: Sequence[str], *, steps: int) -> list[str]:
-        """Sentences about the ranks that a line over so many steps has shown to be persistently slow."""
-        sentences = []
-        busy = [data + compute for data, compute, _ in shares]
-        median = statistics.median_low(busy)
-        for rank, (data, compute, wait) in enumerate(shares):
-            slow = busy[rank] > SLOW * median
-            before = self.steps.get(rank, 0)
-            self.steps[rank] = before + steps if slow else 0
-            if before < PERSISTENT <= self.steps[rank]:
-                whole = max(data + compute + wait, 1e-9)
-                sentences.append(
-                    f"slow: {names[rank]} takes {busy[rank] / median:.1f} times the median rank's time for its work "
-                    f"({data / whole:.0%} data, {compute / whole:.0%} compute, {wait / whole:.0%} waiting for others)"
-                )
-        return sentences
+    `slow_for` counts the steps of slow lines in a row, by rank.
+    """
+    sentences = []
+    busy = [data + compute for data, compute, _ in shares]
+    median = statistics.median_low(busy)
+    for rank, (data, compute, wait) in enumerate(shares):
+        before = slow_for.get(rank, 0)
+        slow_for[rank] = before + steps if busy[rank] > SLOW * median else 0
+        if before < PERSISTENT <= slow_for[rank]:
+            whole = max(data + compute + wait, 1e-9)
+            sentences.append(
+                f"slow: {names[rank]} takes {busy[rank] / median:.1f} times the median rank's time for its work "
+                f"({data / whole:.0%} data, {compute / whole:.0%} compute, {wait / whole:.0%} waiting for others)"
+            )
+    return sentences
 
 
-class Journal:
-    """Writes metrics.jsonl and TensorBoard events into the run folder. A full disk costs the records, not the run."""
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s, or None when the device is unknown."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
-    def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
-        """Only rank 0 writes."""
-        self.path, self.say, self.failed = run_dir / "metrics.jsonl", say, False
+
+class Metrics:
+    """What happened since the last line, on this rank; rank 0 tells. A full disk costs records, not the run."""
+
+    def __init__(self, settings: Settings, names: Sequence[str], device: torch.device, flops_per_token: int) -> None:
+        """`names` are those of all ranks, to tell the slow ones apart."""
+        self.settings, self.names = settings, names
+        self.path = Path(settings.run_dir, "metrics.jsonl")
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.peak_tokens = peak and peak * len(names) / flops_per_token
+        self.began, self.steps = time.perf_counter(), list[Step]()
+        self.slow_for: dict[int, int] = {}
+        self.failed = False
         self.board: Any = None
-        if dist.get_rank() == 0 and importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
+        self.profiler: torch.profiler.profile | None = None
 
-            self.board = SummaryWriter(str(run_dir / "tensorboard"))
+    def report(self, step: int) -> None:
+        """One line after `step`, and one record per step since the last one.
+
+        Raises:
+            FloatingPointError: a loss or a gradient norm is no number. It is raised on all ranks.
+        """
+        steps, self.steps = self.steps, []
+        if not steps:
+            return
+        losses, norms, shares = gather(steps)
+        seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
+        records: list[dict[str, Any]] = [
+            {"step": number, "loss": loss, "grad_norm": norm, "lr": one.rate, "world": len(self.names)}
+            for number, loss, norm, one in zip(
+                range(step - len(steps) + 1, step + 1), losses, norms, steps, strict=True
+            )
+        ]
+        for record in records:
+            if not (isfinite(record["loss"]) and isfinite(record["grad_norm"])):
+                raise FloatingPointError(
+                    f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}. Nothing of it "
+                    f"was saved. Lower lr (now {self.settings.lr}) or clip, or look at the data."
+                )
+        if dist.get_rank() == 0:
+            speed = len(steps) * self.settings.batch * self.settings.context / seconds
+            records[-1] |= {"time": time.time(), "tokens_per_second": speed}
+            if self.peak_tokens:
+                records[-1]["mfu"] = speed / self.peak_tokens
+            self.write(records)
+            self._say_line(records[-1], seconds / len(steps))
+            for sentence in slow_ranks(self.slow_for, shares, self.names, steps=len(steps)):
+                say(sentence)
+
+    def _say_line(self, last: Mapping[str, Any], seconds_per_step: float) -> None:
+        left = int((self.settings.steps - last["step"]) * seconds_per_step)
+        mfu = f"  MFU {last['mfu']:.1%}" if "mfu" in last else ""
+        speed = last["tokens_per_second"]
+        say(
+            f"step {last['step']}/{self.settings.steps}  loss {last['loss']:.4f} nats/token  "
+            f"{speed:,.0f} tokens/s ({speed / last['world']:,.0f} per rank){mfu}  "
+            f"grad norm {last['grad_norm']:.2f}  lr {last['lr']:.1e}  ETA {left // 60}m{left % 60:02d}s"
+        )
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Appends one JSON object a line; numbers but for `step` and `time` go to TensorBoard as well."""
         try:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
-            for record in records if self.board else ():
-                for name in record.keys() - {"step", "time"}:
-                    self.board.add_scalar(name, record[name], record["step"])
-            if self.board:
-                # The process ends without any clean-up, see ranks.leave.
-                self.board.flush()
+            if importlib.util.find_spec("tensorboard"):
+                self._write_events(records)
         except OSError as error:
             if not self.failed:
-                self.say(f"metrics cannot be written to {self.path}: {error.strerror}. Training goes on without.")
+                say(f"metrics cannot be written to {self.path}: {error.strerror}. Training goes on without.")
             self.failed = True
 
-    def keep(self, name: str, content: bytes) -> None:
-        """Writes a file beside the metrics."""
-        try:
-            self.path.with_name(name).write_bytes(content)
-        except OSError as error:
-            self.say(f"{name} cannot be written to {self.path.parent}: {error.strerror}.")
+    def _write_events(self, records: Sequence[Mapping[str, Any]]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = self.board or SummaryWriter(str(self.path.with_name("tensorboard")))
+        for record in records:
+            for name in record.keys() - {"step", "time"}:
+                self.board.add_scalar(name, record[name], record["step"])
+        self.board.flush()  # nobody cleans up at the end, see settings.leave
 
     def read(self) -> dict[int, dict[str, Any]]:
         """What was written last about each step, earlier starts of the run included; a torn line is left out."""
@@ -179,24 +202,49 @@ class Journal:
                 continue
         return merged
 
+    def draw(self) -> None:
+        """Writes loss.png, where Pillow is: it comes with tensorboard."""
+        records = self.read()
+        trained = {step: record["loss"] for step, record in sorted(records.items()) if "loss" in record}
+        held_out = {step: record["eval_loss"] for step, record in records.items() if "eval_loss" in record}
+        if trained and importlib.util.find_spec("PIL"):
+            try:
+                loss_picture(trained, held_out).save(self.path.with_name("loss.png"))
+            except OSError as error:
+                say(f"loss.png cannot be written to {self.path.parent}: {error.strerror}.")
 
-def open_journal(run_dir: str, say: Callable[[str], None]) -> Journal:
-    """The journal of a run, on all ranks.
-
-    Raises:
-        UserError: rank 0 cannot write there.
-    """
-    folder, problem = Path(run_dir), ""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if dist.get_rank() == 0:
-            (folder / "metrics.jsonl").touch()
-    except OSError as error:
-        problem = f"RUN_DIR={folder} cannot be written: {error.strerror} (user id {os.getuid()})."
-    agree(problem)
-    return Journal(folder, say)
+    def trace(self, step: int) -> None:
+        """Called before each step: traces three of every rank, on request."""
+        if step == self.settings.profile:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        elif self.profiler and step == self.settings.profile + PROFILED_STEPS:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.path.with_name(f"trace-rank-{dist.get_rank()}.json")))
+            self.profiler = None
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s, or None when the device is unknown."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
+def loss_picture(trained: Mapping[int, float], held_out: Mapping[int, float]) -> "Image":
+    """Loss in nats per token by step: a line for training, which must not be empty, dots for held-out text."""
+    from PIL import Image, ImageDraw
+
+    losses = [*trained.values(), *held_out.values()]
+    low, high, first, last = min(losses), max(losses), min(trained), max(trained)
+    left, right, top, bottom = 60, 700, 20, 360
+    image = Image.new("RGB", (720, 400), "white")
+    pen = ImageDraw.Draw(image)
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        across, up = (step - first) / max(last - first, 1), (loss - low) / max(high - low, 1e-6)
+        return left + (right - left) * across, bottom - (bottom - top) * up
+
+    for part in range(5):
+        step, loss = first + (last - first) * part // 4, low + (high - low) * part / 4
+        (x, _), (_, y) = place(step, low), place(first, loss)
+        pen.line([left, y, right, y], "lightgray")
+        pen.text((left - 8, y), f"{loss:.2f}", "black", anchor="rm")
+        pen.text((x, bottom + 10), str(step), "black", anchor="mt")
+    pen.line([place(*point) for point in sorted(trained.items())], "steelblue", width=2)
+    for x, y in (place(*point) for point in held_out.items()):
+        pen.ellipse([x - 3, y - 3, x + 3, y + 3], "firebrick")
+    return image

@@ -1,10 +1,16 @@
-"""The model: a GPT small enough to read. This is the one file to replace with your own."""
+"""The model, a GPT small enough to read, and how it learns: optimizer, schedule, DDP or FSDP2. Put your own here."""
 
-import math
+from collections.abc import Callable
+from math import cos, pi, sqrt
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name the whole field uses
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from app.train.settings import Settings
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
@@ -63,7 +69,7 @@ class GPT(nn.Module):
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 into_residual = name.endswith(("merge.weight", "down.weight"))
-                nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * layers) if into_residual else 1))
+                nn.init.normal_(weight, std=0.02 / (sqrt(2 * layers) if into_residual else 1))
 
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward per token: 6 per parameter, and attention."""
@@ -83,11 +89,48 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def generate(model: nn.Module, prompt: Tensor, *, count: int, context: int, seed: int) -> Tensor:
-    """`count` tokens sampled after `prompt` (tokens,). Every rank draws the same ones, as sharded models need."""
-    generator = torch.Generator(prompt.device).manual_seed(seed)
-    text = prompt
+def sample(model: GPT, *, count: int, seed: int) -> str:
+    """`count` bytes after "def ". Every rank draws the same ones, as sharded models need."""
+    context, device = model.positions.num_embeddings, model.tokens.weight.device
+    generator, text = torch.Generator(device).manual_seed(seed), torch.tensor(list(b"def "), device=device)
     for _ in range(count):
         probabilities = model(text[None, -context:])[0, -1].float().softmax(-1)
         text = torch.cat([text, torch.multinomial(probabilities, 1, generator=generator)])
-    return text
+    return bytes(text.tolist()).decode(errors="replace")
+
+
+def shard(model: GPT, device: torch.device, *, bf16: bool) -> None:
+    """FSDP2, in place: each block, then the rest."""
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if bf16 else MixedPrecisionPolicy()
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def replicate(model: GPT, device: torch.device, on_last_gradient: Callable[[Tensor], None]) -> DistributedDataParallel:
+    """DDP; the callback tells when only the gradients of the other ranks are missing."""
+    # The first parameter gets its gradient last.
+    model.tokens.weight.register_post_accumulate_grad_hook(on_last_gradient)  # type: ignore[no-untyped-call]  # no types there
+    devices = None if device.type == "cpu" else [device]
+    return DistributedDataParallel(model, devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """Fused AdamW that decays matrices only."""
+    groups = [
+        {
+            "params": [weight for weight in model.parameters() if weight.dim() >= 2],
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [weight for weight in model.parameters() if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Linear warm-up, then a cosine down to `min_lr` of the peak: a function of the step, so nothing to restore."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.lr * (settings.min_lr + (1 - settings.min_lr) * (1 + cos(pi * share)) / 2)
