@@ -7,13 +7,17 @@ Plain torchrun ends with 0 or 1 whatever happened, says only in prose which work
 process is the engine itself: the one module of `launch` that imports torch, never imported by the launcher.
 """
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 PIPE = "TORCHRUN_COMPOSE_PIPE"
+SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - as in worker.py
 
 
 def main() -> int:
@@ -39,9 +43,16 @@ def main() -> int:
         failures: dict[int, ProcessFailure] = error.failures
         tell(pipe, {"event": "failed", "failures": [facts(rank, failure) for rank, failure in failures.items()]})
         return 1
+    except Exception as error:
+        # torchrun itself, such as on a full disk; it has printed its traceback, or this does.
+        itself = {"rank": -1, "exitcode": 1, "text": f"{type(error).__name__}: {error}", "time": time.time()}
+        tell(pipe, {"event": "failed", "failures": [itself]})
+        raise
     finally:
         # All is over; torch's handlers would turn a late SIGTERM into a traceback from the interpreter's own clean-up.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            with contextlib.suppress(SignalException):
+                signal.signal(number, signal.SIG_IGN)
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -68,9 +79,20 @@ def facts(rank: int, failure: object) -> dict[str, object]:
         "local_rank": failure.local_rank,
         "pid": failure.pid,
         "exitcode": failure.exitcode,
-        "text": str(text),
+        "text": str(text) or spare(failure.pid),
         "time": failure.timestamp,
     }
+
+
+def spare(pid: int) -> str:
+    """What worker.py left where it could not write torch's error file."""
+    path = Path(SPARE.format(pid))
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def tell(pipe: int, event: dict[str, object]) -> None:

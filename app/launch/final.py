@@ -16,6 +16,9 @@ RETRY_WINDOW = 6.0
 """Seconds. Docker waits 0.1 s before its first retry and doubles that each time (moby, restartmanager): at most 1.6 s
 between five retries, plus the start of the container. Each refused start renews the marker."""
 
+LONGEST, ROOM = 1000, 8192
+"""Characters of a verdict, and bytes of a marker: a character takes at most six in JSON."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
@@ -44,10 +47,31 @@ def read_final(root: Path = Path("/")) -> Ending | None:
 
 def write_final(code: int, text: str, root: Path = Path("/")) -> None:
     """Leaves the marker, inside a container only; best effort."""
+    _overwrite(json.dumps({"code": code, "text": text[:LONGEST], "time": time.time()}), root)
+
+
+def reserve_final(root: Path = Path("/")) -> None:
+    """Takes the room for the marker while there is some: a full disk is one of the ends that it is for."""
+    _overwrite("", root)
+
+
+def forget_final(root: Path = Path("/")) -> None:
+    """For an end after which Docker may start the container again."""
     path = _marker(root)
     if path is not None:
         with contextlib.suppress(OSError):
-            path.write_text(json.dumps({"code": code, "text": text, "time": time.time()}))
+            path.unlink(missing_ok=True)
+
+
+def _overwrite(content: str, root: Path) -> None:
+    path = _marker(root)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, content.encode().ljust(ROOM))
+            finally:
+                os.close(descriptor)
 
 
 def _marker(root: Path) -> Path | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from app.launch import torchrun
 from app.launch.errors import UserError
 from app.launch.exitcodes import ExitCode
-from app.launch.final import write_final
+from app.launch.final import forget_final, reserve_final, write_final
 from app.launch.gang.facts import gather
 from app.launch.gang.hub import LAST_WORD, LINGER, Hub
 from app.launch.gang.member import Member, Place, Surroundings
@@ -37,6 +37,7 @@ def supervise(plan: Plan) -> int:
     Raises UserError where a file or folder of the settings cannot be used."""
     token = read_token(plan)
     make_folders(plan)
+    reserve_final()
     torchrun.adopt_orphans()
     allow_many_files()
     started, before = time.time(), read_counters()
@@ -51,6 +52,8 @@ def supervise(plan: Plan) -> int:
         say(verdict.text)
 
     verdict, own_stop = asyncio.run(_take_part(plan, token, tell))
+    if verdict.code in (ExitCode.DONE, ExitCode.STOPPED):
+        forget_final()
     if verdict.code == ExitCode.STOPPED:
         return int(verdict.code) if own_stop else plan.stopped_exit_code
     if verdict.code != ExitCode.DONE:

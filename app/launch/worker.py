@@ -7,10 +7,14 @@ workers started by spawn can import again. Imports are few and late, so that the
 """
 
 import atexit
+import contextlib
 import os
 import sys
 from types import CodeType, ModuleType, TracebackType
 from typing import NoReturn
+
+SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - agent.py reads it there; torch's own place is full
+"""Takes the error's text, by process id."""
 
 
 def main() -> NoReturn:
@@ -132,8 +136,12 @@ def record(error: BaseException) -> None:
     try:
         with open(path, "w", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
             json.dump({"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}}, file)
-    except OSError as trouble:
-        sys.stderr.write(f"cannot record the error below in {path}: {trouble}\n")
+    except OSError:
+        # The disk is full, and torchrun falls over an empty file (ProcessFailure, as above).
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # noqa: PTH108
+            with open(SPARE.format(os.getpid()), "x", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+                file.write(f"{type(error).__name__}: {error}")
 
 
 def die_with_parent() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.launch.final import RETRY_WINDOW, read_final, write_final
+from app.launch.final import RETRY_WINDOW, forget_final, read_final, reserve_final, write_final
 
 CONTAINER = "5e" * 32
 
@@ -36,6 +36,20 @@ def test_a_start_after_the_retry_window_runs_and_forgets_the_verdict(root: Path)
     marker.write_text(json.dumps({**fields, "time": time.time() - RETRY_WINDOW - 1}))
     assert read_final(root) is None
     assert not marker.exists()
+
+
+def test_room_for_the_marker_is_taken_early_and_is_no_verdict(root: Path) -> None:
+    reserve_final(root)
+    (marker,) = (root / "runs").iterdir()
+    room = marker.stat().st_size
+    assert read_final(root) is None
+    write_final(5, "ü" * 100_000, root)
+    assert marker.stat().st_size == room, "a full disk gives no more"
+    ending = read_final(root)
+    assert ending is not None
+    assert ending.text.startswith("üü")
+    forget_final(root)
+    assert read_final(root) is None
 
 
 def test_another_container_does_not_find_it(root: Path) -> None:
