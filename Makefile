@@ -6,7 +6,7 @@ TORCH_PAGE := $(if $(PIP_FIND_LINKS),,--find-links=https://download.pytorch.org/
 FIGURES := launch_overhead container_speed image roll_call train_speed train_operability train_recovery
 HARDWARE_KINDS := cpu nvidia nvidia-ib cdi
 
-.PHONY: demo test lint unit native cluster figures lock clean
+.PHONY: demo test lint unit native cluster figures bad-days lock clean
 
 demo: .venv/.ready            ## two nodes train on this machine
 	@$(BIN)/python -m demo
@@ -25,6 +25,10 @@ unit native cluster: .venv/.ready
 
 figures: .venv/.ready         ## the figures of the README, measured on this machine
 	for figure in $(FIGURES); do echo "== $$figure"; $(BIN)/python -m benchmarks.$$figure || exit 1; done
+
+bad-days: .venv/.ready       ## the table of docs/troubleshooting.md: plain torchrun and ours on every bad day; 25 minutes
+	BAD_DAY_TABLE=docs/troubleshooting.md $(BIN)/python -m pytest tests/cluster/test_bad_day*.py tests/cluster/test_hangs.py \
+	  tests/cluster/test_doctor.py tests/cluster/test_faults_start.py tests/cluster/test_report_stacks.py tests/cluster/test_hostname.py
 
 lock: .venv/.ready            ## pin every dependency anew
 	$(BIN)/python requirements/lock.py

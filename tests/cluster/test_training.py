@@ -1,15 +1,12 @@
-"""Training on real nodes, each with a disk of its own: what dies changes no loss, and scripts run as they are."""
+"""Training on real nodes, each with a disk of its own: what dies changes no loss."""
 
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 from tests.testbed import Cluster, Stack
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 STEPS = 160
 FLAGS = (
     f"--steps {STEPS} --checkpoint-every 10 --log-every 1 --layers 1 --width 32 --heads 2 --context 32 --batch 8 "
@@ -57,13 +54,3 @@ def test_a_killed_rank_a_killed_container_and_a_lost_disk_change_no_loss(cluster
     assert [stack.wait(240) for stack in stacks] == [0, 0], "\n".join(stack.tail() for stack in stacks)
     assert not [record for record in before + _records(stacks[0]) if record["loss"] != reference[record["step"]]]
     assert sorted(_losses(stacks[0])) == list(range(int(resumed[1]) + 1, STEPS + 1))
-
-
-def test_a_script_in_the_style_of_the_tutorials_runs_as_it_is(cluster2: Cluster) -> None:
-    env = {"NODES": cluster2.addresses, "NPROC_PER_NODE": "2", "TRAIN_SCRIPT": "/workspace/classic.py"}
-    files = {"workspace/classic.py": (SCRIPTS / "classic.py").read_text()}
-    stacks = [node.up(env, files=files) for node in cluster2.nodes]
-    assert [stack.wait() for stack in stacks] == [0, 0], "\n".join(stack.tail() for stack in stacks)
-    said = re.findall(r"rank (\d) of 4 done, loss 0\.0000", "".join(stack.logs() for stack in stacks))
-    assert set(said) == {"0", "1", "2", "3"}
-    assert "snapshot.pt" in stacks[0].list("/runs/default/checkpoints")

@@ -74,16 +74,21 @@ def build(engine: Engine, *, progress: str = "quiet", project: Path = PROJECT) -
     """`docker buildx build` of the real Dockerfile; the build's output."""
     base = base_image(engine.tools, engine.docker_host)
     say(f"building {IMAGE} on {base}")
-    proxies = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "no_proxy")]
-    command = ["docker", "buildx", "build", f"--progress={progress}", "--network=host", f"--tag={IMAGE}"]
-    command += [f"--build-arg=BASE_IMAGE={base}", *(f"--build-arg={name}={os.environ[name]}" for name in proxies)]
-    command += [f"--build-context=wheels={wheelhouse()}", str(project)]
-    output = run(command, env=engine.environment, timeout=1800)
+    options = [f"--progress={progress}", f"--build-arg=BASE_IMAGE={base}", f"--build-context=wheels={wheelhouse()}"]
+    output = buildx(engine, project, IMAGE, *options)
     with (store(engine.tools).with_suffix(".use")).open("w") as users:
         # Layers of earlier builds may be mounted in another testbed; then the next build removes them.
         if try_lock(users.fileno()):
             run(["docker", "image", "prune", "--force"], env=engine.environment)
     return output
+
+
+def buildx(engine: Engine, context: Path, tag: str, *options: str) -> str:
+    """`docker buildx build` of a folder, with this machine's way to its package index; the build's output."""
+    proxies = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "no_proxy")]
+    command = ["docker", "buildx", "build", "--network=host", f"--tag={tag}", *options]
+    command += [f"--build-arg={name}={os.environ[name]}" for name in proxies]
+    return run([*command, str(context)], env=engine.environment, timeout=1800)
 
 
 def wheelhouse() -> Path:

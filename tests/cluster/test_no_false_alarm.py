@@ -1,0 +1,36 @@
+"""A healthy cluster says nothing that sounds like trouble, however often it is asked.
+
+HEALTHY_RUNS=20 pytest tests/cluster/test_no_false_alarm.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.testbed import Cluster, Node
+
+RUNS = int(os.environ.get("HEALTHY_RUNS", "2"))
+FLAGS = "--steps 12 --layers 1 --width 32 --heads 2 --context 32 --batch 8 --sample 0 --eval-every 0"
+ALARM = re.compile(r"warn|FAIL|error|lost|slow:|waiting \d|cannot|no rank has moved|kept for|Traceback", re.IGNORECASE)
+EXPECTED = re.compile(r"c10d\] The hostname of the client socket cannot be retrieved|without CLUSTER_TOKEN_FILE")
+"""torch's own remark where no name server is, and the one warning that these settings deserve."""
+
+
+def test_healthy_runs_of_doctor_and_training_raise_no_alarm(cluster2: Cluster) -> None:
+    env = {"NODES": cluster2.addresses, "NPROC_PER_NODE": "1", "TRAIN_ARGS": FLAGS}
+
+    def examine(node: Node) -> tuple[int, str]:
+        done = node.run("doctor", env=env)
+        return done.code, done.output
+
+    for number in range(RUNS):
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(examine, cluster2.nodes))
+        stacks = [node.up({**env, "RUN_NAME": f"run{number}"}) for node in cluster2.nodes]
+        found += [(stack.wait(120), stack.logs()) for stack in stacks]
+        assert [code for code, _ in found] == [0] * 4, "\n".join(text for _, text in found)
+        lines = [line for _, text in found for line in text.splitlines()]
+        assert not [line for line in lines if ALARM.search(line) and not EXPECTED.search(line)], f"run {number}"
+        cluster2.clear()
