@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 BIN := .venv/bin
 # PyTorch's CPU wheels are not on PyPI. A folder with one (PIP_FIND_LINKS) does as well; hashes decide what is accepted.
 TORCH_PAGE := $(if $(PIP_FIND_LINKS),,--find-links=https://download.pytorch.org/whl/cpu/torch/)
-FIGURES := launch_overhead container_speed image roll_call train_speed train_operability train_recovery
+FIGURES := launch_overhead container_speed image roll_call gang_throughput train_speed train_operability train_recovery
 HARDWARE_KINDS := cpu nvidia nvidia-ib cdi
 
 .PHONY: demo test lint unit native cluster figures bad-days lock clean

@@ -40,20 +40,29 @@ def main() -> int:
     except SignalException as stop:
         return 128 + stop.sigval
     except ChildFailedError as error:
+        ignore_signals()
         failures: dict[int, ProcessFailure] = error.failures
         tell(pipe, {"event": "failed", "failures": [facts(rank, failure) for rank, failure in failures.items()]})
         return 1
     except Exception as error:
-        # torchrun itself, such as on a full disk; it has printed its traceback, or this does.
+        # torchrun itself, such as on a full disk.
+        ignore_signals()
         itself = {"rank": -1, "exitcode": 1, "text": f"{type(error).__name__}: {error}", "time": time.time()}
         tell(pipe, {"event": "failed", "failures": [itself]})
         raise
     finally:
-        # All is over; torch's handlers would turn a late SIGTERM into a traceback from the interpreter's own clean-up.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            with contextlib.suppress(SignalException):
-                signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
+
+
+def ignore_signals() -> None:
+    """For when all is over: torch's handlers would turn a late SIGTERM into a traceback from whatever runs then."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        with contextlib.suppress(SignalException):
             signal.signal(number, signal.SIG_IGN)
+        # Python runs a handler that was due when it next can, which may have been within the call above.
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Closing(logging.Handler):
