@@ -1,7 +1,7 @@
 """Training speed under the gang against plain torchrun: `python -m benchmarks.gang_throughput`.
 
-Two nodes of one rank each on this machine's loopback addresses, the same script and flags. Runs alternate, and each pair
-gives one ratio, since the speed of a shared machine drifts. Start-up is left out: speed is that of the steps.
+Two nodes of one rank each on this machine's loopback addresses, the same script and flags. Runs alternate, and each
+pair gives one ratio, since the speed of a shared machine drifts. Start-up is left out: speed is that of the steps.
 """
 
 import os
