@@ -73,6 +73,7 @@ def make_plan(count: int, rank: int, port: int) -> Plan:
         stop_grace=1,
         heartbeat_timeout=PATIENCE,
         hang_report=0.0,
+        transport="sockets",
         hang_timeout=0.0,
         max_restarts=0,
         min_nodes=count,

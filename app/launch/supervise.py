@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from app.launch import torchrun
+from app.launch import torchrun, traffic
 from app.launch.errors import UserError
 from app.launch.exitcodes import ExitCode
 from app.launch.final import forget_final, reserve_final, write_final
@@ -141,6 +141,7 @@ async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) 
         say=say,
         state=state,
     )
+    watching = asyncio.ensure_future(traffic.watch(plan, say)) if traffic.watched(plan) else None
     member = Member(plan, token, gather(plan) if len(plan.nodes) > 1 else {}, around)
     _on_signals(member.stop)
     part = asyncio.ensure_future(member.take_part())
@@ -159,6 +160,8 @@ async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) 
             await asyncio.wait([presiding], timeout=LINGER + 2 * LAST_WORD)
     finally:
         part.cancel()
+        if watching:
+            watching.cancel()
         if presiding:
             presiding.cancel()
         path.unlink(missing_ok=True)

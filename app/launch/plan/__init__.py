@@ -43,6 +43,8 @@ class Plan:
     master_port: int
     control_port: int
     backend: str
+    transport: str
+    """What NCCL will use between nodes: `InfiniBand`, `RoCE` or `sockets`."""
     command: tuple[str, ...]
     """The script part of torchrun's command."""
     env: Mapping[str, str] = field(repr=False)
@@ -228,6 +230,7 @@ def _plan(
         master_port=ports.master,
         control_port=ports.control,
         backend=workers.backend,
+        transport=transport,
         command=script.command,
         env=env,
         removed=removed,

@@ -1,0 +1,54 @@
+"""Which way the bytes of a training go, by the counters of a made-up machine."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from app.launch.plan import Plan
+from app.launch.traffic import Traffic, alarm, read_traffic, watched
+from tests.machines.facts import drafted
+
+GB = 10**9
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Two GPUs and an InfiniBand port, between two nodes."""
+    found = drafted("classic_b", tmp_path).plan
+    assert found is not None
+    return found
+
+
+def count(root: Path, name: str, value: int) -> None:
+    file = root / "sys/class" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{value}\n")
+
+
+def test_the_counters_of_ports_and_of_the_interface_are_read_in_bytes(plan: Plan, tmp_path: Path) -> None:
+    count(tmp_path, "infiniband/mlx5_0/ports/1/counters/port_xmit_data", 100)
+    count(tmp_path, "infiniband/mlx5_1/ports/1/counters/port_xmit_data", 20)
+    count(tmp_path, f"net/{plan.interface}/statistics/tx_bytes", 7)
+    assert read_traffic(plan, tmp_path) == Traffic(rdma=480, interface=7)
+
+
+def test_a_training_over_sockets_beside_infiniband_is_an_alarm_once_enough_was_sent(plan: Plan) -> None:
+    before = Traffic(rdma=5 * GB, interface=9 * GB)
+    assert alarm(plan, before, Traffic(rdma=5 * GB, interface=9 * GB + 500_000_000)) is None
+    told = alarm(plan, before, Traffic(rdma=5 * GB, interface=13 * GB))
+    assert told is not None
+    assert told.startswith(
+        f"warning: {plan.transport} is here, but NCCL runs over sockets: {plan.interface} has sent 4"
+    )
+    assert alarm(plan, before, Traffic(rdma=50 * GB, interface=10 * GB)) == ""
+
+
+def test_only_a_plan_with_rdma_between_nodes_is_watched(plan: Plan) -> None:
+    assert watched(plan)
+    for other in (
+        replace(plan, transport="sockets"),
+        replace(plan, backend="gloo"),
+        replace(plan, nodes=plan.nodes[:1]),
+    ):
+        assert not watched(other)
