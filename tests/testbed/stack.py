@@ -140,6 +140,11 @@ class Stack:
         """`docker compose up -d` again, with the same settings."""
         self.compose("up", "--detach", timeout=120)
 
+    @property
+    def runs(self) -> Path:
+        """Where this machine keeps the stack's /runs, for looks that must not wait for the engine."""
+        return self.engine.data / "volumes" / f"{self.project}_runs" / "_data"
+
     def read(self, path: str) -> bytes:
         """A file of the container, also after its end. Raises BedError if it is not there."""
         return self.archive(path)[""]
