@@ -13,14 +13,14 @@ from pathlib import Path
 from app.doctor import meter
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Row
-from app.doctor.meeting import ANSWER, BEAT, SAY_AFTER, SAY_EVERY, Meeting, run_of
+from app.doctor.meeting import ANSWER, BEAT, Meeting, run_of
 from app.doctor.talk import read_findings, read_peer, told_collective, told_findings
 from app.doctor.transport import Collective
 from app.launch.gang import reach
+from app.launch.gang.arrival import NobodyError, Waiting, arrive
 from app.launch.gang.facts import gather, host_id
 from app.launch.gang.messages import Say
 from app.launch.gang.wire import (
-    HANDSHAKE,
     MAX_LINE,
     Message,
     UntrustedError,
@@ -29,19 +29,15 @@ from app.launch.gang.wire import (
     integer,
     introduce,
     items,
+    listen,
     text,
 )
 from app.launch.plan import Plan
 from app.launch.plan.needs import speed_of
 
-RETRY = 0.5
 SILENCE = 8 * BEAT
 Reduce = Callable[[Facts, Plan, str, int, int], Awaitable[Collective]]
 """Runs this node's part of the all-reduce: (facts, plan, run id, place, number of nodes)."""
-
-
-class NobodyError(Exception):
-    """Node 0 cannot be met; the text says why."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,25 +77,16 @@ class Attendant:
         return [] if self.plan.node_rank or taken else [self.plan.master_port]
 
     async def _join(self, dial: Callable[[], Awaitable[Wire]], wait: float) -> Wire:
-        start, said = time.monotonic(), (0.0, "")
         node0 = f"node 0 ({self.plan.nodes[0]} port {self.plan.control_port})"
-        while True:
-            try:
-                async with asyncio.timeout(reach.CONNECT + HANDSHAKE):
-                    return await self._greet(dial)
-            except UntrustedError as error:
-                raise NobodyError(str(error)) from None
-            except WireError as error:
-                why = f"something else answers there ({error})"
-            except (OSError, TimeoutError) as error:
-                why = reach.why(error)
-            now = time.monotonic()
-            if now > start + wait:
-                raise NobodyError(f"{node0} did not answer within {now - start:.0f} s: {why}")
-            if now > start + SAY_AFTER and (now > said[0] + SAY_EVERY or why != said[1]):
-                said = (now, why)
-                self.say(f"waiting for {node0}: {why} ({start + wait - now:.0f} s more)")
-            await asyncio.sleep(RETRY)
+        waiting = Waiting(wait, self.say)
+        try:
+            wire = await arrive(lambda: self._greet(dial), node0, waiting, _rest)
+        except UntrustedError as error:
+            raise NobodyError(str(error)) from None
+        except NobodyError as error:
+            raise NobodyError(f"{node0} did not answer within {waiting.waited:.0f} s: {error}") from None
+        assert wire is not None  # noqa: S101 - only the user's stop gives None, which cancels this task instead
+        return wire
 
     async def _greet(self, dial: Callable[[], Awaitable[Wire]]) -> Wire:
         wire = await dial()
@@ -257,7 +244,7 @@ async def meet(attendant: Attendant, wait: float) -> tuple[Row, ...]:
     meeting = Meeting(plan=plan, token=attendant.token, say=attendant.say, wait=wait)
     server = None
     if len(plan.nodes) > 1:
-        server = await asyncio.start_server(meeting.serve, plan.address, plan.control_port, limit=MAX_LINE)
+        server = await listen(meeting.serve, plan.address, plan.control_port, backlog=2 * len(plan.nodes) + 64)
     holding = asyncio.ensure_future(meeting.hold())
     own = asyncio.ensure_future(attendant.attend(_dial_inside(meeting), wait))
     try:
@@ -293,3 +280,9 @@ def _dial_inside(meeting: Meeting) -> Callable[[], Awaitable[Wire]]:
         return Wire(*await asyncio.open_connection(sock=here, limit=MAX_LINE))
 
     return dial
+
+
+async def _rest(seconds: float) -> bool:
+    """A stop cancels this node's task, so there is nothing else to wait for."""
+    await asyncio.sleep(seconds)
+    return False

@@ -49,8 +49,9 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
 
 def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row]:
     """The table of all nodes, or of this one with the reason why there is no other."""
-    from app.doctor.attend import Attendant, NobodyError, meet
+    from app.doctor.attend import Attendant, meet
     from app.doctor.collective import all_reduce
+    from app.launch.gang.arrival import NobodyError
     from app.launch.gang.reach import why
     from app.launch.supervise import read_token, say
 

@@ -19,7 +19,7 @@ from app.launch.gang.facts import gather
 from app.launch.gang.hub import LAST_WORD, LINGER, Hub
 from app.launch.gang.member import Member, Place, Surroundings
 from app.launch.gang.verdict import Verdict
-from app.launch.gang.wire import MAX_LINE, Wire
+from app.launch.gang.wire import MAX_LINE, Wire, listen
 from app.launch.hang import read_stalls, watched
 from app.launch.health import keep_state
 from app.launch.host.ports import holder
@@ -182,9 +182,7 @@ async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:
     if plan.node_rank or len(plan.nodes) == 1:
         return None
     try:
-        return await asyncio.start_server(
-            hub.door.serve, plan.address, plan.control_port, limit=MAX_LINE, backlog=2 * len(plan.nodes) + 64
-        )
+        return await listen(hub.door.serve, plan.address, plan.control_port, backlog=2 * len(plan.nodes) + 64)
     except OSError as error:
         say(f"node 0 cannot listen on {plan.address} port {plan.control_port}: {os.strerror(error.errno or 0).lower()}")
         return None

@@ -180,7 +180,7 @@ def test_a_doctor_that_was_stopped_may_come_again_before_the_last_has_come(docto
 
 def test_sigterm_while_waiting_ends_it_at_once(doctors: Doctors) -> None:
     one = doctors.start(1)
-    one.wait_for("waiting for node 0")
+    one.wait_for(r"waiting \d+ s for node 0")
     started = time.monotonic()
     one.signal(signal.SIGTERM)
     assert one.end(10) == 143

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from app.launch.exitcodes import ExitCode
 from app.launch.gang import reach
+from app.launch.gang.arrival import SAY_AFTER, Waiting
 from app.launch.gang.door import Door
 from app.launch.gang.messages import Event, Hello, Pulse, Say, read_event, read_ports
 from app.launch.gang.round import Round, lost
@@ -19,7 +20,6 @@ from app.launch.gang.verdict import Final, Trouble, Verdict, account, first_caus
 from app.launch.gang.wire import Message, Wire, WireError, text
 from app.launch.plan import Plan
 
-SAY_AFTER, SAY_EVERY = 2.0, 10.0
 STRAGGLERS = 2.0
 """Seconds that a disagreement waits for nodes still on their way, so that one table shows all."""
 LONGEST_PAUSE = 30.0
@@ -42,7 +42,6 @@ class Hub:
         self.failures = 0
         self._attending = False
         self._guests: list[Wire] = []
-        self._said = (0.0, "")
         self._grumbled = 0.0
         self._cause = ""
         self._got_on = False
@@ -88,17 +87,16 @@ class Hub:
 
     async def _roll_call(self) -> None:
         """Returns when the nodes of the next round are here and agree; raises Final when they never will."""
-        start = time.monotonic()
-        until = start + (self.plan.rejoin_timeout if self.round else self.plan.start_timeout)
+        waiting = Waiting(self.plan.rejoin_timeout if self.round else self.plan.start_timeout, self._tell)
         knocking = asyncio.create_task(self._knock())
         try:
             while missing := self.seats.missing():
-                if time.monotonic() > until:
-                    self._without(missing, time.monotonic() - start)
+                if waiting.over:
+                    self._without(missing, waiting.waited)
                     break
                 here = f"{len(self.seats)} of {len(self.plan.nodes)} nodes are here"
-                self._tell_waiting(f"{self.seats.names(missing)}; {here}", start, until)
-                await self._rest(min(until, time.monotonic() + 0.5))
+                waiting.tell(f"{self.seats.names(missing)}; {here}")
+                await self._rest(min(waiting.until, time.monotonic() + 0.5))
                 if self.seats.differences()[0]:
                     await self._pause(STRAGGLERS)
                     break
@@ -127,14 +125,6 @@ class Hub:
             f"not here within {waited:.0f} s (START_TIMEOUT): {self.seats.names(missing)}. Start torchrun-compose "
             f"there; if it runs there, let it connect to {self.plan.nodes[0]} port {self.plan.control_port}.",
         )
-
-    def _tell_waiting(self, what: str, start: float, until: float) -> None:
-        """Says for whom the gang waits: after a while, then now and again, and on a change, once a second at most."""
-        now, (at, last) = time.monotonic(), self._said
-        if now > start + SAY_AFTER and now > at + (SAY_EVERY if what == last else 1.0):
-            self._said = (now, what)
-            end = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() + until - now))
-            self._tell(f"waiting {now - start:.0f} s for {what} (until {end})")
 
     async def _knock(self) -> None:
         """Keeps finding out why nodes are missing. Nobody listens there: the kind of refusal is the news."""
@@ -189,15 +179,14 @@ class Hub:
                 for peer, seat, port in listeners
             ]
             self.seats[rank].wire.send("probe", targets=found)
-        waiting, troubles = set(ranks), list[Trouble]()
+        trying, troubles = set(ranks), list[Trouble]()
         blocked: dict[tuple[int, int, str], list[int]] = {}
-        start = time.monotonic()
-        until = start + 3 * (reach.CONNECT + reach.PASS)
-        while waiting and time.monotonic() < until:
-            self._tell_waiting(f"{self.seats.some(waiting)} to try whom it reaches", start, until)
-            event = await self._rest(until)
+        waiting = Waiting(3 * (reach.CONNECT + reach.PASS), self._tell)
+        while trying and not waiting.over:
+            waiting.tell(f"{self.seats.some(trying)} to try whom it reaches")
+            event = await self._rest(waiting.until)
             if event and event.kind in ("reached", "lost"):
-                waiting.discard(event.rank)
+                trying.discard(event.rank)
                 troubles += [lost(event, self.seats.name(event.rank), time.monotonic())] * (event.kind == "lost")
                 for peer, port, why in event.blocked:
                     blocked.setdefault((event.rank, peer, why), []).append(port)
@@ -205,8 +194,8 @@ class Hub:
             lines = [self._blocked(*pair, ports) for pair, ports in list(blocked.items())[:8]]
             more = f"\n  and {len(blocked) - 8} more" if len(blocked) > 8 else ""
             raise Final(ExitCode.UNREACHABLE, "nodes cannot reach each other:\n" + "\n".join(lines) + more)
-        mute = [Trouble(node=self.seats.name(rank), what="was lost: no answer", seen=until) for rank in sorted(waiting)]
-        return troubles + mute
+        mute = [self.seats.name(rank) for rank in sorted(trying)]
+        return troubles + [Trouble(node=node, what="was lost: no answer", seen=waiting.until) for node in mute]
 
     def _blocked(self, rank: int, peer: int, why: str, ports: Sequence[int]) -> str:
         source, target = (self.seats.address(self.seats[one].hello) for one in (rank, peer))
@@ -232,7 +221,7 @@ class Hub:
             tell=self._tell,
             halt=lambda why, grace, reason: self.seats.tell("halt", text=reason, why=why, grace=math.ceil(grace)),
         )
-        self._attending = True
+        self._attending, ending = True, Waiting(0.0, self._tell)
         while current.running:
             event = await self._hear(current.limit)
             if event:
@@ -243,7 +232,9 @@ class Hub:
                 current.give_up(time.monotonic())
             current.lose_patience(time.monotonic())
             if current.halted_at and current.running:
-                self._tell_waiting(f"{self.seats.some(current.running)} to end", current.halted_at, current.limit)
+                if ending.start != current.halted_at:
+                    ending = Waiting(current.limit - current.halted_at, self._tell, start=current.halted_at)
+                ending.tell(f"{self.seats.some(current.running)} to end")
         self._attending = False
         if any(rank in self.seats and self.seats[rank].progress != before[rank] for rank in ranks):
             self.failures, self._got_on = 0, True

@@ -11,13 +11,12 @@ from typing import Protocol
 
 from app.launch.exitcodes import ExitCode
 from app.launch.gang import reach
+from app.launch.gang.arrival import NobodyError, Waiting, arrive
 from app.launch.gang.facts import host_id
-from app.launch.gang.hub import SAY_AFTER, SAY_EVERY
 from app.launch.gang.messages import MOST_RANKS, Say
 from app.launch.gang.seats import BEATS
 from app.launch.gang.verdict import Verdict
 from app.launch.gang.wire import (
-    HANDSHAKE,
     PATIENCE,
     Message,
     UntrustedError,
@@ -34,8 +33,6 @@ from app.launch.torchrun import Failure, Outcome
 
 BUSY = 5.0
 """Seconds that node 0 waits for its own ports: an old torchrun may be about to end."""
-RETRY = 1.0
-"""Longest pause in seconds between two tries to connect."""
 STOPPED = Verdict(code=ExitCode.STOPPED, text="stopped before the training was done")
 
 
@@ -131,33 +128,21 @@ class Member:
 
     async def _join(self, limit: float) -> Wire | Verdict:
         """Connects to node 0 and says hello, again and again for `limit` seconds."""
-        start, said, pause = time.monotonic(), (0.0, ""), 0.02
         self.around.state("waiting", self._round)
-        if self.plan.node_rank == 0:
-            limit = min(limit, BUSY)
+        waiting = Waiting(limit if self.plan.node_rank else min(limit, BUSY), self.around.say)
         node0 = f"node 0, {self.plan.nodes[0]} port {self.plan.control_port}"
-        while True:
-            if self.stops:
-                return STOPPED
-            try:
-                async with asyncio.timeout(reach.CONNECT + HANDSHAKE):
-                    return await self._greet()
-            except UntrustedError as error:
-                return Verdict(code=ExitCode.UNTRUSTED, text=str(error))
-            except WireError as error:
-                why = f"something else answers there ({error})"
-            except (OSError, TimeoutError) as error:
-                why = reach.why(error)
-            now = time.monotonic()
-            if now > start + limit:
-                return self._nobody(node0, now - start, why) if self.plan.node_rank else self._taken(why)
-            if now > start + SAY_AFTER and (now > said[0] + SAY_EVERY or why != said[1]):
-                said = (now, why)
-                end = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() + start + limit - now))
-                self.around.say(f"waiting {now - start:.0f} s for {node0}: {why} (until {end})")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), pause)
-            pause = min(2 * pause, RETRY)
+        try:
+            return await arrive(self._greet, node0, waiting, self._rest) or STOPPED
+        except UntrustedError as error:
+            return Verdict(code=ExitCode.UNTRUSTED, text=str(error))
+        except NobodyError as error:
+            return self._nobody(node0, waiting.waited, str(error)) if self.plan.node_rank else self._taken(str(error))
+
+    async def _rest(self, seconds: float) -> bool:
+        """Whether the user wants this job to end; waits a little for that."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        return self.stops > 0
 
     def _nobody(self, node0: str, waited: float, why: str) -> Verdict:
         if self._round:

@@ -10,7 +10,7 @@ import hmac
 import json
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import NoReturn
 
 VERSION = 1
@@ -18,6 +18,8 @@ MAX_LINE = 1 << 16
 """Bytes. The longest honest line is the hello of a node with a list of 1,000 addresses (about 20 KB)."""
 MAX_BACKLOG = 1 << 20
 """Bytes waiting for a peer that does not read; more, and it is dropped."""
+SEGMENT = 1200
+"""Bytes; fits the smallest MTU of IPv6, 1280."""
 HANDSHAKE = 5.0
 """Seconds from a connection to a proven hello."""
 
@@ -34,6 +36,20 @@ class WireError(Exception):
 
 class UntrustedError(WireError):
     """The other side did not prove the cluster token."""
+
+
+async def listen(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    address: str,
+    port: int,
+    backlog: int,
+) -> asyncio.Server:
+    """Node 0's ear. Its connections send small segments, both ways: a path that drops full-size packets must not keep
+    a node from coming and being told so. Raises OSError."""
+    server = await asyncio.start_server(serve, address, port, limit=MAX_LINE, backlog=backlog)
+    for ear in server.sockets:
+        ear.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
+    return server
 
 
 class Wire:
