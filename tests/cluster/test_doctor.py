@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
 
+from tests.cluster.bad_day import we_print
 from tests.cluster.test_testbed import listening
 from tests.testbed import Cluster, Finished, Node, network
 from tests.testbed.shell import run
@@ -26,6 +28,8 @@ class Told:
 
     code: int
     output: str
+    seconds: float
+    """From the start of the first node's doctor to the end of the last one's."""
 
     @property
     def table(self) -> list[str]:
@@ -35,6 +39,10 @@ class Told:
         """{(node, check): what was said} of all that is neither green nor skipped."""
         lines = re.findall(r"^node ([0-9?]) \(.*?\): (\S+) (warn|FAIL): (.*)$", self.output, re.MULTILINE)
         return {(node, check): f"{word}: {text}" for node, check, word, text in lines}
+
+    def hand_in(self, scenario: str, node: str, check: str) -> None:
+        """The finding for the table of bad days."""
+        we_print(scenario, self.seconds, f"node {node}: {check} {self.bad()[node, check]}", by="doctor")
 
 
 def doctors(nodes: Sequence[Node], *words: str, each: Sequence[Env] = (), **env: str) -> list[Told]:
@@ -46,12 +54,14 @@ def doctors(nodes: Sequence[Node], *words: str, each: Sequence[Env] = (), **env:
         settings = {**listed, "CLUSTER_TOKEN_FILE": "./secrets/token", **own}
         return node.run("doctor", *words, env={k: v for k, v in settings.items() if k != "TOKEN"}, files=files)
 
+    started = time.monotonic()
     with ThreadPoolExecutor(len(nodes)) as pool:
         done = list(pool.map(one, nodes, each or [{}] * len(nodes)))
     for node, finished in zip(nodes, done, strict=True):
         # Shown by pytest with a failure.
         print(f"--- {node.name} ended with {finished.code}\n{finished.output}")
-    return [Told(code=finished.code, output=finished.output) for finished in done]
+    took = time.monotonic() - started
+    return [Told(code=finished.code, output=finished.output, seconds=took) for finished in done]
 
 
 def firewall(node: Node, rule: str) -> None:
@@ -119,6 +129,7 @@ def test_a_link_slowed_ten_times_is_red(cluster2: Cluster) -> None:
         told.bad()["1", "speed"],
     )
     assert {check for _, check in told.bad()} == {"speed"}
+    told.hand_in("slow link", "1", "speed")
 
 
 def test_a_smaller_mtu_on_one_node_is_named(cluster2: Cluster) -> None:
@@ -131,6 +142,7 @@ def test_a_smaller_mtu_on_one_node_is_named(cluster2: Cluster) -> None:
     assert list(told.bad()) == [("1", "mtu")]
     assert f"{node.interface} has MTU 1400, but 1500 on node 0" in told.bad()["1", "mtu"]
     assert f"sudo ip link set {node.interface} mtu 1500" in told.bad()["1", "mtu"]
+    told.hand_in("mtu", "1", "mtu")
 
 
 def test_a_path_with_a_smaller_mtu_than_both_ends_is_found(cluster2: Cluster) -> None:
@@ -145,9 +157,10 @@ def test_a_path_with_a_smaller_mtu_than_both_ends_is_found(cluster2: Cluster) ->
 
 
 def test_the_wrong_interface_in_the_users_settings_is_red(cluster2: Cluster) -> None:
-    told = doctors(cluster2.nodes, each=[{}, {"GLOO_SOCKET_IFNAME": "lo"}])[0]
-    assert "GLOO_SOCKET_IFNAME=lo (.env:" in told.bad()["1", "network"]
-    assert "The other nodes would be sent there" in told.bad()["1", "network"]
+    told = doctors(cluster2.nodes, each=[{"GLOO_SOCKET_IFNAME": "lo"}, {}])[0]
+    assert "GLOO_SOCKET_IFNAME=lo (.env:" in told.bad()["0", "network"]
+    assert "The other nodes would be sent there" in told.bad()["0", "network"]
+    told.hand_in("wrong nic", "0", "network")
 
 
 def test_a_rank_that_belongs_to_another_node_is_told_by_both(cluster2: Cluster) -> None:
@@ -161,6 +174,7 @@ def test_small_shared_memory_is_told_with_its_setting(cluster2: Cluster) -> None
     told = doctors(cluster2.nodes, each=[{}, {"SHM_SIZE": "32mb"}])[0]
     assert list(told.bad()) == [("1", "limits")]
     assert "SHM_SIZE" in told.bad()["1", "limits"]
+    told.hand_in("shm", "1", "limits")
 
 
 def test_settings_that_differ_are_shown_side_by_side(cluster2: Cluster) -> None:
@@ -172,6 +186,7 @@ def test_a_taken_port_is_named_on_node_0(cluster2: Cluster) -> None:
     with listening(cluster2.nodes[0], 29400):
         told = doctors(cluster2.nodes)[0]
     assert "MASTER_PORT 29400 is taken" in told.bad()["0", "ports"]
+    told.hand_in("port", "0", "ports")
 
 
 def test_a_cut_between_two_of_three_nodes_names_the_pair(cluster4: Cluster) -> None:
@@ -182,6 +197,7 @@ def test_a_cut_between_two_of_three_nodes_names_the_pair(cluster4: Cluster) -> N
     assert set(reach) == {("1", "reach"), ("2", "reach")}
     assert f"node 1 ({three[1].address}) cannot connect to it" in reach["2", "reach"]
     assert ("0", "reach") not in told.bad()
+    told.hand_in("pair", "2", "reach")
 
 
 def test_one_slow_node_of_three_is_named_and_the_others_are_not(cluster4: Cluster) -> None:

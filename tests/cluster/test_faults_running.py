@@ -34,7 +34,7 @@ SLACK = 2.0
 
 @dataclass
 class Job:
-    """Two nodes that train."""
+    """Nodes that train."""
 
     bed: Cluster
     stacks: list[Stack] = field(default_factory=list)
@@ -43,18 +43,19 @@ class Job:
     good: bool = False
     """All ranks train, as far as is known."""
 
-    def train(self, **env: str) -> None:
-        """Starts over, and waits until all ranks train."""
+    def train(self, count: int = 2, **env: str) -> None:
+        """Starts over on `count` nodes, and waits until all ranks train."""
+        self.bed.grow(count)
         self.bed.clear()
         self.since = time.time()
-        nodes = self.bed.nodes[:2]
+        nodes = self.bed.nodes[:count]
         addresses = ",".join(node.address for node in nodes)
         self.stacks = [up(node, addresses, {"REJOIN_TIMEOUT": "60", **env}) for node in nodes]
         self.trains()
 
     def trains(self, deadline: float = 60) -> float:
         """Seconds from the last fault until all ranks train (again)."""
-        took = all_hear(self.stacks, r"trains: rank \d of 2", self.since, deadline)[0]
+        took = all_hear(self.stacks, rf"trains: rank \d of {len(self.stacks)}", self.since, deadline)[0]
         self.good = True
         return took
 
@@ -242,19 +243,22 @@ def test_a_power_cut(job: Job, table: Table) -> None:
 
 
 def test_min_nodes_goes_on_without_a_lost_node_and_takes_it_back(job: Job, table: Table) -> None:
-    job.train(REJOIN_TIMEOUT="4", MIN_NODES="1")
+    job.train(3, REJOIN_TIMEOUT="4", MIN_NODES="2")
+    first, lost, last = job.stacks
     since = job.fault()
-    job.stacks[1].kill()
-    knows, line = heard(job.stacks[0], "going on without node 1", since)
-    alone, _ = heard(job.stacks[0], "trains: rank 0 of 1", since)
-    told = f"trains on one node after {alone:.1f} s"
-    table.add("node 1 never returns (MIN_NODES=1, REJOIN_TIMEOUT=4)", knows, told, verdict(line))
+    lost.kill()
+    knows, line = all_hear([first, last], "going on without node 1", since)
+    alone, _ = heard(last, "trains: rank 1 of 2", since)
+    told = f"trains on two nodes after {alone:.1f} s, node 2 as rank 1"
+    table.add("node 1 of 3 never returns (MIN_NODES=2, REJOIN_TIMEOUT=4)", knows, told, verdict(line))
     since = job.fault()
-    job.stacks[1].start()
-    knows, line = heard(job.stacks[1], "is running without this node; it joins the next one", since)
-    assert job.stacks[0].signal(WORKER) == 1
+    lost.start()
+    knows, line = heard(lost, "is running without this node; it joins the next one", since)
+    assert first.signal(WORKER) == 1
     again = job.trains()
-    table.add("node 1 returns; the next failure", knows, f"trains on both after {again:.1f} s", verdict(line))
+    for rank, stack in enumerate(job.stacks):
+        heard(stack, f"trains: rank {rank} of 3", since)
+    table.add("node 1 returns; the next failure", knows, f"trains on all three after {again:.1f} s", verdict(line))
 
 
 def test_three_failures_in_a_row_end_the_job(bed: Cluster, table: Table) -> None:

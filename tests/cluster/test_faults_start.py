@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.cluster.bad_day import we_print
 from tests.cluster.faults import Table, all_hear, codes, ends, up, verdict
 from tests.testbed import Cluster, Stack, network
 
@@ -21,12 +22,16 @@ def table() -> Iterator[Table]:
     made.write("Before the training")
 
 
-def refused(table: Table, fault: str, stacks: list[Stack], since: float, pattern: str, code: int) -> str:
+def refused(
+    table: Table, fault: str, stacks: list[Stack], since: float, pattern: str, code: int, *, bad_day: str = ""
+) -> str:
     """All nodes print `pattern` and end with `code` for good; returns the last node's line."""
     knows, line = all_hear(stacks, pattern, since)
     found = codes(stacks)
     assert found == [code] * len(stacks)
     table.add(fault, knows, ends(found), verdict(line))
+    if bad_day:
+        we_print(bad_day, knows, verdict(line))
     assert not any(stack.processes() for stack in stacks)
     return line
 
@@ -39,7 +44,9 @@ def test_a_rank_that_two_nodes_claim(cluster2: Cluster, table: Table) -> None:
     stacks[0].wait_for("2 of 3 nodes are here")
     since = time.time()
     stacks.append(up(second, "", {**classic, "NODE_RANK": "1"}, project="twin"))
-    line = refused(table, "two nodes with NODE_RANK=1", stacks, since, "two nodes say they are node 1", 4)
+    line = refused(
+        table, "two nodes with NODE_RANK=1", stacks, since, "two nodes say they are node 1", 4, bad_day="twin"
+    )
     assert line.count(second.address) == 2
 
 
@@ -99,7 +106,7 @@ def test_a_firewall_that_opens_nothing_but_the_two_ports(cluster2: Cluster, tabl
     since = time.time()
     stacks = [up(node, cluster2.addresses) for node in (first, second)]
     pattern = rf"node 0 \({first.address}\) to node 1 \({second.address}\), port \d+ and \d+: no answer"
-    line = refused(table, "only MASTER_PORT and CONTROL_PORT are open", stacks, since, pattern, 3)
+    line = refused(table, "only MASTER_PORT and CONTROL_PORT are open", stacks, since, pattern, 3, bad_day="one way")
     assert f"on node 1: iptables -I INPUT -p tcp -s {first.address} -d {second.address} -j ACCEPT" in line
 
 
@@ -110,7 +117,8 @@ def test_a_wrong_token_and_another_job_do_not_disturb_the_node_that_waits(cluste
     waiting = up(first, cluster2.addresses, guarded, files=right)
     since = time.time()
     stranger = up(second, cluster2.addresses, guarded, files=wrong)
-    refused(table, "wrong cluster token", [stranger], since, "CLUSTER_TOKEN_FILE differs from that of node 0", 7)
+    pattern = "CLUSTER_TOKEN_FILE differs from that of node 0"
+    refused(table, "wrong cluster token", [stranger], since, pattern, 7, bad_day="token")
     stranger.remove()
     since = time.time()
     other = up(second, cluster2.addresses, {**guarded, "RUN_NAME": "other"}, files=right)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from tests.cluster.bad_day import we_print
+from tests.cluster.faults import heard
 from tests.cluster.test_two_nodes import SHORT, ended_well, up
 from tests.testbed import Cluster
 
@@ -34,9 +37,12 @@ def named(cluster2: Cluster) -> Iterator[Cluster]:
 def test_two_nodes_train_whatever_their_names_resolve_to(named: Cluster, names: tuple[str, ...], hosts: str) -> None:
     for node, name in zip(named.nodes, names, strict=True):
         node.set_host_name(name, hosts.format(name=name))
+    since = time.time()
     stacks = up(named, {"NODES": named.addresses, "NPROC_PER_NODE": "1", "TRAIN_ARGS": SHORT})
     ended_well(stacks)
     assert f"rank 1 of 2, local rank 0, node 1 ({names[1]})" in stacks[1].logs()
+    if "127.0.1.1" in hosts:
+        we_print("127.0.1.1", *heard(stacks[0], "step 4/4", since))
 
 
 def test_nodes_listed_by_name_are_resolved_from_the_hosts_file(named: Cluster) -> None:

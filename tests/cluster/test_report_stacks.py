@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
+from tests.cluster.bad_day import SCRIPTS, fault_at, we_print
+from tests.cluster.faults import all_hear, verdict
 from tests.testbed import Cluster
 
-HUNGRY = """
-import os, time
-import torch.distributed as dist
-dist.init_process_group("gloo")
-dist.barrier()
-if os.environ["RANK"] == "1":
-    hoard = []
-    while True:
-        hoard.append(os.urandom(1 << 24))
-time.sleep(120)
-"""
 # Docker's own limit; without swap, so that it is reached in seconds.
 LIMIT = "services: {trainer: {mem_limit: 700m, memswap_limit: 700m}}\n"
 
@@ -25,9 +16,12 @@ def test_a_worker_killed_for_memory_is_reported_as_such_on_its_node(cluster2: Cl
         "NPROC_PER_NODE": "1",
         "MAX_RESTARTS": "0",
         "TRAIN_SCRIPT": "/workspace/hungry.py",
+        "TRAIN_ARGS": "memory 1",
     }
-    files = {"workspace/hungry.py": HUNGRY, "compose.override.yaml": LIMIT}
+    files = {"workspace/hungry.py": (SCRIPTS / "goes_wrong.py").read_text(), "compose.override.yaml": LIMIT}
     stacks = [node.up(settings, files=files) for node in cluster2.nodes]
+    after, line = all_hear(stacks, r"node 1 \(.*rank 1 was ended by SIGKILL", fault_at(stacks))
+    we_print("memory", after, verdict(line))
     assert [stack.wait(90) for stack in stacks] == [5, 5]
     told = [stack.compose("run", "--rm", "-T", "trainer", "report") for stack in stacks]
     for text in told:
