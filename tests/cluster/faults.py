@@ -80,8 +80,10 @@ class Table:
         head = "| fault | all nodes know after | how it ends | what the nodes say |\n|---|---|---|---|"
         path = Path(target)
         old = path.read_text() if path.exists() else INTRODUCTION
-        kept = re.sub(rf"\n## {part}\n.*?(?=\n## |\Z)", "", old, flags=re.DOTALL)
-        path.write_text("\n".join([kept.rstrip(), "", f"## {part}", "", head, *rows, ""]))
+        new = "\n".join([f"## {part}", "", head, *rows, ""])
+        # In its place, so that a part that is measured alone does not change the order.
+        text, found = re.subn(rf"## {part}\n.*?(?=\n## |\Z)", lambda _: new, old, flags=re.DOTALL)
+        path.write_text(text if found else f"{old.rstrip()}\n\n{new}")
 
 
 def shown(knows: float | None) -> str:

@@ -220,27 +220,28 @@ class Member:
                 self._inbox.put_nowait(("gone", {"why": f"no sign of life for {silence:.0f} s"}))
             elif not gone and silence > 3 * beat:
                 self._spawn(self._pulse(2 * beat))
+            kind, message = await self._next(beat)
             try:
-                async with asyncio.timeout(beat):
-                    kind, message = await self._inbox.get()
-            except TimeoutError:
-                continue
-            if kind == "gone":
-                gone = gone or self._abandon(wire, str(message["why"]))
-            elif kind == "stop" and self.stops > 1:
-                return STOPPED
-            elif kind != "said":
-                await self._notice(wire, kind)
-            else:
-                self._heard = time.monotonic()
-                try:
-                    verdict = self._follow(wire, message)
-                except WireError as error:
-                    gone = gone or self._abandon(wire, f"it does not speak the protocol ({error})")
-                    continue
-                if verdict:
-                    return verdict
+                if kind == "said":
+                    self._heard = time.monotonic()
+                    if verdict := self._follow(wire, message):
+                        return verdict
+                elif kind == "stop" and self.stops > 1:
+                    return STOPPED
+                elif kind == "gone":
+                    gone = gone or self._abandon(wire, str(message["why"]))
+                elif kind:
+                    await self._notice(wire, kind)
+            except WireError as error:
+                gone = gone or self._abandon(wire, f"it does not speak the protocol ({error})")
         return None
+
+    async def _next(self, seconds: float) -> tuple[str, Message]:
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._inbox.get()
+        except TimeoutError:
+            return "", {}
 
     def _tell_stalls(self, wire: Wire) -> None:
         """Tells node 0 that all ranks of this node stand still, and where; or that one moves again."""
