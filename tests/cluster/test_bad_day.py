@@ -44,7 +44,8 @@ def test_an_exception_on_one_rank_of_four_is_named_on_both_nodes(cluster2: Clust
 
 
 def test_a_full_disk_is_named_with_its_node_and_known_by_its_text(cluster2: Cluster) -> None:
-    stacks = two_nodes(cluster2, "disk 2", each={1: {"compose.override.yaml": FULL}})
+    # This disk is gone with its container, and with it what keeps Docker from starting the container again.
+    stacks = two_nodes(cluster2, "disk 2", each={1: {"compose.override.yaml": FULL}}, RESTART="no")
     all_print("disk", stacks, r"node 1 \(.*rank 2 failed with", fault_at(stacks))
     assert codes(stacks) == [5, 5]
 
@@ -93,7 +94,9 @@ def test_fsdp_without_a_shared_folder_is_refused_with_the_ranks_and_the_way_out(
 
 def test_one_slow_rank_is_named_by_the_shipped_script(cluster2: Cluster) -> None:
     since = time.time()
-    train = {"TRAIN_SCRIPT": "-m app.train", "TRAIN_ARGS": f"--steps 80 --log-every 5 {SMALL}"}
+    # Steps long enough for the limit to be felt within each: the kernel grants it in slices of 0.1 s.
+    heavy = "--steps 45 --log-every 5 --layers 2 --width 128 --heads 2 --sample 0 --eval-every 0"
+    train = {"TRAIN_SCRIPT": "-m app.train", "TRAIN_ARGS": heavy}
     few = {1: {"compose.override.yaml": "services: {trainer: {cpus: 0.3}}\n"}}
     stacks = [up(node, cluster2.addresses, train, files=few.get(node.index)) for node in cluster2.nodes]
     after, line = heard(stacks[0], r"slow: rank 1 on node 1 .* times the median rank's time", since, 120)

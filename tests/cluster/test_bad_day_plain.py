@@ -118,7 +118,7 @@ DAYS: Mapping[str, Day] = {
     "other collective": Day(script="other_collective.py 1"),
     "slow rank": Day(script="goes_wrong.py slow 3"),
     "port": Day(fault=lambda bed: listening(bed.nodes[0], PORT)),
-    "no script": Day(lacks_script=1),
+    "no script": Day(lacks_script=1, tells={1: "can't open file|No such file"}),
     "import": Day(script="goes_wrong.py import", files={0: {"workspace/preprocessing.py": "def ready(): pass\n"}}),
 }
 
