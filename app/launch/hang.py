@@ -1,5 +1,6 @@
 """A job in which no rank moves: what each rank's watch has written (stall.py), and one sentence made of all of them."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,13 +42,10 @@ def watched(plan: Plan) -> dict[str, str]:
     patience = min((seconds for seconds in (plan.hang_report, plan.hang_timeout) if seconds), default=0.0)
     if not patience:
         return {}
-    try:
-        folder(plan).mkdir(parents=True, exist_ok=True)
-        for file in folder(plan).iterdir():
-            file.unlink(missing_ok=True)
-    except OSError:
-        # A full disk must not keep a round from its start.
-        return {}
+    for file in folder(plan).glob("rank*"):
+        # What was told of an earlier round; one that cannot be removed must not keep this round from its start.
+        with contextlib.suppress(OSError):
+            file.unlink()
     return {"TORCHRUN_COMPOSE_STALLS": f"{patience:g}:{folder(plan)}"}
 
 

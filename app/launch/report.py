@@ -201,5 +201,6 @@ def write_report(plan: Plan, report: Report) -> Path:
 
 
 def stored(run_dir: Path) -> Sequence[Path]:
-    """The folders of reports below a run's folder, in rank order."""
-    return sorted((run_dir / "report").glob("node*"), key=lambda folder: int(folder.name.removeprefix("node") or 0))
+    """The folders of reports below a run's folder, in rank order. A job that ended well may have left stacks there."""
+    found = (file.parent for file in (run_dir / "report").glob("node*/report.txt"))
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("node") or 0))

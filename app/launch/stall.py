@@ -57,6 +57,7 @@ def _tell(path: str, seconds: float, frame: FrameType) -> bool:
     stack = "".join(traceback.format_stack(frame))[-STACK_BYTES:]
     known = {"rank": int(os.environ["RANK"]), "seconds": seconds, "at": _own_line(frame), "stack": stack}
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
         with open(path + ".new", "w", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
             json.dump({**known, **_last_collective()}, file)
         os.replace(path + ".new", path)  # noqa: PTH105

@@ -120,6 +120,11 @@ def test_both_files_are_written_and_a_second_report_replaces_the_first(tmp_path:
     assert stored(plan.run_dir) == [folder]
 
 
+def test_stacks_without_a_report_are_no_report(tmp_path: Path) -> None:
+    write(tmp_path / "report/node0/stalls/rank0.json", "{}")
+    assert stored(tmp_path) == []
+
+
 def test_counters_are_read_below_a_root_for_cards_ports_and_both_kinds_of_control_groups(tmp_path: Path) -> None:
     write(tmp_path / "sys/class/net/eth0/statistics/rx_errors", "7\n")
     write(tmp_path / "sys/class/infiniband/mlx5_0/ports/1/counters/symbol_error", "9\n")
