@@ -73,14 +73,15 @@ ENV PATH=/opt/venv/bin:$PATH \
 # An empty file for ENV_FILE to be mounted over.
 RUN install -D -m 0644 /dev/null /etc/torchrun-compose/.env
 WORKDIR /workspace
-USER 1000:1000
 # The start period covers the roll call, in which nodes may wait minutes for each other.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
     CMD ["python", "/opt/torchrun-compose/entrypoint.py", "healthcheck"]
 ENTRYPOINT ["python", "/opt/torchrun-compose/entrypoint.py"]
-# Last, so that an edit copies a few files and nothing more.
+# Last, so that an edit copies and compiles a few files and nothing more.
 COPY --chmod=0755 entrypoint.py /opt/torchrun-compose/
 COPY app /opt/torchrun-compose/app
+RUN python3 -m compileall -q /opt/torchrun-compose
+USER 1000:1000
 ARG BASE_IMAGE
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="torchrun-compose" \

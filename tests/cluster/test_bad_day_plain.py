@@ -172,7 +172,7 @@ def found(stack: Stack, pattern: str, since: float) -> tuple[str, str]:
     """The cell with the line that tells, and after how long."""
     for at, line in stamped(stack):
         if re.search(pattern, line):
-            return code(line), f"{at - since:.1f} s"
+            return code(line), f"{max(0.0, at - since):.1f} s"
     return ("nothing", f"not within {LOOK:.0f} s") if stack.running else ("nothing, and ends", "-")
 
 

@@ -299,6 +299,16 @@ def test_a_port_of_node_0_that_stays_in_use_is_refused_on_all_nodes_with_its_hol
         assert launcher.said[-1].endswith(") has it. End that, or set another MASTER_PORT on all nodes.")
 
 
+def test_a_port_that_another_job_of_this_machine_has_on_any_address_is_refused_on_a_single_node(tmp_path: Path) -> None:
+    with nodes(tmp_path, 1, ALL_REDUCE) as job, socket.socket() as other:
+        other.bind(("127.0.0.9", int(job.settings["MASTER_PORT"])))
+        other.listen()
+        launcher = job.start(0, "10")
+        assert ends([launcher], 25) == [2]
+    assert launcher.said[-1].endswith(") has it. End that, or set another MASTER_PORT on all nodes.")
+    assert "Traceback" not in launcher.text
+
+
 @pytest.mark.parametrize(
     ("script", "what", "why"),
     [

@@ -193,6 +193,8 @@ class Member:
         """Opens this node's listeners anew; node 0 also tries the port that torchrun needs next."""
         self._answering.close()
         self._answering = reach.Answering(self._key)
+        if self.plan.node_rank == 0:
+            reach.try_port(self.plan.master_port)
         if len(self.plan.nodes) > 1:
             await self._answering.open(self.plan.address, [self.plan.master_port] * (self.plan.node_rank == 0))
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,13 @@ class Answering:
                     await reader.read(1)
         self._busy -= 1
         writer.close()
+
+
+def try_port(port: int) -> None:
+    """Raises OSError if torchrun's store could not listen on `port`: it does on all interfaces, whatever MASTER_ADDR
+    says (c10d/TCPStoreLibUvBackend.cpp), so a listener on any address of this machine is in its way."""
+    with socket.create_server(("", port)):
+        pass
 
 
 def targets(index: int, count: int) -> list[int]:

@@ -24,19 +24,16 @@ def misspelt(values: Mapping[str, Value]) -> list[tuple[str, str]]:
     if not suspects:
         return []
     libraries = known_variables()
-    everything = sorted({*BY_NAME, *libraries})
-    found = [(name, _meant(name, everything)) for name in sorted(suspects) if name not in libraries | INNOCENT]
+    # Most of an environment is other programs': a cheap look first keeps difflib to the few that could be meant.
+    by_initial: dict[str, list[str]] = {}
+    for known in sorted({*BY_NAME, *libraries}):
+        by_initial.setdefault(known[0], []).append(known)
+    unread = sorted(name for name in suspects if name not in libraries and name not in INNOCENT)
+    found = [(name, _meant(name, by_initial.get(name[0].upper(), []))) for name in unread]
     return [(name, meant) for name, meant in found if meant is not None]
 
 
 def _meant(name: str, known: Iterable[str]) -> str | None:
-    upper = name.upper()
-    near = difflib.get_close_matches(upper, [each for each in known if _same_start(upper, each)], n=1, cutoff=0.88)
-    if not near or near[0] == name:
-        return None
-    return near[0]
-
-
-def _same_start(name: str, known: str) -> bool:
-    # Most of an environment is other programs': a cheap look first keeps difflib to the few that could be meant.
-    return abs(len(name) - len(known)) <= 3 and name[0] == known[0]
+    similar = [each for each in known if abs(len(name) - len(each)) <= 3]
+    near = difflib.get_close_matches(name.upper(), similar, n=1, cutoff=0.88)
+    return near[0] if near and near[0] != name else None
