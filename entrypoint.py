@@ -18,6 +18,7 @@ from pathlib import Path
 from app.launch.errors import UserError
 
 Command = Callable[[Sequence[str]], int]
+INSTALL = "Without Docker: `python3 -m venv env && env/bin/pip install -r requirements/cuda.txt`, then env/bin/python"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,6 +32,11 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"torchrun-compose: {error.message}", file=sys.stderr, flush=True)
         return error.code
+    except ModuleNotFoundError as error:
+        if error.name not in ("dotenv", "psutil"):
+            raise
+        print(f"torchrun-compose: {sys.executable} lacks {error.name}. {INSTALL}", file=sys.stderr, flush=True)
+        return 2
 
 
 def run(arguments: Sequence[str]) -> int:

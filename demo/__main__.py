@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from app.launch.settings import TABLE
+
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS = 80
 
@@ -60,7 +62,11 @@ def runs_of(rank: int) -> Path:
 
 
 def job(rank: int, run_name: str) -> dict[str, str]:
+    # An empty value is unset: what a user's own .env says of a real cluster is not for the demo.
+    nothing = {setting.name: "" for setting in TABLE if setting.scope != "compose"}
     return {
+        **nothing,
+        "IMAGE": "",
         "TRAIN_ARGS": f"--steps={STEPS}",
         **os.environ,
         "NODES": "127.0.0.1,127.0.0.2",
@@ -107,7 +113,7 @@ def build_image() -> str:
     """Build the image that both stacks use; returns what went wrong, or nothing."""
     print("Building the image; the first time this takes some minutes.", flush=True)
     command = ["docker", "compose", "--project-directory", str(PROJECT), "build", "trainer"]
-    built = subprocess.run(command, env={**os.environ, "HARDWARE": "cpu"}, check=False).returncode == 0
+    built = subprocess.run(command, env={"IMAGE": "", **os.environ, "HARDWARE": "cpu"}, check=False).returncode == 0
     return "" if built else "the image could not be built, the reason stands above"
 
 

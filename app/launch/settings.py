@@ -119,6 +119,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="WHEELHOUSE", scope="compose"),
     Setting(name="RUNS", scope="compose"),
     Setting(name="WORKSPACE", scope="compose"),
+    Setting(name="DATA_DIR", scope="compose"),
     Setting(name="SHM_SIZE", scope="compose"),
     Setting(name="RESTART", scope="compose"),
     Setting(name="STOP_GRACE_PERIOD", scope="compose"),

@@ -100,11 +100,11 @@ def test_an_administrators_bridge_over_a_card_counts(wires: Cluster) -> None:
     assert all(count > GRADIENTS for count in moved(wires, "br0"))
 
 
-@pytest.mark.parametrize("kind", ["vlan", "bond"])
-def test_training_runs_over_a_vlan_and_over_a_bond(kind: str, wires: Cluster) -> None:
-    name = {"vlan": "fabric.100", "bond": "bond0"}[kind]
+@pytest.mark.parametrize("kind", ["macvlan", "vlan", "bond"])
+def test_training_runs_over_an_interface_that_stands_on_another(kind: str, wires: Cluster) -> None:
+    name = {"macvlan": "fabric0", "vlan": "fabric.100", "bond": "bond0"}[kind]
     for node in wires.nodes:
-        made = {"vlan": make_vlan, "bond": make_bond}[kind]
+        made = {"macvlan": make_macvlan, "vlan": make_vlan, "bond": make_bond}[kind]
         try:
             made(node, name)
         except BedError as error:
@@ -113,6 +113,11 @@ def test_training_runs_over_a_vlan_and_over_a_bond(kind: str, wires: Cluster) ->
             raise
     train(wires, "10.91.0.1,10.91.0.2")
     assert all(count > GRADIENTS for count in moved(wires, name))
+
+
+def make_macvlan(node: Node, name: str) -> None:
+    address = f"10.91.0.{node.index + 1}/24"
+    node.add_device(name, "macvlan mode bridge", "link", node.interface, address=address)
 
 
 def make_vlan(node: Node, name: str) -> None:

@@ -12,8 +12,13 @@ PROJECT = Path(__file__).resolve().parents[2]
 def test_without_an_engine_two_native_nodes_train_with_falling_loss_and_say_where_the_checkpoints_are(
     tmp_path: Path,
 ) -> None:
+    # A user's own settings of a real cluster are not for the demo.
+    (tmp_path / ".env").write_text(
+        "NODES=192.0.2.1,192.0.2.2\nMASTER_ADDR=192.0.2.1\nNNODES=2\nTRAIN_SCRIPT=/workspace/my.py\nGLOO_SOCKET_IFNAME=x0\n"
+    )
     # An empty PATH has no docker; the interpreter is named by its own path.
-    environment = {**os.environ, "PATH": str(tmp_path), "TRAIN_ARGS": "--steps=40", "RUNS_ROOT": str(tmp_path)}
+    own = {"PATH": str(tmp_path), "ENV_FILE": str(tmp_path / ".env")}
+    environment = {**os.environ, **own, "TRAIN_ARGS": "--steps=40", "RUNS_ROOT": str(tmp_path)}
     demo = subprocess.run(
         [sys.executable, "-m", "demo"], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=180
     )

@@ -177,8 +177,8 @@ class Stack:
 
 def lay_out(folder: Path, env: Mapping[str, str], files: Mapping[str, str]) -> None:
     """A user's checkout as compose sees it: the real compose file, one .env, scripts in workspace/."""
-    (folder / "workspace").mkdir(parents=True)
-    (folder / "wheels").mkdir()
+    for name in ("workspace", "data", "wheels"):
+        (folder / name).mkdir(parents=True)
     shutil.copy(PROJECT / "compose.yaml", folder)
     shutil.copytree(PROJECT / "hardware", folder / "hardware")
     lines = [f"{name}={value}\n" for name, value in {"ENV_FILE": "./.env", **env}.items()]
