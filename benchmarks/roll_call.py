@@ -39,6 +39,8 @@ PATIENCE = 120.0
 class NoEngine:
     """FAKE torchrun that has ended well as soon as it is started: what comes after the start is not measured."""
 
+    killed = float("inf")
+
     async def watch(self, _failing: object) -> Outcome:
         return Outcome(code=0)
 
@@ -85,6 +87,10 @@ def make_plan(count: int, rank: int, port: int) -> Plan:
     )
 
 
+async def nothing() -> None:
+    """There is no folder of a run to look at."""
+
+
 def member(plan: Plan, token: bytes, around: dict[str, object], started: list[float]) -> Member:
     def launch(_place: Place) -> NoEngine:
         started.append(time.time())
@@ -95,6 +101,7 @@ def member(plan: Plan, token: bytes, around: dict[str, object], started: list[fl
         clean=lambda: 0,
         progress=lambda: "",
         stalls=lambda: (),
+        look=nothing,
         say=lambda _text: None,
         holder=lambda _port: "",
         state=lambda _state, _round: None,
@@ -109,7 +116,7 @@ async def be_node_0(count: int, port: int, token: bytes) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_SELF)
     head = Hub(plan, token, lambda text: print(text, file=sys.stderr))
     server = await asyncio.start_server(
-        head.door.serve, plan.nodes[0], plan.control_port, limit=wire.MAX_LINE, backlog=2 * count + 64
+        head.serve, plan.nodes[0], plan.control_port, limit=wire.MAX_LINE, backlog=2 * count + 64
     )
     begun = time.time()
     started: list[float] = []

@@ -9,7 +9,6 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from app.launch import torchrun, traffic
 from app.launch.errors import UserError
@@ -20,9 +19,10 @@ from app.launch.gang.hub import LAST_WORD, LINGER, Hub
 from app.launch.gang.member import Member, Place, Surroundings
 from app.launch.gang.verdict import Verdict
 from app.launch.gang.wire import MAX_LINE, Wire, listen
-from app.launch.hang import read_stalls, watched
+from app.launch.hang import watched
 from app.launch.health import keep_state
 from app.launch.host.ports import holder
+from app.launch.looks import Looks
 from app.launch.plan import Plan
 from app.launch.report import make_report, read_counters, write_report
 
@@ -56,7 +56,7 @@ def supervise(plan: Plan) -> int:
         forget_final()
     if verdict.code == ExitCode.STOPPED:
         return int(verdict.code) if own_stop else plan.stopped_exit_code
-    if verdict.code != ExitCode.DONE:
+    if verdict.code not in (ExitCode.DONE, ExitCode.FAILED):
         write_final(int(verdict.code), verdict.text)
     return int(verdict.code)
 
@@ -100,43 +100,21 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def progress(plan: Plan) -> str:
-    """What changes when the training has got on, and at nothing else; "" for nothing yet.
-
-    The first line of RUN_DIR/progress if the script writes that file. Otherwise the newest entry of CHECKPOINT_DIR,
-    hidden and temporary ones apart: a file by name and time, since many scripts write one again and again, a folder by
-    name alone, since a script that always fails while it saves would renew its time."""
-    try:
-        return (plan.run_dir / "progress").read_text(errors="replace").partition("\n")[0][:100]
-    except OSError:
-        pass
-    try:
-        found = [(entry.stat().st_mtime, entry) for entry in plan.checkpoint_dir.iterdir() if _is_complete(entry)]
-    except OSError:
-        return ""
-    if not found:
-        return ""
-    at, newest = max(found)
-    return newest.name[:80] if newest.is_dir() else f"{newest.name[:80]} {at:.3f}"
-
-
-def _is_complete(entry: Path) -> bool:
-    return not entry.name.startswith(".") and "tmp" not in entry.name and not entry.name.endswith((".new", ".partial"))
-
-
 async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) -> tuple[Verdict, bool]:
     """The verdict, and whether the stop came from this node's own user. `tell` prints the verdict as soon as there is
     one: node 0 may stay for a while to tell others."""
     hub = Hub(plan, token, say)
     server = await _listen(plan, hub)
     presiding = asyncio.ensure_future(hub.preside()) if server or len(plan.nodes) == 1 else None
-    path, state = keep_state(plan.run_name, plan.node_rank, lambda: progress(plan))
+    looks = Looks(plan)
+    path, state = keep_state(plan.run_name, plan.node_rank, lambda: looks.progress)
     around = Surroundings(
         dial=_dial_inside(hub) if presiding else _dial(plan),
         launch=lambda place: _launch(plan, place),
         clean=torchrun.sweep,
-        progress=lambda: progress(plan),
-        stalls=lambda: read_stalls(plan),
+        progress=lambda: looks.progress,
+        stalls=lambda: looks.stalls,
+        look=looks.renew,
         holder=holder,
         say=say,
         state=state,
@@ -182,7 +160,7 @@ async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:
     if plan.node_rank or len(plan.nodes) == 1:
         return None
     try:
-        return await listen(hub.door.serve, plan.address, plan.control_port, backlog=2 * len(plan.nodes) + 64)
+        return await listen(hub.serve, plan.address, plan.control_port, backlog=2 * len(plan.nodes) + 64)
     except OSError as error:
         say(f"node 0 cannot listen on {plan.address} port {plan.control_port}: {os.strerror(error.errno or 0).lower()}")
         return None
@@ -202,7 +180,7 @@ def _dial_inside(hub: Hub) -> Callable[[], Awaitable[Wire]]:
 
     async def dial() -> Wire:
         here, there = socket.socketpair()
-        tasks.add(asyncio.ensure_future(hub.door.serve(*await asyncio.open_connection(sock=there, limit=MAX_LINE))))
+        tasks.add(asyncio.ensure_future(hub.serve(*await asyncio.open_connection(sock=there, limit=MAX_LINE))))
         return Wire(*await asyncio.open_connection(sock=here, limit=MAX_LINE))
 
     return dial

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,8 @@ class Torchrun:
     """One running torchrun. Start it from the main thread: it is killed when the thread that started it ends."""
 
     def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
+        self.killed = float("inf")
+        """Monotonic time at which a worker that still lived was sent SIGKILL by this node."""
         ear, mouth = os.pipe()
         self.ear = ear
         try:
@@ -128,12 +131,13 @@ class Torchrun:
         await asyncio.sleep(grace)
         # Of the user's grace torchrun's own --shutdown-timeout comes first.
         await asyncio.sleep(KILL_AFTER if gently else 0)
-        self._tell_workers(signal.SIGKILL)
+        if self._tell_workers(signal.SIGKILL):
+            self.killed = time.monotonic()
         await asyncio.sleep(KILL_AFTER)
         self.kill()
 
     def kill(self) -> None:
-        """Ends torchrun and all below it at once."""
+        """Ends torchrun and all below it at once, if it has not ended by itself."""
         self._tell_workers(signal.SIGKILL)
         self._tell(signal.SIGKILL)
 
@@ -142,16 +146,20 @@ class Torchrun:
             self.process.send_signal(number)
 
     def _tell_workers(self, number: signal.Signals) -> int:
-        """Signals all below torchrun; returns how many those are."""
+        """Signals all below torchrun; returns how many of those live."""
+        if self.process.poll() is not None:
+            # Its number may be another process's by now.
+            return 0
         import psutil
 
         workers: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):
             workers = psutil.Process(self.process.pid).children(recursive=True)
-        for worker in workers:
+        alive = [worker for worker in workers if _lives(worker)]
+        for worker in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.send_signal(number)
-        return len(workers)
+        return len(alive)
 
 
 def adopt_orphans() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from app.launch import health
 from app.launch.final import RETRY_WINDOW, read_final, write_final
-from app.launch.supervise import progress
+from app.launch.looks import progress
 from tests.unit.launch_facts import machine, planned
 
 IDENTITY = "0123456789abcdef" * 4

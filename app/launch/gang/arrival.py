@@ -26,6 +26,7 @@ class Waiting:
         self.until = self.start + seconds
         self._say = say
         self._said = (0.0, "")
+        self._asked = 0.0
 
     @property
     def waited(self) -> float:
@@ -35,9 +36,13 @@ class Waiting:
     def over(self) -> bool:
         return time.monotonic() > self.until
 
-    def tell(self, what: str) -> None:
+    def tell(self, name: Callable[[], str]) -> None:
+        """`name` tells for whom; it is asked once a second at most, since on a large cluster it takes a while."""
         now, (at, last) = time.monotonic(), self._said
-        if now > self.start + SAY_AFTER and now > at + (SAY_EVERY if what == last else 1.0):
+        if now <= max(self.start + SAY_AFTER, self._asked + 1.0):
+            return
+        self._asked, what = now, name()
+        if what != last or now > at + SAY_EVERY:
             self._said = (now, what)
             end = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() + self.until - now))
             self._say(f"waiting {now - self.start:.0f} s for {what} (until {end})")
@@ -52,7 +57,11 @@ async def arrive(
         UntrustedError: the token differs.
         NobodyError: the time is over.
     """
-    pause = 0.02
+    pause, why = 0.02, ""
+
+    def whom() -> str:
+        return f"{node0}: {why}"
+
     while True:
         try:
             async with asyncio.timeout(reach.CONNECT + HANDSHAKE):
@@ -65,7 +74,7 @@ async def arrive(
             why = reach.why(error)
         if waiting.over:
             raise NobodyError(why)
-        waiting.tell(f"{node0}: {why}")
+        waiting.tell(whom)
         if await rest(pause):
             return None
         pause = min(2 * pause, RETRY)

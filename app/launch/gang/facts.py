@@ -13,8 +13,8 @@ Facts = Mapping[str, str]
 
 TOLERATED = {"cuda driver", "hcas", "link layer", "mtu", "python", "torchrun-compose"}
 """Facts that may differ for a good reason: said, not refused. So may times, whatever tunes NCCL, and packages."""
-MOST_LINES = 12
-"""Of a table: two images can differ in hundreds of packages."""
+MOST_LINES, MOST_VALUES = 12, 8
+"""Of a table: two images can differ in hundreds of packages, 1,000 nodes in as many values of one fact."""
 CURES = {
     "NODES": "Copy one .env to all nodes.",
     "NNODES": "Copy one .env to all nodes.",
@@ -104,7 +104,8 @@ def _by_value(facts: Mapping[int, Facts], name: str) -> list[str]:
     holders: dict[str, list[int]] = {}
     for rank, known in sorted(facts.items()):
         holders.setdefault(known.get(name, "-")[:80], []).append(rank)
-    return [f"{value} ({_nodes(ranks)})" for value, ranks in holders.items()]
+    told = [f"{value} ({_nodes(ranks)})" for value, ranks in [*holders.items()][:MOST_VALUES]]
+    return told + [f"and {len(holders) - MOST_VALUES} other values"] * (len(holders) > MOST_VALUES)
 
 
 def _nodes(ranks: Sequence[int]) -> str:

@@ -1,23 +1,24 @@
 """Node 0's part: who is here, do they agree, can they reach each other, and what ends a round.
 
-One coroutine, `Hub.preside`, decides; connections only put what they hear into its inbox.
+One coroutine, `Hub.preside`, decides; each connection gives its node a seat and hands on the events that it hears.
 """
 
 import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from app.launch.exitcodes import ExitCode
 from app.launch.gang import reach
 from app.launch.gang.arrival import SAY_AFTER, Waiting
 from app.launch.gang.door import Door
-from app.launch.gang.messages import Event, Hello, Pulse, Say, read_event, read_ports
+from app.launch.gang.messages import Event, Hello, Say, read_event, read_hello, read_ports
 from app.launch.gang.round import Round, lost
-from app.launch.gang.seats import Seats
+from app.launch.gang.seats import Seat, Seats
 from app.launch.gang.verdict import Final, Trouble, Verdict, account, first_cause
-from app.launch.gang.wire import Message, Wire, WireError, text
+from app.launch.gang.wire import PATIENCE, Message, Wire, WireError, integer, text
 from app.launch.plan import Plan
 
 STRAGGLERS = 2.0
@@ -28,6 +29,10 @@ LAST_WORD = 2.0
 """Seconds until everybody has read the verdict."""
 LINGER = 10.0
 """Seconds that a job which was refused still tells those who come late: they would wait until START_TIMEOUT."""
+BACKLOG = 1000
+"""Events that wait to be judged; while there are more, nobody is listened to."""
+SETTLE = 0.5
+"""Seconds until the end of a connection is known: a node that died in the reach test is lost, not firewalled."""
 
 
 class Hub:
@@ -36,57 +41,134 @@ class Hub:
     def __init__(self, plan: Plan, token: bytes, say: Say) -> None:
         self.plan = plan
         self.say = say
-        self.door = Door(plan, token)
         self.seats = Seats(plan)
         self.round = 0
         self.failures = 0
+        self._door = Door(plan, token)
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._attending = False
-        self._guests: list[Wire] = []
         self._grumbled = 0.0
         self._cause = ""
         self._got_on = False
         """The training made progress in some round, so its script and arguments are good."""
-        self._concluded: Verdict | None = None
+        self._verdict: Verdict | None = None
+        self._told = set[int]()
+        """Nodes that came after the verdict, and were told it."""
 
     def conclude(self, verdict: Verdict) -> None:
-        """Node 0 itself cannot take part: ends the job for all."""
-        self._concluded = verdict
+        """Ends the job for all, if it has not ended yet."""
+        self._verdict = self._verdict or verdict
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, from the handshake to its end."""
+        wire, seat = Wire(reader, writer), None
+        try:
+            message = await self._door.admit(wire)
+            if "pulse" in message:
+                # A sign of life by a connection of its own, from a node whose first one is stuck.
+                if self.seats.pulse(text(message, "pulse", 64)):
+                    wire.send("beat")
+                return
+            wire.give_up_after(PATIENCE * self.plan.heartbeat_timeout)
+            seat = await self._admit(wire, message)
+            while seat:
+                said = await wire.receive()
+                seat.heard = time.monotonic()
+                if said["kind"] != "beat":
+                    self._events.put_nowait(self._understand(seat, said))
+                while self._events.qsize() > BACKLOG:
+                    await asyncio.sleep(SETTLE)
+        except WireError as error:
+            self._leave(wire, seat, f"it said something that is not the protocol ({error})" if seat else str(error))
+        except OSError as error:
+            self._leave(wire, seat, f"{error} (its container, engine or machine ended)" if seat else str(error))
+        except asyncio.CancelledError:
+            pass  # the loop ends; Python 3.11's asyncio.streams would print a traceback of its own
+        finally:
+            wire.close()
+
+    async def _admit(self, wire: Wire, message: Message) -> Seat | None:
+        """Gives a node its seat; None where the job has ended. Raises WireError for one that is refused."""
+        # A node with a longer list must get a seat, or its list could not be shown next to ours.
+        hello = read_hello(message, wire.peer, max(len(self.plan.nodes), integer(message, "nnodes", 1, 1 << 20)))
+        objection = "" if self._verdict else self._objection(hello)
+        if objection:
+            wire.send("refuse", code=int(ExitCode.DISAGREE), text=objection)
+            raise WireError(f"refused: {objection}")
+        self._events.put_nowait(Event(rank=hello.rank, kind="joined"))
+        if self._verdict:
+            wire.send("verdict", code=int(self._verdict.code), text=self._verdict.text)
+            self._told.add(hello.rank)
+            await wire.closed()
+            return None
+        if before := self.seats.taken().get(hello.rank):
+            self.seats.free(before)
+            self._events.put_nowait(Event(rank=hello.rank, kind="lost", why="its connection broke, and it came again"))
+        if self._attending:
+            wire.send("news", text=f"round {self.round} is running without this node; it joins the next one")
+        return self.seats.take(wire, hello)
+
+    def _objection(self, hello: Hello) -> str:
+        """Why a node does not get a seat. Two nodes that claim one rank at the start end the job."""
+        if twin := self.seats.twin(hello):
+            first, second = (f"{self.seats.address(one)} (host {one.host})" for one in (twin, hello))
+            cure = "Remove NODE_RANK where it was set by hand, or set it right."
+            told = f"two nodes say they are node {hello.rank}: {first} and {second}. {cure}"
+            if not self.round:
+                self.conclude(Verdict(code=ExitCode.DISAGREE, text=told))
+            return told
+        if self.round and (wrong := self.seats.disagreement(hello)):
+            return f"node {hello.rank} no longer agrees with the others:\n{wrong}"
+        return ""
+
+    def _understand(self, seat: Seat, said: Message) -> Event:
+        event = read_event(said, seat.hello.rank, len(self.plan.nodes))
+        if event.kind == "ended":
+            seat.hello = replace(seat.hello, ports=read_ports(said), progress=text(said, "progress", 200))
+        return event
+
+    def _leave(self, wire: Wire, seat: Seat | None, why: str) -> None:
+        if seat is None:
+            self._grumble(wire, why)
+        elif self.seats.free(seat):
+            self._events.put_nowait(Event(rank=seat.hello.rank, kind="lost", why=why))
+
+    def _grumble(self, wire: Wire, why: str) -> None:
+        """Logs a connection that came to nothing, once in a while: an attacker must not fill the log."""
+        now = time.monotonic()
+        if wire.peer and now > self._grumbled + SAY_AFTER:
+            self._grumbled = now
+            self.say(f"a connection from {wire.peer} was no use: {why}")
 
     async def preside(self) -> Verdict:
         """Leads the job to its end; returns the verdict that every node was told."""
         beats = asyncio.create_task(self._beat())
         try:
             while True:
-                await self._roll_call()
-                troubles = await self._prove_reach() or await self._attend()
+                seats = await self._roll_call()
+                troubles = await self._prove_reach(seats) or await self._attend(seats)
                 await self._weigh(troubles)
         except Final as final:
-            self.door.verdict = verdict = final.verdict
+            self._verdict = verdict = final.verdict
         finally:
             beats.cancel()
-        await self._dismiss(self.seats.wires | {*self._guests}, verdict)
+        await self._dismiss(verdict)
         return verdict
 
-    async def _dismiss(self, wires: set[Wire], verdict: Verdict) -> None:
+    async def _dismiss(self, verdict: Verdict) -> None:
         """Tells everyone the verdict, and waits a little until they have hung up: then they have read it."""
-        for wire in wires:
-            wire.send("verdict", code=int(verdict.code), text=verdict.text)
+        self.seats.tell("verdict", code=int(verdict.code), text=verdict.text)
         refused = not self.round and verdict.code in (ExitCode.DISAGREE, ExitCode.SETTINGS)
         late = {*self.seats.missing()} - {0} if refused else set[int]()
         if late:
             self.say(f"this node stays for up to {LINGER:.0f} s to tell the end to {self.seats.some(late)}")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER if late else LAST_WORD):
-                while wires or late:
-                    wire, said = await self.door.inbox.get()
-                    if isinstance(said, Hello):
-                        late.discard(said.rank)
-                        wires.add(wire)
-                    elif isinstance(said, str):
-                        wires.discard(wire)
+                while len(self.seats) or late - self._told:
+                    await self._events.get()
 
-    async def _roll_call(self) -> None:
-        """Returns when the nodes of the next round are here and agree; raises Final when they never will."""
+    async def _roll_call(self) -> dict[int, Seat]:
+        """The nodes of the next round, once they are here and agree; raises Final when they never will."""
         waiting = Waiting(self.plan.rejoin_timeout if self.round else self.plan.start_timeout, self._tell)
         knocking = asyncio.create_task(self._knock())
         try:
@@ -94,12 +176,13 @@ class Hub:
                 if waiting.over:
                     self._without(missing, waiting.waited)
                     break
-                here = f"{len(self.seats)} of {len(self.plan.nodes)} nodes are here"
-                waiting.tell(f"{self.seats.names(missing)}; {here}")
+                waiting.tell(self._whom)
                 await self._rest(min(waiting.until, time.monotonic() + 0.5))
-                if self.seats.differences()[0]:
+                if self.seats.disagree:
                     await self._pause(STRAGGLERS)
-                    break
+                    self.seats.disagree = False
+                    if self.seats.differences()[0]:
+                        break
         finally:
             knocking.cancel()
         wrong, doubtful = self.seats.differences()
@@ -109,9 +192,13 @@ class Hub:
             self._tell(f"warning: the nodes differ, which may be intended:\n{doubtful}")
         if self.round == 0:
             # A node 0 that was started again goes on where the others were.
-            self.round = max(self.seats[rank].hello.round for rank in self.seats.ranks)
-            self.failures = max(self.seats[rank].hello.failures for rank in self.seats.ranks)
+            self.round = max(seat.hello.round for seat in self.seats.taken().values())
+            self.failures = max(seat.hello.failures for seat in self.seats.taken().values())
         self.round += 1
+        return self.seats.taken()
+
+    def _whom(self) -> str:
+        return f"{self.seats.names(self.seats.missing())}; {len(self.seats)} of {len(self.plan.nodes)} nodes are here"
 
     def _without(self, missing: Sequence[int], waited: float) -> None:
         if len(self.seats) >= self.plan.min_nodes and 0 in self.seats:
@@ -144,77 +231,71 @@ class Hub:
         writer.close()
         return "something else listens on its CONTROL_PORT"
 
-    def _seat(self, wire: Wire, hello: Hello) -> bool:
-        """Gives a node its seat; False if it was refused. Raises Final when two nodes claim one rank at the start."""
-        if twin := self.seats.twin(hello):
-            first, second = (f"{self.seats.address(one)} (host {one.host})" for one in (twin, hello))
-            cure = "Remove NODE_RANK where it was set by hand, or set it right."
-            return self._turn_away(wire, f"two nodes say they are node {hello.rank}: {first} and {second}. {cure}")
-        if self.round and (wrong := self.seats.disagreement(hello)):
-            return self._turn_away(wire, f"node {hello.rank} no longer agrees with the others:\n{wrong}")
-        if self._attending:
-            wire.send("news", text=f"round {self.round} is running without this node; it joins the next one")
-        self.seats.take(wire, hello)
-        return True
-
-    def _turn_away(self, wire: Wire, reason: str) -> bool:
-        if not self.round:
-            self._guests.append(wire)
-            raise Final(ExitCode.DISAGREE, reason)
-        wire.send("refuse", code=int(ExitCode.DISAGREE), text=reason)
-        self.say(f"refused {wire.peer}: {reason}")
-        return False
-
-    async def _prove_reach(self) -> list[Trouble]:
+    async def _prove_reach(self, seats: Mapping[int, Seat]) -> list[Trouble]:
         """Lets every node dial its share of the others. Returns the troubles of nodes lost meanwhile."""
-        ranks = self.seats.ranks
+        ranks = [*seats]
         for index, rank in enumerate(ranks):
             peers = [ranks[other] for other in reach.targets(index, len(ranks))]
             # On a large cluster one random port each, and MASTER_PORT, which comes first on node 0.
             most = 1 if len(ranks) > reach.ALL_PAIRS else reach.LISTENERS
-            seats = [(peer, self.seats[peer]) for peer in peers]
-            listeners = [(peer, seat, port) for peer, seat in seats for port in seat.ports[: most + (peer == 0)]]
             found = [
-                {"rank": peer, "address": self.seats.address(seat.hello), "port": port, "key": seat.hello.key}
-                for peer, seat, port in listeners
+                {"rank": peer, "address": self.seats.address(hello), "port": port, "key": hello.key}
+                for peer in peers
+                for hello in [seats[peer].hello]
+                for port in hello.ports[: most + (peer == 0)]
             ]
-            self.seats[rank].wire.send("probe", targets=found)
+            seats[rank].wire.send("probe", targets=found)
         trying, troubles = set(ranks), list[Trouble]()
         blocked: dict[tuple[int, int, str], list[int]] = {}
-        waiting = Waiting(3 * (reach.CONNECT + reach.PASS), self._tell)
-        while trying and not waiting.over:
-            waiting.tell(f"{self.seats.some(trying)} to try whom it reaches")
-            event = await self._rest(waiting.until)
+
+        def note(event: Event | None) -> None:
             if event and event.kind in ("reached", "lost"):
                 trying.discard(event.rank)
-                troubles += [lost(event, self.seats.name(event.rank), time.monotonic())] * (event.kind == "lost")
+                troubles.extend([lost(event, self.seats.name(event.rank), time.monotonic())] * (event.kind == "lost"))
                 for peer, port, why in event.blocked:
                     blocked.setdefault((event.rank, peer, why), []).append(port)
-        if blocked:
-            lines = [self._blocked(*pair, ports) for pair, ports in list(blocked.items())[:8]]
-            more = f"\n  and {len(blocked) - 8} more" if len(blocked) > 8 else ""
-            raise Final(ExitCode.UNREACHABLE, "nodes cannot reach each other:\n" + "\n".join(lines) + more)
-        mute = [self.seats.name(rank) for rank in sorted(trying)]
-        return troubles + [Trouble(node=node, what="was lost: no answer", seen=waiting.until) for node in mute]
 
-    def _blocked(self, rank: int, peer: int, why: str, ports: Sequence[int]) -> str:
-        source, target = (self.seats.address(self.seats[one].hello) for one in (rank, peer))
+        waiting = Waiting(3 * (reach.CONNECT + reach.PASS), self._tell)
+        while trying and not waiting.over:
+            waiting.tell(lambda: f"{self.seats.some(trying)} to try whom it reaches")
+            note(await self._rest(waiting.until))
+        settled = time.monotonic() + SETTLE * bool(blocked)
+        while time.monotonic() < settled:
+            note(await self._rest(settled))
+        mute = [self.seats.name(rank) for rank in sorted(trying)]
+        troubles += [
+            Trouble(node=one, what="was lost: no answer", seen=waiting.until, code=ExitCode.LOST) for one in mute
+        ]
+        here = {rank for rank, seat in seats.items() if self.seats.holds(seat)}
+        pairs = [self._blocked(seats, *pair, ports) for pair, ports in blocked.items() if {*pair[:2]} <= here]
+        if pairs:
+            more = f"\n  and {len(pairs) - 8} more" if len(pairs) > 8 else ""
+            told = "nodes cannot reach each other:\n" + "\n".join(pairs[:8]) + more
+            if self.round == 1:
+                raise Final(ExitCode.UNREACHABLE, told)
+            # It worked before: a link that is not quite back gets another round.
+            return [Trouble(node="the gang:", what=told, seen=time.monotonic(), code=ExitCode.UNREACHABLE), *troubles]
+        if self.round == 1 and not troubles and len(ranks) > 1:
+            self._tell(f"all {len(ranks)} nodes are here, agree and reach each other")
+        return troubles
+
+    def _blocked(self, seats: Mapping[int, Seat], rank: int, peer: int, why: str, ports: Sequence[int]) -> str:
+        source, target = (self.seats.address(seats[one].hello) for one in (rank, peer))
         named = [f"{port} (MASTER_PORT)" if port == self.plan.master_port else str(port) for port in ports]
         rule = f"iptables -I INPUT -p tcp -s {source} -d {target} -j ACCEPT"
         cure = "NCCL and Gloo use random ports, so open all ports between the nodes" if len(named) > 1 else "Open it"
         told = f"  {self.seats.name(rank)} to {self.seats.name(peer)}, port {' and '.join(named)}: {why}"
         return told if why.startswith("connects") else f"{told}. {cure}; on node {peer}: {rule}"
 
-    async def _attend(self) -> list[Trouble]:
+    async def _attend(self, seats: Mapping[int, Seat]) -> list[Trouble]:
         """Runs one round to its end. Returns what went wrong; raises Final when it ended well or was stopped."""
-        ranks = self.seats.ranks
-        before = {rank: self.seats[rank].progress for rank in ranks}
-        run_id = f"{self.plan.run_name}-{self.round}-{self.seats[ranks[0]].hello.life[:6]}"
-        for index, rank in enumerate(ranks):
-            place = {"node_rank": index, "nnodes": len(ranks), "failures": self.failures}
-            self.seats[rank].wire.send("go", round=self.round, run_id=run_id, **place)
+        before = {rank: seat.hello.progress for rank, seat in seats.items()}
+        run_id = f"{self.plan.run_name}-{self.round}-{next(iter(seats.values())).hello.life[:6]}"
+        for index, seat in enumerate(seats.values()):
+            place = {"node_rank": index, "nnodes": len(seats), "failures": self.failures}
+            seat.wire.send("go", round=self.round, run_id=run_id, **place)
         current = Round(
-            names={rank: self.seats.name(rank) for rank in ranks},
+            names={rank: self.seats.name(rank) for rank in seats},
             stop_grace=self.plan.stop_grace,
             patience=self.plan.heartbeat_timeout + 10,
             hang_timeout=self.plan.hang_timeout,
@@ -227,16 +308,18 @@ class Hub:
             if event:
                 current.take(event, time.monotonic())
             elif time.monotonic() >= current.limit:
-                for rank in current.running & {*self.seats.ranks}:
-                    self.seats.free(self.seats[rank].wire)
+                for rank in current.running:
+                    self.seats.free(seats[rank])
                 current.give_up(time.monotonic())
             current.lose_patience(time.monotonic())
             if current.halted_at and current.running:
                 if ending.start != current.halted_at:
                     ending = Waiting(current.limit - current.halted_at, self._tell, start=current.halted_at)
-                ending.tell(f"{self.seats.some(current.running)} to end")
+                ending.tell(lambda: f"{self.seats.some(current.running)} to end")
         self._attending = False
-        if any(rank in self.seats and self.seats[rank].progress != before[rank] for rank in ranks):
+        if any(
+            before.get(rank, seat.hello.progress) != seat.hello.progress for rank, seat in self.seats.taken().items()
+        ):
             self.failures, self._got_on = 0, True
         return current.result()
 
@@ -268,56 +351,17 @@ class Hub:
         return event
 
     async def _hear(self, until: float) -> Event | None:
-        """The next event; None after a moment, at `until`, or when what was heard was no event."""
-        if self._concluded:
-            raise Final(self._concluded.code, self._concluded.text)
-        if self.door.inbox.empty() and (silent := self.seats.silent()):
-            self.seats.free(silent.wire)
+        """The next event; None after a moment, or at `until`."""
+        if self._verdict:
+            raise Final(self._verdict.code, self._verdict.text)
+        if silent := self.seats.silent():
+            self.seats.free(silent)
             why = f"no sign of life for {self.plan.heartbeat_timeout:g} s (machine down, or its link is cut)"
             return Event(rank=silent.hello.rank, kind="lost", why=why)
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, min(0.3, until - time.monotonic()))):
-                wire, said = await self.door.inbox.get()
-        except TimeoutError:
-            return None
-        if isinstance(said, Pulse):
-            wire.send("beat" if self.seats.pulse(said.life) else "refuse", code=0, text="not seated")
-            return None
-        if isinstance(said, Hello):
-            return Event(rank=said.rank, kind="joined") if self._seat(wire, said) else None
-        rank = self.seats.rank(wire)
-        if rank is None:
-            self._refused(wire, said)
-            return None
-        if isinstance(said, str):
-            return self._lose(wire, rank, f"{said} (its container, engine or machine ended)")
-        try:
-            return self._understand(wire, rank, said)
-        except WireError as error:
-            return self._lose(wire, rank, f"it said something that is not the protocol ({error})")
-
-    def _refused(self, wire: Wire, why: object) -> None:
-        """Logs a connection that came to nothing, once in a while: an attacker must not fill the log."""
-        now = time.monotonic()
-        if isinstance(why, str) and wire.peer and now > self._grumbled + SAY_AFTER:
-            self._grumbled = now
-            self.say(f"a connection from {wire.peer} was no use: {why}")
-
-    def _understand(self, wire: Wire, rank: int, said: Message) -> Event | None:
-        if not self.seats.holds(wire, rank):
-            return None
-        seat = self.seats[rank]
-        seat.heard = time.monotonic()
-        if said["kind"] == "beat":
-            return None
-        event = read_event(said, rank, len(self.plan.nodes))
-        if event.kind == "ended":
-            seat.ports, seat.progress = read_ports(said), text(said, "progress", 200)
-        return event
-
-    def _lose(self, wire: Wire, rank: int, why: str) -> Event:
-        self.seats.free(wire)
-        return Event(rank=rank, kind="lost", why=why)
+                return await self._events.get()
+        return None
 
     async def _beat(self) -> None:
         while True:

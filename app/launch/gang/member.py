@@ -5,7 +5,7 @@ import contextlib
 import secrets
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -39,6 +39,9 @@ STOPPED = Verdict(code=ExitCode.STOPPED, text="stopped before the training was d
 class Engine(Protocol):
     """A running torchrun, as far as the gang cares (app.launch.torchrun.Torchrun)."""
 
+    killed: float
+    """Monotonic time at which a worker was killed because the gang ends; infinite if none was."""
+
     async def watch(self, failing: Callable[[], None]) -> Outcome: ...
 
     async def end(self, *, gently: bool, grace: float) -> None: ...
@@ -66,9 +69,11 @@ class Surroundings:
     clean: Callable[[], int]
     """Ends whatever torchrun left behind; returns how many processes that were."""
     progress: Callable[[], str]
-    """A text that changes with every checkpoint."""
+    """A text that changes with every checkpoint, as it was a moment ago."""
     stalls: Callable[[], Sequence[Stall]]
-    """All ranks of this node, if none of them moves."""
+    """All ranks of this node, if none of them moved a moment ago."""
+    look: Callable[[], Awaitable[None]]
+    """Brings `progress` and `stalls` up to date, if the file system answers soon."""
     say: Say
     holder: Callable[[int], str]
     """Who listens on a TCP port of this machine, for people; "" for nobody."""
@@ -87,16 +92,20 @@ class Member:
         self.life = secrets.token_hex(8)
         self.stops = 0
         self._stopping = asyncio.Event()
-        self._inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
+        self._stopped = False
+        """Node 0 has said that the job is being stopped: wherever it ends from here, it was stopped."""
+        self._wire: Wire | None = None
+        self._silence = ""
         self._key = secrets.token_hex(16)
         self._answering = reach.Answering(self._key)
         self._engine: Engine | None = None
+        self._run: asyncio.Task[None] | None = None
+        """The engine to its end, and the word about it to node 0."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._round = 0
         self._failures = 0
         self._before = ""
-        self._halted = self._killed = self._failing = float("inf")
-        self._last: Outcome | None = None
+        self._halted = self._failing = float("inf")
         self._heard = 0.0
         self._stalled = list[tuple[int, str, int]]()
 
@@ -104,7 +113,14 @@ class Member:
         """The user wants this job to end; called a second time, at once."""
         self.stops += 1
         self._stopping.set()
-        self._inbox.put_nowait(("stop", {}))
+        if self.stops == 1:
+            self._tell("stop")
+            self._end(gently=True, grace=self.plan.stop_grace)
+            return
+        if self._engine:
+            self._engine.kill()
+        if self._wire:
+            self._wire.abort()
 
     async def take_part(self) -> Verdict:
         limit = self.plan.start_timeout
@@ -116,7 +132,7 @@ class Member:
                 verdict = await self._obey(wire)
                 if verdict:
                     return verdict
-                if self.stops:
+                if self.stops or self._stopped:
                     return STOPPED
                 limit = self.plan.rejoin_timeout if self._round else limit
         finally:
@@ -160,7 +176,8 @@ class Member:
                 told = f"node 0 cannot listen on {self.plan.address} port {port} ({name}): {holder} has it"
                 cure = "End that, or set another MASTER_PORT on all nodes."
                 return Verdict(code=ExitCode.SETTINGS, text=f"{told}. {cure}")
-        return Verdict(code=ExitCode.FAILED, text=f"node 0: {why}")
+        told = f"node 0: port {self.plan.control_port} (CONTROL_PORT) was taken, and is free again ({why})"
+        return Verdict(code=ExitCode.FAILED, text=f"{told}. Start node 0 once more.")
 
     async def _greet(self) -> Wire:
         wire = await self.around.dial()
@@ -204,46 +221,49 @@ class Member:
 
     async def _obey(self, wire: Wire) -> Verdict | None:
         """Does what node 0 says until there is a verdict; None when node 0 is lost and torchrun has ended."""
-        self._inbox = asyncio.Queue()
-        self._spawn(self._read(wire))
+        self._wire, self._silence, self._heard = wire, "", time.monotonic()
         if self.stops:
-            wire.send("stop")
-        self._heard = time.monotonic()
-        beat = self.plan.heartbeat_timeout / BEATS
-        sent = gone = 0.0
-        while not (gone and not self._engine):
-            now = time.monotonic()
-            if now >= sent + beat:
-                wire.send("beat")
-                sent = now
-                self._tell_stalls(wire)
-            silence = now - self._heard
-            if not gone and silence > self.plan.heartbeat_timeout:
-                self._inbox.put_nowait(("gone", {"why": f"no sign of life for {silence:.0f} s"}))
-            elif not gone and silence > 3 * beat:
-                self._spawn(self._pulse(2 * beat))
-            kind, message = await self._next(beat)
-            try:
-                if kind == "said":
-                    self._heard = time.monotonic()
-                    if verdict := self._follow(wire, message):
-                        return verdict
-                elif kind == "stop" and self.stops > 1:
-                    return STOPPED
-                elif kind == "gone":
-                    gone = gone or self._abandon(wire, str(message["why"]))
-                elif kind:
-                    await self._notice(wire, kind)
-            except WireError as error:
-                gone = gone or self._abandon(wire, f"it does not speak the protocol ({error})")
+            self._tell("stop")
+        beating = self._spawn(self._beat(wire))
+        try:
+            while True:
+                message = await wire.receive()
+                self._heard = time.monotonic()
+                if verdict := self._follow(wire, message):
+                    return verdict
+        except WireError as error:
+            why = f"it does not speak the protocol ({error})"
+        except OSError as error:
+            why = self._silence or str(error)
+        finally:
+            self._wire = None
+            beating.cancel()
+            wire.close()
+        if self.stops > 1:
+            return STOPPED
+        self._abandon(why)
+        if self._run:
+            await self._run
         return None
 
-    async def _next(self, seconds: float) -> tuple[str, Message]:
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._inbox.get()
-        except TimeoutError:
-            return "", {}
+    def _tell(self, kind: str, **fields: object) -> None:
+        if self._wire:
+            self._wire.send(kind, **fields)
+
+    async def _beat(self, wire: Wire) -> None:
+        """Gives signs of life, and tries what it can when node 0 gives none, until it counts as lost."""
+        beat = self.plan.heartbeat_timeout / BEATS
+        while True:
+            wire.send("beat")
+            self._tell_stalls(wire)
+            await asyncio.sleep(beat)
+            silence = time.monotonic() - self._heard
+            if silence > self.plan.heartbeat_timeout:
+                self._silence = f"no sign of life for {silence:.0f} s"
+                wire.abort()
+                return
+            if silence > 3 * beat:
+                self._spawn(self._pulse(2 * beat))
 
     def _tell_stalls(self, wire: Wire) -> None:
         """Tells node 0 that all ranks of this node stand still, and where; or that one moves again."""
@@ -284,6 +304,7 @@ class Member:
         elif kind == "halt":
             ending = "; ending the workers of this node" if self._engine else ""
             self.around.say(text(message, "text") + ending)
+            self._stopped = self._stopped or message.get("why") == "stop"
             self._end(gently=message.get("why") == "stop", grace=float(integer(message, "grace", 0, 1 << 20)))
         return None
 
@@ -303,40 +324,46 @@ class Member:
         self._answering.close()
         self._round, self._failures = place.round, integer(message, "failures", 0, 1 << 20)
         self._before = self.around.progress()
-        self._halted = self._killed = self._failing = float("inf")
+        self._halted = self._failing = float("inf")
         self._stalled = []
         self.around.state("running", self._round)
         self._engine = self.around.launch(place)
-        self._spawn(self._watch(self._engine))
+        self._run = self._spawn(self._attend(self._engine))
+        self._run.add_done_callback(self._left)
 
-    async def _watch(self, engine: Engine) -> None:
-        self._last = await engine.watch(lambda: self._inbox.put_nowait(("failing", {})))
-        self._inbox.put_nowait(("outcome", {}))
+    def _left(self, run: asyncio.Task[None]) -> None:
+        """A bug in `_attend` must end this node, not let node 0 wait for its word: `_obey` raises it."""
+        if self._wire and not run.cancelled() and run.exception():
+            self._wire.abort()
 
-    async def _notice(self, wire: Wire, kind: str) -> None:
-        """Something happened on this node: tells node 0."""
-        if kind == "stop":
-            wire.send("stop")
-            self._end(gently=True, grace=self.plan.stop_grace)
-        elif kind == "failing":
-            self._failing = min(self._failing, time.monotonic())
-            if self._halted == float("inf"):
-                wire.send("failing")
-        elif self._engine and self._last:
-            outcome, self._engine = self._last, None
-            left = self.around.clean()
-            if left:
-                self.around.say(f"processes that outlived torchrun and were killed: {left}")
-            with contextlib.suppress(OSError):
-                await self._listen()
-            self.around.state("waiting", self._round)
-            wire.send("ended", code=_clamp(outcome.code), failures=self._reports(outcome), **self._ready())
+    async def _attend(self, engine: Engine) -> None:
+        """One torchrun to its end."""
+        try:
+            outcome = await engine.watch(self._fails)
+        except Exception as error:  # Whatever it said: node 0 waits for this node's end.
+            itself = Failure(rank=-1, exitcode=1, text=f"{type(error).__name__}: {error}", time=time.time())
+            outcome = Outcome(code=1, failures=(itself,))
+        engine.kill()
+        self._engine = None
+        if left := self.around.clean():
+            self.around.say(f"processes that outlived torchrun and were killed: {left}")
+        await self.around.look()
+        with contextlib.suppress(OSError):
+            await self._listen()
+        self.around.state("waiting", self._round)
+        self._tell("ended", code=_clamp(outcome.code), failures=self._reports(outcome, engine), **self._ready())
 
-    def _reports(self, outcome: Outcome) -> list[dict[str, object]]:
+    def _fails(self) -> None:
+        """A worker ended early: the first sign, long before torchrun says which and why."""
+        self._failing = min(self._failing, time.monotonic())
+        if self._halted == float("inf"):
+            self._tell("failing")
+
+    def _reports(self, outcome: Outcome, engine: Engine) -> list[dict[str, object]]:
         """At most one failure: the first worker's, or torchrun's own."""
         itself = Failure(rank=-1, exitcode=outcome.code, text="", time=time.time())
         first = next(iter(outcome.failures), itself)
-        halted = self._failing > (self._killed if first.exitcode == -signal.SIGKILL else self._halted)
+        halted = self._failing > (engine.killed if first.exitcode == -signal.SIGKILL else self._halted)
         if not outcome.code or (halted and first is itself):
             return []
         told = {"rank": first.rank, "exitcode": _clamp(first.exitcode), "text": first.text, "time": int(first.time)}
@@ -345,31 +372,22 @@ class Member:
     def _end(self, *, gently: bool, grace: float) -> None:
         # Once: a second SIGTERM would cut torchrun's own orderly end short.
         if self._engine and self._halted == float("inf"):
-            self._halted = min(self._halted, time.monotonic())
-            self._killed = min(self._killed, self._halted + grace)
+            self._halted = time.monotonic()
             self.around.state("stopping", self._round)
             self._spawn(self._engine.end(gently=gently, grace=grace))
 
-    def _abandon(self, wire: Wire, why: str) -> float:
+    def _abandon(self, why: str) -> None:
         """Node 0 is lost: nothing of this round can be saved."""
         self.around.say(f"node 0 ({self.plan.nodes[0]}) was lost: {why}")
-        wire.close()
         self._end(gently=False, grace=2.0)
         if self._engine:
             self._failures = 1 if self.around.progress() != self._before else self._failures + 1
-        return time.monotonic()
 
-    async def _read(self, wire: Wire) -> None:
-        try:
-            while True:
-                self._inbox.put_nowait(("said", await wire.receive()))
-        except (WireError, OSError) as error:
-            self._inbox.put_nowait(("gone", {"why": str(error)}))
-
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _target(item: Message) -> reach.Target:

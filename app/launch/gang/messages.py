@@ -33,13 +33,6 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pulse:
-    """A sign of life by a connection of its own, from a node whose first one is stuck."""
-
-    life: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What one worker (or torchrun: rank -1) died of."""
 

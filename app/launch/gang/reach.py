@@ -90,14 +90,8 @@ def targets(index: int, count: int) -> list[int]:
 
 
 async def dial_all(own: str, found: Sequence[Target]) -> list[tuple[Target, str]]:
-    """Dials all targets, a few at a time; returns those that failed with the reason."""
-    gate = asyncio.Semaphore(32)
-
-    async def one(target: Target) -> str:
-        async with gate:
-            return await dial(own, target)
-
-    reasons = await asyncio.gather(*(one(target) for target in found))
+    """Dials all targets; returns those that failed with the reason."""
+    reasons = await asyncio.gather(*(dial(own, target) for target in found))
     return [(target, reason) for target, reason in zip(found, reasons, strict=True) if reason]
 
 

@@ -46,12 +46,13 @@ class Round:
         self.running = set(self.names)
 
     def take(self, event: Event, now: float) -> None:
-        node = self.names.get(event.rank, "")
-        if not node:
-            return
+        node = self.names.get(event.rank, f"node {event.rank}")
         if event.kind == "stop":
+            # Also by a node that waits for the next round.
             self.stopped_by = self.stopped_by or node
             self._end("stop", self.stop_grace, f"stopped on {node}", now)
+        elif event.rank not in self.names:
+            return
         elif event.kind == "failing":
             self._signs.setdefault(event.rank, now)
             self._end("failure", HALT_GRACE, f"a worker on {node} ended early (the first sign; the cause follows)", now)

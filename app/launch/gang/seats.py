@@ -19,9 +19,8 @@ class Seat:
 
     wire: Wire
     hello: Hello
+    """As it came; its ports and its progress are those of the newest round."""
     heard: float
-    ports: tuple[int, ...]
-    progress: str
 
 
 class Seats:
@@ -30,14 +29,12 @@ class Seats:
     def __init__(self, plan: Plan) -> None:
         self.absent: dict[int, str] = {}
         """Why a missing node is missing, as far as node 0 could find out."""
+        self.disagree = False
+        """Somebody came who differs from the others in what must be equal."""
         self._plan = plan
         self._taken: dict[int, Seat] = {}
-        self._ranks: dict[Wire, int] = {}
         self._uneven = False
         self._looked = 0.0
-
-    def __getitem__(self, rank: int) -> Seat:
-        return self._taken[rank]
 
     def __contains__(self, rank: int) -> bool:
         return rank in self._taken
@@ -45,25 +42,18 @@ class Seats:
     def __len__(self) -> int:
         return len(self._taken)
 
-    @property
-    def ranks(self) -> list[int]:
-        return sorted(self._taken)
-
-    @property
-    def wires(self) -> set[Wire]:
-        return {seat.wire for seat in self._taken.values()}
+    def taken(self) -> dict[int, Seat]:
+        """All seats of this moment, in rank order."""
+        return dict(sorted(self._taken.items()))
 
     @property
     def interval(self) -> float:
         """Seconds between two beats."""
         return self._plan.heartbeat_timeout / BEATS
 
-    def rank(self, wire: Wire) -> int | None:
-        """The rank of whoever has a seat, or had one before it came again by another connection."""
-        return self._ranks.get(wire)
-
-    def holds(self, wire: Wire, rank: int) -> bool:
-        return rank in self._taken and self._taken[rank].wire is wire
+    def holds(self, seat: Seat) -> bool:
+        """Whether the node of `seat` is still here, by the same connection."""
+        return self._taken.get(seat.hello.rank) is seat
 
     def twin(self, hello: Hello) -> Hello | None:
         """The living node that has the rank of `hello` and is another process."""
@@ -74,10 +64,10 @@ class Seats:
 
     def disagreement(self, hello: Hello) -> str:
         """What a newcomer must not differ in from those who are here, as a table, or ""."""
-        known = {rank: seat.hello.facts for rank, seat in self._taken.items() if rank != hello.rank}
-        if not known or next(iter(known.values())) == hello.facts:
+        first = next((seat.hello for rank, seat in self._taken.items() if rank != hello.rank), hello)
+        if first.facts == hello.facts:
             return ""
-        return differences({**known, hello.rank: hello.facts})[0]
+        return differences({first.rank: first.facts, hello.rank: hello.facts})[0]
 
     def pulse(self, life: str) -> bool:
         """Somebody lives whose connection is stuck; False if nobody here is meant."""
@@ -86,24 +76,21 @@ class Seats:
             seat.heard = time.monotonic()
         return seat is not None
 
-    def take(self, wire: Wire, hello: Hello) -> None:
-        """Gives a node its seat; an older connection of the same node is closed."""
+    def take(self, wire: Wire, hello: Hello) -> Seat:
+        """Gives a node its seat, in place of an older connection of the same node."""
         reference = next((seat.hello.facts for seat in self._taken.values()), hello.facts)
         if hello.facts == reference:
             # Equal facts are kept once: 1,000 lists of 1,000 nodes are 20 MB.
             hello = replace(hello, facts=reference)
         else:
-            self._uneven = True
-        if hello.rank in self._taken:
-            self._taken[hello.rank].wire.close()
-        self._ranks[wire] = hello.rank
-        self._taken[hello.rank] = Seat(wire, hello, time.monotonic(), hello.ports, hello.progress)
+            self._uneven, self.disagree = True, self.disagree or bool(self.disagreement(hello))
+        seat = self._taken[hello.rank] = Seat(wire, hello, time.monotonic())
+        return seat
 
-    def free(self, wire: Wire) -> None:
-        rank = self._ranks.pop(wire)
-        if self.holds(wire, rank):
-            del self._taken[rank]
-        wire.close()
+    def free(self, seat: Seat) -> bool:
+        """Whether the seat was this connection's, and is free now."""
+        seat.wire.close()
+        return self.holds(seat) and bool(self._taken.pop(seat.hello.rank))
 
     def differences(self) -> tuple[str, str]:
         """As in `facts.differences`."""

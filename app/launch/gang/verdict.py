@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from signal import SIGKILL, SIGTERM, Signals
+from signal import SIGABRT, SIGKILL, SIGTERM, Signals
 
 from app.launch.exitcodes import ExitCode
 from app.launch.gang.messages import Report
@@ -95,7 +95,8 @@ def worker_trouble(node: str, report: Report, seen: float) -> Trouble:
         what=what,
         seen=seen,
         clock=float(report.time),
-        sudden=code < 0 and not report.text and not report.halted,
+        # SIGABRT is how NCCL's watchdog ends a healthy worker whose peer has gone.
+        sudden=code < 0 and code != -SIGABRT and not report.text and not report.halted,
         cascade=bool(CASCADE.search(report.text)) or (report.halted and silent_end),
         hopeless=hopeless,
     )

@@ -96,7 +96,12 @@ class Wire:
         """Waits until the other side hangs up, for a moment at most; what it still says is not heard."""
         with contextlib.suppress(OSError, TimeoutError, ValueError):
             async with asyncio.timeout(HANDSHAKE):
-                await self._reader.read(1)
+                while await self._reader.read(MAX_LINE):
+                    pass
+
+    def abort(self) -> None:
+        """Closes at once, whatever waits to be sent."""
+        self._writer.transport.abort()
 
     def close(self) -> None:
         self._writer.close()

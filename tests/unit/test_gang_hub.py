@@ -1,0 +1,361 @@
+"""Node 0's hub with nodes that say what they like, in any order: over real sockets, without any launcher."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from app.launch.exitcodes import ExitCode
+from app.launch.gang.hub import Hub
+from app.launch.gang.member import Member, Place, Surroundings
+from app.launch.gang.verdict import Trouble, Verdict
+from app.launch.gang.wire import MAX_LINE, Message, Wire, introduce
+from app.launch.plan import Plan
+from app.launch.torchrun import Outcome
+from tests.unit.launch_facts import card, machine, planned
+
+NODES = "10.0.0.1,10.0.0.2,10.0.0.3"
+
+
+def a_plan(nodes: int = 3, rank: int = 0, **settings: str) -> Plan:
+    listed = ",".join(NODES.split(",")[:nodes])
+    host = machine(card("eth0", f"10.0.0.{rank + 1}/24"))
+    return planned(host, TRAIN_SCRIPT=__file__, NODES=listed, **settings)
+
+
+@dataclass
+class Node:
+    """FAKE: the member's side of one connection, which says what a test lets it say."""
+
+    wire: Wire
+    heard: list[Message] = field(default_factory=list)
+    closed: bool = False
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def read(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.heard.append(await self.wire.receive())
+                self._news.set()
+        self.closed = True
+        self._news.set()
+
+    async def hears(self, kind: str, seconds: float = 5) -> Message:
+        async with asyncio.timeout(seconds):
+            while not (found := [message for message in self.heard if message["kind"] == kind]):
+                self._news.clear()
+                await self._news.wait()
+        return found[-1]
+
+    async def goes(self) -> None:
+        """Says that it reaches everybody, and starts."""
+        await self.hears("probe")
+        self.wire.send("reached", failed=[])
+
+    def kinds(self) -> list[object]:
+        return [message["kind"] for message in self.heard if message["kind"] != "beat"]
+
+
+@dataclass
+class Job:
+    """A hub, the task that leads it, and what it prints."""
+
+    hub: Hub
+    said: list[str]
+    leading: asyncio.Task[Verdict]
+    tasks: list[asyncio.Future[None]] = field(default_factory=list)
+
+    async def connect(self) -> Wire:
+        here, there = socket.socketpair()
+        ends = await asyncio.open_connection(sock=there, limit=MAX_LINE)
+        self.tasks.append(asyncio.ensure_future(self.hub.serve(*ends)))
+        return Wire(*await asyncio.open_connection(sock=here, limit=MAX_LINE))
+
+    async def joins(
+        self, rank: int, life: str = "", facts: Mapping[str, str] | None = None, round_: int = 0, nnodes: int = 3
+    ) -> Node:
+        node = Node(await self.connect())
+        hello = {
+            "run": self.hub.plan.run_name,
+            "rank": rank,
+            "nnodes": nnodes,
+            "host": "vm",
+            "life": life or f"life {rank}",
+            "key": "k",
+            "facts": dict(facts or {"torch": "2"}),
+            "round": round_,
+            "failures": 0,
+            "ports": [{"port": 1000 + rank}],
+            "progress": "",
+        }
+        await introduce(node.wire, b"", hello)
+        self.tasks.append(asyncio.ensure_future(node.read()))
+        return node
+
+
+def lead(plan: Plan, story: Callable[[Job], Awaitable[None]]) -> None:
+    """Runs a hub with `plan` and tells the story beside it."""
+
+    async def both() -> None:
+        said: list[str] = []
+        hub = Hub(plan, b"", said.append)
+        job = Job(hub, said, asyncio.ensure_future(hub.preside()))
+        try:
+            async with asyncio.timeout(30):
+                await story(job)
+            if job.leading.done() and not job.leading.cancelled():
+                assert job.leading.exception() is None
+        finally:
+            job.leading.cancel()
+
+    asyncio.run(both())
+
+
+async def running(job: Job, ranks: Sequence[int] = (0, 1, 2)) -> list[Node]:
+    """Nodes that have all been told to start."""
+    nodes = [await job.joins(rank, nnodes=len(job.hub.plan.nodes)) for rank in ranks]
+    for node in nodes:
+        await node.goes()
+    for node in nodes:
+        await node.hears("go")
+    return nodes
+
+
+def test_a_node_that_dies_in_the_reach_test_is_lost_and_another_round_follows() -> None:
+    async def story(job: Job) -> None:
+        nodes = [await job.joins(rank) for rank in range(3)]
+        for node in nodes:
+            await node.hears("probe")
+        nodes[0].wire.send("reached", failed=[])
+        # Its peer may tell of the refused connection before its own connection is seen to end.
+        nodes[1].wire.send("reached", failed=[{"rank": 2, "port": 1002, "why": "connection refused"}])
+        nodes[2].wire.close()
+        while not any("node 2 (10.0.0.3) was lost" in str(message.get("text")) for message in nodes[0].heard):
+            await asyncio.sleep(0.02)
+        assert not job.leading.done()
+        again = await job.joins(2, life="another life")
+        assert await again.hears("probe")
+
+    lead(a_plan(), story)
+
+
+@pytest.mark.parametrize("round_", [0, 6])
+def test_a_blocked_pair_is_the_end_before_the_first_round_and_another_try_in_a_later_one(round_: int) -> None:
+    async def story(job: Job) -> None:
+        nodes = [await job.joins(rank, round_=round_, nnodes=2) for rank in range(2)]
+        for node in nodes:
+            await node.hears("probe")
+        nodes[0].wire.send("reached", failed=[{"rank": 1, "port": 1001, "why": "no answer"}])
+        nodes[1].wire.send("reached", failed=[])
+        if not round_:
+            assert (await nodes[1].hears("verdict"))["code"] == ExitCode.UNREACHABLE
+            return
+        await asyncio.sleep(0.8)
+        assert "verdict" not in nodes[1].kinds()
+        assert "All nodes start again (restart 1 of 3)" in str((await nodes[1].hears("news"))["text"])
+
+    lead(a_plan(2), story)
+
+
+def test_a_node_that_disagrees_and_leaves_does_not_let_the_others_start_without_the_rest() -> None:
+    async def story(job: Job) -> None:
+        first = await job.joins(0)
+        odd = await job.joins(1, facts={"torch": "9"})
+        await asyncio.sleep(0.3)
+        odd.wire.close()
+        await asyncio.sleep(2.5)
+        assert "probe" not in first.kinds()
+        await job.joins(1)
+        await job.joins(2)
+        assert await first.hears("probe")
+
+    lead(a_plan(), story)
+
+
+def test_a_stop_on_a_node_that_waits_for_the_next_round_stops_the_job() -> None:
+    async def story(job: Job) -> None:
+        nodes = await running(job, (0, 1))
+        late = await job.joins(2)
+        await late.hears("news")
+        late.wire.send("stop")
+        assert (await nodes[0].hears("halt"))["why"] == "stop"
+        for node in nodes:
+            node.wire.send("ended", code=143, failures=[], ports=[], progress="")
+        for node in (*nodes, late):
+            assert (await node.hears("verdict"))["code"] == ExitCode.STOPPED
+
+    lead(a_plan(MIN_NODES="2", START_TIMEOUT="1"), story)
+
+
+def test_everybody_who_comes_in_the_moment_of_a_refusal_is_told_it() -> None:
+    async def story(job: Job) -> None:
+        first = [await job.joins(0), await job.joins(1)]
+        rest = await asyncio.gather(job.joins(1, life="twin"), job.joins(2), job.joins(3, nnodes=4))
+        for node in (*first, *rest):
+            await asyncio.wait(
+                [asyncio.ensure_future(node.hears(kind)) for kind in ("verdict", "refuse")],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            node.wire.close()
+        started = time.monotonic()
+        verdict = await job.leading
+        assert verdict.code == ExitCode.DISAGREE
+        assert time.monotonic() - started < 3
+
+    lead(replace(a_plan(), nodes=(*NODES.split(","), "10.0.0.4")), story)
+
+
+def test_newcomers_that_are_refused_in_a_running_round_are_sent_away_and_fill_neither_sockets_nor_log() -> None:
+    async def story(job: Job) -> None:
+        await running(job, (0, 1))
+        strangers = [await job.joins(1, life=f"stranger {number}", nnodes=2) for number in range(30)]
+        for node in strangers:
+            assert (await node.hears("refuse"))["code"] == ExitCode.DISAGREE
+        await asyncio.sleep(0.1)
+        assert all(node.closed for node in strangers)
+        assert len(job.said) <= 2
+
+    lead(a_plan(2), story)
+
+
+def test_a_node_that_comes_again_before_its_old_connection_is_seen_to_end_keeps_its_seat() -> None:
+    async def story(job: Job) -> None:
+        old = await job.joins(1)
+        new = await job.joins(1)
+        first, last = await job.joins(0), await job.joins(2)
+        await new.hears("probe")
+        assert old.closed
+        for node in (first, new, last):
+            node.wire.send("reached", failed=[])
+        for node in (first, new, last):
+            await node.hears("go")
+        assert not [message for message in first.heard if "was lost" in str(message.get("text"))]
+
+    lead(a_plan(), story)
+
+
+@pytest.mark.parametrize("said", ["reached", "ended", "failing", "stalled", "stop", "beat", "hello"])
+def test_any_message_at_any_time_is_no_crash_of_node_0(said: str) -> None:
+    fields: dict[str, object] = {
+        "failed": [{"rank": 2, "port": 1, "why": "x"}],
+        "code": 1,
+        "failures": [{"rank": 5, "exitcode": 1, "text": "x", "time": 1, "halted": False}],
+        "ports": [],
+        "progress": "x",
+        "ranks": [{"rank": 1, "seconds": 9, "at": "x", "collective": "", "group": "", "sequence": 1}],
+    }
+
+    async def story(job: Job) -> None:
+        nodes = [await job.joins(0, nnodes=2)]
+        nodes[0].wire.send(said, **fields)
+        nodes.append(await job.joins(1, nnodes=2))
+        for _ in range(4):
+            await asyncio.sleep(0.15)
+            for node in nodes:
+                node.wire.send(said, **fields)
+        if job.leading.done():
+            assert job.leading.result().code in (ExitCode.STOPPED, ExitCode.DONE)
+
+    lead(a_plan(2), story)
+
+
+class Engine:
+    """FAKE torchrun: runs until it is ended."""
+
+    killed = float("inf")
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.ended = asyncio.Event()
+        self.broken = broken
+
+    async def watch(self, failing: Callable[[], None]) -> Outcome:
+        await self.ended.wait()
+        if self.broken:
+            raise ValueError("half a line")
+        return Outcome(code=143)
+
+    async def end(self, *, gently: bool, grace: float) -> None:
+        await asyncio.sleep(min(grace, 0.5))
+        self.ended.set()
+
+    def kill(self) -> None:
+        self.ended.set()
+
+
+def a_member(plan: Plan, dial: Callable[[], Awaitable[Wire]], engine: Engine, launched: asyncio.Event) -> Member:
+    def launch(_: Place) -> Engine:
+        launched.set()
+        return engine
+
+    async def look() -> None: ...
+
+    around = Surroundings(
+        dial=dial,
+        launch=launch,
+        clean=lambda: 0,
+        progress=lambda: "",
+        stalls=lambda: (),
+        look=look,
+        say=lambda _: None,
+        holder=lambda _: "",
+        state=lambda _state, _round: None,
+    )
+    return Member(plan, b"", {"torch": "2"}, around)
+
+
+def test_a_node_whose_job_was_being_stopped_when_node_0_vanished_has_stopped_too() -> None:
+    async def story(job: Job) -> None:
+        plan, launched, gone = a_plan(2, 1), asyncio.Event(), list[bool]()
+
+        async def dial() -> Wire:
+            if gone:
+                raise ConnectionRefusedError(111, "connection refused")
+            return await job.connect()
+
+        # The addresses are made up, so nothing can listen on them.
+        member = a_member(replace(plan, address="127.0.0.1"), dial, Engine(), launched)
+        part = asyncio.ensure_future(member.take_part())
+        first = await job.joins(0, nnodes=2)
+        async with asyncio.timeout(20):
+            while not launched.is_set():
+                await asyncio.sleep(0.05)
+        first.wire.send("stop")
+        await asyncio.sleep(0.2)
+        gone.append(True)
+        for seat in job.hub.seats.taken().values():
+            seat.wire.abort()
+        job.leading.cancel()
+        assert (await part).code == ExitCode.STOPPED
+
+    async def without_reach(job: Job) -> None:
+        job.hub._prove_reach = no_reach  # type: ignore[method-assign,assignment]
+        await story(job)
+
+    async def no_reach(_seats: object) -> list[Trouble]:
+        return []
+
+    lead(a_plan(2), without_reach)
+
+
+def test_a_torchrun_whose_last_words_are_torn_has_ended_all_the_same() -> None:
+    async def story(job: Job) -> None:
+        engine, launched = Engine(broken=True), asyncio.Event()
+        plan = a_plan(1, MAX_RESTARTS="0")
+        member = a_member(replace(plan, master_port=free_port()), job.connect, engine, launched)
+        part = asyncio.ensure_future(member.take_part())
+        await launched.wait()
+        engine.ended.set()
+        verdict = await part
+        assert verdict.code == ExitCode.TRAINING
+        assert "half a line" in verdict.text
+
+    lead(a_plan(1, MAX_RESTARTS="0"), story)
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as ear:
+        return int(ear.getsockname()[1])
