@@ -74,3 +74,9 @@ def test_large_clusters_dial_few_and_every_node_is_dialled_by_several(count: int
     callers = [sum(index in chosen for chosen in dialled) for index in range(count)]
     assert min(callers) >= count.bit_length() - 1
     assert all(0 in chosen for chosen in dialled[1:])
+
+
+def test_a_thousand_nodes_that_all_differ_are_a_table_that_fits_a_line_of_the_wire() -> None:
+    wrong, _ = differences({rank: {"torch": f"{rank:080d}", "NODES": f"{rank:080d}"} for rank in range(1000)})
+    assert len(wrong) < 4000
+    assert "and 992 other values" in wrong

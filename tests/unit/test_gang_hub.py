@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app.launch.exitcodes import ExitCode
 from app.launch.gang.hub import Hub
@@ -339,6 +341,35 @@ def test_a_node_whose_job_was_being_stopped_when_node_0_vanished_has_stopped_too
         return []
 
     lead(a_plan(2), without_reach)
+
+
+ORDERS = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["probe", "go", "halt", "news", "verdict", "refuse", "beat", "open", ""])},
+    optional={
+        name: st.none()
+        | st.integers()
+        | st.text(max_size=9)
+        | st.lists(st.dictionaries(st.text(max_size=4), st.integers()))
+        for name in ("targets", "round", "run_id", "node_rank", "nnodes", "failures", "grace", "why", "text", "code")
+    },
+)
+
+
+@given(st.lists(ORDERS, max_size=6))
+def test_whatever_node_0_says_a_node_obeys_or_hangs_up(orders: list[dict[str, object]]) -> None:
+    async def told() -> Verdict | None:
+        here, there = socket.socketpair()
+        wire = Wire(*await asyncio.open_connection(sock=here, limit=MAX_LINE))
+        node0 = Wire(*await asyncio.open_connection(sock=there, limit=MAX_LINE))
+        member = a_member(a_plan(2, 1), lambda: asyncio.sleep(0, wire), Engine(), asyncio.Event())
+        for order in orders:
+            node0.send(str(order["kind"]), **{name: value for name, value in order.items() if name != "kind"})
+        node0.close()
+        async with asyncio.timeout(5):
+            return await member._obey(wire)
+
+    verdict = asyncio.run(told())
+    assert verdict is None or verdict.text is not None
 
 
 def test_a_torchrun_whose_last_words_are_torn_has_ended_all_the_same() -> None:

@@ -3,14 +3,16 @@
 import asyncio
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from app.launch import health
+from app.launch import health, looks
 from app.launch.final import RETRY_WINDOW, read_final, write_final
 from app.launch.looks import progress
+from app.launch.plan import Plan
 from tests.unit.launch_facts import machine, planned
 
 IDENTITY = "0123456789abcdef" * 4
@@ -76,6 +78,31 @@ def test_progress_is_a_new_checkpoint_and_not_one_that_is_torn_again_and_again(t
     assert first != progress(plan)
     (tmp_path / "progress").write_text("step 12\nloss 2.9\n")
     assert progress(plan) == "step 12"
+
+
+def test_a_file_system_that_stalls_holds_up_no_heartbeat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plan = planned(machine(), TRAIN_SCRIPT=__file__, RUN_DIR=str(tmp_path))
+    seen = looks.Looks(plan)
+    stalls = threading.Event()
+
+    def stalled(_: Plan) -> str:
+        stalls.wait(10)
+        return "step 9"
+
+    monkeypatch.setattr(looks, "progress", stalled)
+    monkeypatch.setattr(looks, "PATIENCE", 0.3)
+
+    async def live() -> tuple[float, str, str]:
+        asked = time.monotonic()
+        await seen.renew()
+        waited, before = time.monotonic() - asked, seen.progress
+        stalls.set()
+        await seen.renew()
+        return waited, before, seen.progress
+
+    waited, before, after = asyncio.run(live())
+    assert waited < 2
+    assert (before, after) == ("", "step 9")
 
 
 @pytest.fixture

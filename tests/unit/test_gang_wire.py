@@ -28,8 +28,22 @@ JSON = st.recursive(
     max_leaves=12,
 )
 NAMES = ["rank", "host", "life", "key", "facts", "ports", "round", "failures", "progress", "code", "failed", "text"]
-FIELDS = st.dictionaries(st.sampled_from([*NAMES, "exitcode", "time", "why", "port"]), JSON)
-KINDS = st.sampled_from(["beat", "failing", "stop", "reached", "ended", "hello", "go", "verdict", ""])
+MORE = [
+    "exitcode",
+    "time",
+    "why",
+    "port",
+    "ranks",
+    "sequence",
+    "at",
+    "collective",
+    "group",
+    "seconds",
+    "targets",
+    "key",
+]
+FIELDS = st.dictionaries(st.sampled_from([*NAMES, *MORE, "failures", "grace", "nnodes", "run_id", "node_rank"]), JSON)
+KINDS = st.sampled_from(["beat", "failing", "stalled", "stop", "reached", "ended", "hello", "go", "verdict", ""])
 
 
 async def pair() -> tuple[Wire, Wire, asyncio.Server]:
