@@ -4,6 +4,7 @@ The tests of this file share one job of two nodes that goes from fault to fault,
 starts from a job that trains, a new one if the last test broke it.
 """
 
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -92,6 +93,23 @@ def one_culprit(job: Job, table: Table, fault: str, culprit: str, within: float)
     again = job.trains()
     table.add(fault, knows, f"trains again after {again:.1f} s", verdict(said[0]))
     assert knows < within + SLACK
+    no_orphans(job)
+
+
+def no_orphans(job: Job) -> None:
+    """On every node one torchrun with its one worker, and nothing of an earlier round."""
+    for stack in job.stacks:
+        commands = [*stack.processes().values()]
+        for pattern in (AGENT, WORKER):
+            assert len([line for line in commands if re.search(pattern, line)]) == 1, commands
+
+
+def health(stack: Stack) -> str:
+    """What the engine's own health check prints."""
+    command = ["python", "/opt/torchrun-compose/entrypoint.py", "healthcheck"]
+    done = stack.container().exec_run(command)
+    assert done.exit_code == 0, done.output
+    return str(done.output.decode())
 
 
 def test_the_last_node_first_and_node_0_a_minute_later(shared: Job, table: Table) -> None:
@@ -137,6 +155,7 @@ def test_the_entrypoint_is_killed_and_docker_brings_it_back(job: Job, table: Tab
     assert job.stacks[victim].signal(ENTRYPOINT) >= 1
     knows, line = heard(survivor, rf"node {victim} \(.*was lost", job.since)
     again = job.trains()
+    no_orphans(job)
     assert job.stacks[victim].restarts == before + 1
     table.add(f"SIGKILL to the entrypoint of node {victim}", knows, f"trains again after {again:.1f} s", verdict(line))
     assert knows < SECONDS
@@ -151,6 +170,7 @@ def test_a_container_is_killed_and_started_again(job: Job, table: Table, victim:
     assert not job.stacks[victim].processes()
     job.stacks[victim].start()
     again = job.trains()
+    no_orphans(job)
     table.add(
         f"`docker kill` on node {victim}, started again", knows, f"trains again after {again:.1f} s", verdict(line)
     )
@@ -210,14 +230,19 @@ def test_docker_compose_stop_lets_all_scripts_save(job: Job, table: Table, stopp
     table.add(f"`docker compose stop` on node {stopped}", knows, ends(found), verdict(line))
 
 
-def test_a_stop_while_the_gang_waits_for_a_lost_node(job: Job, table: Table) -> None:
+@pytest.mark.parametrize(("stopped", "says"), [(0, "stopped on node 0"), (1, "stopped before the training was done")])
+def test_a_stop_while_the_gang_waits_for_a_lost_node(job: Job, table: Table, stopped: int, says: str) -> None:
+    assert re.match(r"running, round \d+, last progress: step \d+", health(job.stacks[stopped]))
     job.fault()
-    job.stacks[1].kill()
-    heard(job.stacks[0], r"waiting \d+ s for node 1", job.since)
+    job.stacks[1 - stopped].kill()
+    heard(job.stacks[stopped], rf"waiting \d+ s for node {1 - stopped}", job.since)
+    assert re.match(r"waiting, round \d+, last progress: step \d+", health(job.stacks[stopped]))
     since = job.fault()
-    job.stacks[0].stop()
-    knows, line = heard(job.stacks[0], "stopped on node 0", since)
-    table.add("`docker compose stop` while restarting", knows, ends([job.stacks[0].wait()]), verdict(line))
+    job.stacks[stopped].stop()
+    knows, line = heard(job.stacks[stopped], says, since)
+    found = [job.stacks[stopped].wait()]
+    assert found == [143]
+    table.add(f"`docker compose stop` on node {stopped} while restarting", knows, ends(found), verdict(line))
 
 
 def test_an_engine_is_stopped(job: Job, table: Table) -> None:
@@ -249,6 +274,7 @@ def test_min_nodes_goes_on_without_a_lost_node_and_takes_it_back(job: Job, table
     lost.kill()
     knows, line = all_hear([first, last], "going on without node 1", since)
     alone, _ = heard(last, "trains: rank 1 of 2", since)
+    no_orphans(Job(job.bed, [first, last]))
     told = f"trains on two nodes after {alone:.1f} s, node 2 as rank 1"
     table.add("node 1 of 3 never returns (MIN_NODES=2, REJOIN_TIMEOUT=4)", knows, told, verdict(line))
     since = job.fault()

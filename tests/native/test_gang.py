@@ -7,13 +7,15 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.native.launchers import ALL_REDUCE, Launcher, nodes
+from tests.native.launchers import ALL_REDUCE, PROJECT, Launcher, nodes
 
 FOREVER = "100000"
 
@@ -183,6 +185,10 @@ def test_scripts_that_do_not_stop_are_waited_for_aloud_and_killed_after_their_gr
         for launcher in (first, second):
             launcher.wait_for("stubborn")
         second.signal(signal.SIGTERM)
+        first.wait_for("ending the workers of this node")
+        command = [sys.executable, str(PROJECT / "entrypoint.py"), "healthcheck"]
+        health = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert "stopping, round 1, no progress yet" in health.stdout
         assert ends([first, second], 20) == [143, 143]
     for launcher in (first, second):
         launcher.wait_for(r"waiting \d s for node 0 \(127\.0\.0\.1\); node 1 \(127\.0\.0\.2\) to end \(until", 1)
