@@ -109,7 +109,7 @@ def health(stack: Stack) -> str:
     command = ["python", "/opt/torchrun-compose/entrypoint.py", "healthcheck"]
     done = stack.container().exec_run(command)
     assert done.exit_code == 0, done.output
-    return str(done.output.decode())
+    return bytes(done.output).decode()
 
 
 def test_the_last_node_first_and_node_0_a_minute_later(shared: Job, table: Table) -> None:
