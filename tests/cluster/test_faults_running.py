@@ -108,8 +108,9 @@ def health(stack: Stack) -> str:
     """What the engine's own health check prints."""
     command = ["python", "/opt/torchrun-compose/entrypoint.py", "healthcheck"]
     done = stack.container().exec_run(command)
+    assert isinstance(done.output, bytes)
     assert done.exit_code == 0, done.output
-    return bytes(done.output).decode()
+    return done.output.decode()
 
 
 def test_the_last_node_first_and_node_0_a_minute_later(shared: Job, table: Table) -> None:
