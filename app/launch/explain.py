@@ -57,11 +57,8 @@ def short(plan: Plan) -> str:
     """The plan in five lines, printed at each start."""
     found = {each.name: each for each in plan.decisions}
     rank, gpus = found["NODE_RANK"], found["GPUs"]
-    rdma, disabled = found.get("RDMA ports"), found.get("NCCL_IB_DISABLE")
-    transport = "sockets only"
-    if rdma is not None and plan.backend == "nccl" and (disabled is None or disabled.value == "0"):
-        transport = found["NCCL_IB_HCA"].value if plan.env.get("NCCL_IB_HCA") else rdma.value
-        transport = f"RDMA through {transport.removeprefix('=')}"
+    rdma = plan.backend == "nccl" and plan.transport != "sockets"
+    transport = f"RDMA through {found['RDMA ports'].value}" if rdma else "sockets only"
     devices = count(int(gpus.value), "GPU") if plan.backend == "nccl" else "the CPU"
     warnings = f"{count(len(plan.warnings), 'warning')}; " if plan.warnings else ""
     return "\n".join(

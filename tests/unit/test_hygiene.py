@@ -68,14 +68,26 @@ def test_nccls_lists_are_read_as_nccl_reads_them(pattern: str, hits: list[str]) 
     assert matching(pattern, ["eth0", "eth10", "ib0"]) == hits
 
 
+@pytest.mark.parametrize(
+    ("pattern", "hits"),
+    [
+        ("=mlx5_1:2", ["mlx5_1:2"]),
+        ("mlx5_1:1", ["mlx5_1:1", "mlx5_11:1"]),
+        ("^=mlx5_1", ["mlx5_11:1"]),
+        ("=mlx5_1:3", []),
+        ("=", ["mlx5_1:1", "mlx5_1:2", "mlx5_11:1"]),
+    ],
+)
+def test_a_port_in_nccls_list_counts_where_names_have_one(pattern: str, hits: list[str]) -> None:
+    assert matching(pattern, ["mlx5_1:1", "mlx5_1:2", "mlx5_11:1"]) == hits
+
+
 def test_an_hca_prefix_that_matches_more_than_it_names_is_told() -> None:
-    ports = tuple(
-        RdmaPort(device=f"mlx5_{index}", port=1, state="DOWN", link_layer="InfiniBand", rate=1) for index in (1, 11)
-    )
-    text = warned(machine(rdma_ports=ports), NCCL_IB_HCA="mlx5_1")
-    assert "also matches mlx5_11. Write NCCL_IB_HCA==mlx5_1 for exactly that." in text
-    assert warned(machine(rdma_ports=ports), NCCL_IB_HCA="=mlx5_1") == ""
-    assert "matches no RDMA device here (mlx5_1, mlx5_11)" in warned(machine(rdma_ports=ports), NCCL_IB_HCA="mlx4")
+    facts = {"port": 1, "state": "ACTIVE", "link_layer": "InfiniBand", "rate": 1, "lid": 1, "sm_lid": 1}
+    host = machine(rdma_ports=tuple(RdmaPort(device=f"mlx5_{index}", **facts) for index in (1, 11)))  # type: ignore[arg-type]  # facts name RdmaPort's fields
+    assert "also matches mlx5_11. Write NCCL_IB_HCA==mlx5_1 for exactly that." in warned(host, NCCL_IB_HCA="mlx5_1")
+    assert warned(host, NCCL_IB_HCA="=mlx5_1") == ""
+    assert "matches no RDMA port here (mlx5_1:1, mlx5_11:1)" in warned(host, NCCL_IB_HCA="mlx4")
 
 
 @pytest.mark.parametrize(
