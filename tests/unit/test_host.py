@@ -148,6 +148,12 @@ def test_without_limits_the_affinity_counts(tmp_path: Path) -> None:
     assert limits_of(tmp_path, "3:cpu:/\n2:memory:/", **unlimited) == (8, None)
 
 
+def test_the_limit_of_open_files_is_the_hard_one_to_which_the_launcher_raises_its_own(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    tree.write("proc/self/limits", "Max open files            1024                 524288               files")
+    assert read_limits(tmp_path).open_files == 524288
+
+
 def test_gpus_on_the_bus_that_were_not_passed_in_are_seen(tmp_path: Path) -> None:
     tree = Tree(tmp_path)
     gpu(tree, 0, "pci0000:00/0000:00:04.0", passed=False)

@@ -26,10 +26,11 @@ def check_needs(host: Host, workers: Workers, transport: str, ledger: Ledger) ->
             f"Shared memory (/dev/shm) has {_size(limits.shm)}, and {processes} with NCCL want about "
             f"{_size(wanted)}. Set SHM_SIZE in .env; otherwise it may end with 'No space left on device'."
         )
+    # The launcher raises the soft limit to the hard one by itself.
     if limits.open_files is not None and limits.open_files < OPEN_FILES:
         ledger.warn(
-            f"Only {limits.open_files} files and connections may be open at once; large jobs need more. Raise it: "
-            "`ulimit -n 65536`, or `ulimits: nofile` in compose."
+            f"Only {limits.open_files} files and connections may be open at once (the hard limit); large jobs need "
+            "more. Raise it: `ulimit -Hn 65536` as root, or `ulimits: nofile` in compose."
         )
     if limits.memory is not None and limits.memory < MEMORY_PER_PROCESS * workers.nproc:
         ledger.warn(

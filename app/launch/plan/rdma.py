@@ -82,7 +82,7 @@ def _as_asked(asked: Value, host: Host, ledger: Ledger) -> tuple[list[RdmaPort],
     kept = f"{shown('NCCL_IB_HCA', asked)} is kept, but"
     if not selected:
         here = ", ".join(port.name for port in host.rdma_ports) or "there is none"
-        ledger.warn(f"{kept} matches no RDMA port here ({here}): NCCL goes over to sockets without a word.")
+        ledger.warn(f"{kept} matches no RDMA device or port here ({here}): NCCL goes over to sockets without a word.")
     elif wrong:
         ledger.warn(f"{kept} selects {'; '.join(f'{each.port.name}: {each.reason}' for each in wrong)}.")
     _warn_prefix(asked, selected, ledger)
