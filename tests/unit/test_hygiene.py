@@ -87,7 +87,7 @@ def test_an_hca_prefix_that_matches_more_than_it_names_is_told() -> None:
     host = machine(rdma_ports=tuple(RdmaPort(device=f"mlx5_{index}", **facts) for index in (1, 11)))  # type: ignore[arg-type]  # facts name RdmaPort's fields
     assert "also matches mlx5_11. Write NCCL_IB_HCA==mlx5_1 for exactly that." in warned(host, NCCL_IB_HCA="mlx5_1")
     assert warned(host, NCCL_IB_HCA="=mlx5_1") == ""
-    assert "matches no RDMA port here (mlx5_1:1, mlx5_11:1)" in warned(host, NCCL_IB_HCA="mlx4")
+    assert "matches no RDMA device or port here (mlx5_1:1, mlx5_11:1)" in warned(host, NCCL_IB_HCA="mlx4")
 
 
 @pytest.mark.parametrize(

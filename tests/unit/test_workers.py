@@ -31,7 +31,30 @@ def test_nproc_means_what_torchrun_takes_it_for(text: str, on_gpus: tuple[int, s
 
 def test_gpu_asks_for_gpus() -> None:
     assert planned(GPU_HOST, NPROC_PER_NODE="gpu").nproc == 2
-    assert "but no GPU is here" in refused(CPU_HOST, NPROC_PER_NODE="gpu")
+    assert "there is no GPU here. Set a number or cpu, or give the container its GPUs with HARDWARE=nvidia." in refused(
+        CPU_HOST, NPROC_PER_NODE="gpu"
+    )
+    assert "or install the NVIDIA driver." in refused(machine(limits=CPUS), NPROC_PER_NODE="gpu")
+
+
+def test_a_mask_that_hides_all_gpus_is_named_as_the_cause() -> None:
+    assert refused(GPU_HOST, NPROC_PER_NODE="gpu", CUDA_VISIBLE_DEVICES="-1") == (
+        "NPROC_PER_NODE=gpu (environment), but CUDA_VISIBLE_DEVICES=-1 (environment) leaves no GPU. Set a number or "
+        "cpu, or correct CUDA_VISIBLE_DEVICES."
+    )
+    assert "but CUDA_VISIBLE_DEVICES=-1 (environment) leaves no GPU" in refused(
+        GPU_HOST, BACKEND="nccl", CUDA_VISIBLE_DEVICES="-1"
+    )
+
+
+def test_hardware_cpu_asks_for_workers_on_the_cpu_without_docker_too() -> None:
+    found = decide(GPU_HOST, HARDWARE="cpu")
+    assert found.plan is not None
+    assert (found.plan.backend, found.plan.nproc, found.warnings) == ("gloo", 8, ())
+    assert reason(found, "BACKEND") == "HARDWARE=cpu asks for workers on the CPU"
+    cpu_build = machine(gpus=TWO_GPUS, limits=CPUS, packages={"torch": "2.13.0+cpu"})
+    assert warned(cpu_build, HARDWARE="cpu") == ""
+    assert planned(GPU_HOST, HARDWARE="cpu", BACKEND="nccl").backend == "nccl"
 
 
 def test_more_processes_than_gpus_are_refused_for_nccl_only() -> None:
@@ -39,7 +62,13 @@ def test_more_processes_than_gpus_are_refused_for_nccl_only() -> None:
     assert planned(GPU_HOST, NPROC_PER_NODE="3", BACKEND="gloo").nproc == 3
 
 
-@pytest.mark.parametrize(("mask", "count"), [("1", 1), ("0,1", 2), ("1,7,0", 1), ("GPU-aa,MIG-bb", 2), ("-1", 0)])
+@pytest.mark.parametrize(
+    ("mask", "count"),
+    [
+        *(("1", 1), ("0,1", 2), ("1,7,0", 1), ("-1", 0), ("0,0", 0), ("0,x,1", 1)),
+        *(("GPU-aa,GPU-bb", 2), ("GPU-aa,MIG-bb", 1), ("GPU-aa,GPU-aa", 0)),
+    ],
+)
 def test_cuda_visible_devices_limits_the_gpus(mask: str, count: int) -> None:
     found = decide(GPU_HOST, CUDA_VISIBLE_DEVICES=mask)
     assert next(each.value for each in found.decisions if each.name == "GPUs") == str(count)
@@ -150,7 +179,7 @@ def test_limits_below_what_the_plan_needs_are_told() -> None:
     small = machine(gpus=TWO_GPUS, limits=Limits(cpus=8, shm=64 << 20, open_files=1024, memory=1 << 30))
     text = warned(small)
     assert "Shared memory (/dev/shm) has 64 MiB, and 2 processes with NCCL want about 2 GiB" in text
-    assert "Only 1024 files" in text
+    assert "Only 1024 files and connections may be open at once (the hard limit)" in text
     assert "The memory limit is 1 GiB for 2 processes" in text
 
 
