@@ -32,7 +32,9 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_default(tmp_pa
 @pytest.mark.parametrize("setting", [each for each in TABLE if each.scope != "compose"], ids=lambda each: each.name)
 def test_shell_beats_file_beats_default_for_every_setting(setting: object, tmp_path: Path) -> None:
     name = getattr(setting, "name", "")
-    one, two = ("cpu", "nvidia") if name == "HARDWARE" else ("gloo", "nccl") if name == "BACKEND" else ("41", "42")
+    words = {"HARDWARE": ("cpu", "nvidia"), "BACKEND": ("gloo", "nccl")}
+    words |= dict.fromkeys(("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1"))
+    one, two = words.get(name, ("41", "42"))
     assert read(tmp_path, f"{name}={one}", **{name: two}).get(name) == Value(text=two, source="environment")
     assert read(tmp_path, f"{name}={one}").get(name) == Value(text=one, source=".env:1")
     unset = read(tmp_path, "").get(name)
@@ -74,6 +76,10 @@ def test_a_line_that_is_no_assignment_is_named_without_its_text(tmp_path: Path) 
         ("NPROC_PER_NODE=0", "NPROC_PER_NODE=0 (.env:1) is neither a number of at least 1 nor auto, gpu or cpu."),
         ("HARDWARE=gpu", "HARDWARE=gpu (.env:1) is unknown. Write one of cpu, nvidia, nvidia-ib, cdi."),
         ("BACKEND=mpi", "BACKEND=mpi (.env:1) is unknown. Write one of auto, gloo, nccl."),
+        # NCCL and CUDA read a number: to them "yes" is 0.
+        ("NCCL_IB_DISABLE=yes", "NCCL_IB_DISABLE=yes (.env:1) is unknown. Write one of 0, 1."),
+        ("CUDA_LAUNCH_BLOCKING=on", "CUDA_LAUNCH_BLOCKING=on (.env:1) is unknown. Write one of 0, 1."),
+        ("OMP_NUM_THREADS=0", "OMP_NUM_THREADS=0 (.env:1) is out of range. Write a whole number of at least 1."),
         ("START_TIMEOUT=5m", "START_TIMEOUT=5m (.env:1) is not a number of seconds, like 30 or 2.5."),
         ("HEARTBEAT_TIMEOUT=0.5", "HEARTBEAT_TIMEOUT=0.5 (.env:1) is too short. Write at least 1 seconds."),
         (
