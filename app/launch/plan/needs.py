@@ -74,8 +74,10 @@ def _warn_first_address(nic: Nic, own: Own, ledger: Ledger) -> None:
     # NCCL and Gloo take an interface, and of it the first address, IPv4 before IPv6.
     used = next((each.text for each in nic.addresses if ":" not in each.text), own.address)
     if used != own.address and any(each.text == own.address for each in nic.addresses):
+        # NCCL is told the family where nodes are listed by IPv6.
+        they = "Gloo uses" if ":" in own.address else "NCCL and Gloo use"
         ledger.warn(
-            f"{nic.name} has several addresses. torchrun uses {own.address}, but NCCL and Gloo use the first, {used}: "
+            f"{nic.name} has several addresses. torchrun uses {own.address}, but {they} the first, {used}: "
             "it must be reachable from the other nodes too. List the first ones in NODES if it is not."
         )
 
