@@ -41,7 +41,7 @@ def seconds(low: float) -> Check:
     def check(text: str) -> str | None:
         if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,3})?", text):
             return "is not a number of seconds, like 30 or 2.5."
-        return None if float(text) >= low else f"is too short. Write at least {low:g} seconds."
+        return None if float(text) >= low else f"is too short. Write at least {low:g} second{'' if low == 1 else 's'}."
 
     return check
 

@@ -98,7 +98,14 @@ def test_both_hosts_of_the_classic_script_agree(tmp_path: Path) -> None:
     ("name", "variable", "value", "transport", "network", "warning"),
     [
         ("classic_a", "NCCL_IB_HCA", "mlx5_0", "sockets", "sockets only", "selects mlx5_0:1: the port is DOWN"),
-        ("classic_a", "NCCL_IB_HCA", "=mlx5_1:2", "sockets", "sockets only", "matches no RDMA device or port here (mlx5_0:1"),
+        (
+            "classic_a",
+            "NCCL_IB_HCA",
+            "=mlx5_1:2",
+            "sockets",
+            "sockets only",
+            "matches no RDMA device or port here (mlx5_0:1",
+        ),
         ("classic_a", "NCCL_IB_HCA", "mlx5_9", "sockets", "sockets only", "NCCL goes over to sockets without a word"),
         ("classic_a", "NCCL_IB_HCA", "mlx5", "RoCE", "RDMA through mlx5_1:1", ""),
         ("classic_a", "NCCL_NET", "Socket", "sockets", "sockets only", "100 Gb/s of RDMA on this machine stay unused"),

@@ -81,7 +81,7 @@ def test_a_line_that_is_no_assignment_is_named_without_its_text(tmp_path: Path) 
         ("CUDA_LAUNCH_BLOCKING=on", "CUDA_LAUNCH_BLOCKING=on (.env:1) is unknown. Write one of 0, 1."),
         ("OMP_NUM_THREADS=0", "OMP_NUM_THREADS=0 (.env:1) is out of range. Write a whole number of at least 1."),
         ("START_TIMEOUT=5m", "START_TIMEOUT=5m (.env:1) is not a number of seconds, like 30 or 2.5."),
-        ("HEARTBEAT_TIMEOUT=0.5", "HEARTBEAT_TIMEOUT=0.5 (.env:1) is too short. Write at least 1 seconds."),
+        ("HEARTBEAT_TIMEOUT=0.5", "HEARTBEAT_TIMEOUT=0.5 (.env:1) is too short. Write at least 1 second."),
         (
             "RUN_NAME=../other",
             "RUN_NAME=../other (.env:1) is not a folder's name. Write up to 64 letters, digits, dots, dashes or "

@@ -10,7 +10,7 @@ from app.launch.plan.classic import decide_classic
 from app.launch.plan.equal import must_be_equal
 from app.launch.plan.exports import Exports, common_exports, environment, keep_others, removals
 from app.launch.plan.hygiene import warn_costs, warn_typos
-from app.launch.plan.ledger import Decision, Ledger, shown
+from app.launch.plan.ledger import Decision, Ledger, count, shown
 from app.launch.plan.membership import Membership, names_to_resolve
 from app.launch.plan.needs import check_needs
 from app.launch.plan.network import decide_interface
@@ -200,7 +200,9 @@ def _decide_times(settings: Settings, member: Membership | None, ledger: Ledger)
         return size or 1
     ledger.take("MIN_NODES", least, "a restart may go on with fewer nodes, down to these")
     if size is not None and int(least.text) > size:
-        ledger.refuse("MIN_NODES", f"{shown('MIN_NODES', least)}, but there are {size} nodes. Set at most {size}.")
+        ledger.refuse(
+            "MIN_NODES", f"{shown('MIN_NODES', least)}, but the job has {count(size, 'node')}. Set at most {size}."
+        )
     return int(least.text)
 
 
