@@ -60,13 +60,14 @@ def short(plan: Plan) -> str:
     rdma = plan.backend == "nccl" and plan.transport != "sockets"
     transport = f"RDMA through {found['RDMA ports'].value}" if rdma else "sockets only"
     devices = count(int(gpus.value), "GPU") if plan.backend == "nccl" else "the CPU"
+    args = f" {found['TRAIN_ARGS'].value}" if "TRAIN_ARGS" in found else ""
     warnings = f"{count(len(plan.warnings), 'warning')}; " if plan.warnings else ""
     return "\n".join(
         [
             f"run {plan.run_name}: node {plan.node_rank} of {len(plan.nodes)}, {plan.address} ({rank.source})",
             f"network: {plan.interface}, {transport}",
             f"workers: {plan.nproc} of {plan.world_size} on {devices}, {plan.backend}",
-            f"script: {found['TRAIN_SCRIPT'].value}, in {found['RUN_DIR'].value}",
+            f"script: {found['TRAIN_SCRIPT'].value}{args}, in {found['RUN_DIR'].value}",
             f"store: {plan.master_addr} port {plan.master_port}; {warnings}`explain` tells the reasons",
         ]
     )

@@ -12,6 +12,7 @@ from app.launch.host.gpus import Gpu, Gpus
 from app.launch.host.limits import Limits
 from app.launch.host.names import Answer
 from app.launch.host.nics import Address, Nic
+from app.launch.host.paths import Seen
 from app.launch.host.rdma import Gid, RdmaPort, RdmaSoftware
 from app.launch.plan import Plan, draft, make_plan, probe_for
 from app.launch.settings import TABLE, read_settings
@@ -38,6 +39,9 @@ FOREIGN = (
 NAMES = st.sampled_from([*(setting.name for setting in TABLE), *FOREIGN])
 ENVIRON = st.dictionaries(NAMES, WORDS, max_size=8)
 KINDS = ("ethernet", "infiniband", "loopback", "bond", "vlan", "bridge", "tunnel", "virtual", "container")
+SEEN = st.builds(
+    Seen, kind=st.sampled_from(["file", "folder", "missing", "unreadable"]), obstacle=st.sampled_from(["", "", "/ro"])
+)
 INTERFACE_NAMES = st.sampled_from(["eth0", "eth1", "ib0", "bond0", "docker0", "lo"])
 
 
@@ -97,7 +101,8 @@ def hosts(draw: st.DrawFn) -> Host:
         ),
         limits=Limits(cpus=draw(st.integers(1, 9)), memory=draw(small), memlock=draw(small), shm=draw(small)),
         answers={"a": Answer(addresses=("10.0.0.1",)), "b": Answer(addresses=("127.0.1.1", "2001:db8::1"))},
-        files={"x.py": draw(st.sampled_from([None, "", "abc"]))},
+        files={path: draw(SEEN) for path in ("x.py", "runs/default", "-m")},
+        module=draw(st.booleans()),
         packages=draw(st.sampled_from([{}, {"torch": "2.13.0"}, {"torch": "2.13.0+cpu"}])),
     )
 

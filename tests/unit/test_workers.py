@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from app.launch import supervise
 from app.launch.host.gpus import Gpu, Gpus
 from app.launch.host.limits import Limits
-from app.launch.plan import draft
+from app.launch.host.paths import Seen
+from app.launch.plan import draft, probe_for
+from app.launch.plan.script import SHORTEST_TOKEN, files_to_look_at
 from app.launch.settings import read_settings
 from tests.unit.launch_facts import decide, machine, planned, reason, refused, warned
 
@@ -108,7 +111,7 @@ def test_threads_are_the_cpus_shared_by_the_processes(nproc: str, threads: str) 
 
 def command(*argv: str, **environ: str) -> tuple[str, ...]:
     settings = read_settings(environ, None, argv)
-    plan = draft(settings, machine(files={"train.py": "abc"})).plan
+    plan = draft(settings, machine(files={"train.py": Seen(digest="abc")})).plan
     assert plan is not None
     return plan.command
 
@@ -128,15 +131,73 @@ def test_only_this_projects_modules_change_the_python_path() -> None:
     assert "PYTHONPATH" not in planned(CPU_HOST, TRAIN_SCRIPT="-m mine").env
 
 
-def test_a_missing_script_is_refused_and_a_module_is_not_looked_for() -> None:
-    host = machine(files={"/workspace/no.py": None})
+def test_a_missing_script_is_refused() -> None:
+    host = machine(files={"/workspace/no.py": Seen(kind="missing")})
     assert "there is no such file here" in refused(host, TRAIN_SCRIPT="/workspace/no.py")
     assert planned(host, TRAIN_SCRIPT="-m no.such.module").command == ("-m", "no.such.module")
     assert "names no script" in refused(host, TRAIN_SCRIPT="-m")
+    assert refused(machine(module=False), TRAIN_SCRIPT="-m no.such.module") == (
+        "TRAIN_SCRIPT=-m no.such.module (environment): Python finds no 'no' here. Correct the name, or set PYTHONPATH."
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "seen", "wrong"),
+    [
+        ("/tmp", Seen(kind="folder"), "this is a folder. Write the path of a script, or -m for a module."),
+        ("x.py", Seen(kind="unreadable"), "user 0 cannot read it. Let that user read it, or correct the path."),
+        ("x.py --lr 1", Seen(kind="missing"), "x.py: there is no such file here. Correct the path, or write -m for a "),
+        ("python train.py", Seen(kind="missing"), "that is a program. Write the script and its arguments alone"),
+        ("/usr/bin/torchrun x.py", Seen(), "that is a program."),
+    ],
+)
+def test_a_script_that_cannot_be_started_is_refused_with_its_cure(script: str, seen: Seen, wrong: str) -> None:
+    host = machine(files={script.partition(" ")[0]: seen})
+    assert f"TRAIN_SCRIPT={script} (environment): {wrong}" in refused(host, TRAIN_SCRIPT=script)
+
+
+def test_a_space_in_the_name_of_a_script_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "my script.py"
+    file.touch()
+    settings = read_settings({"TRAIN_SCRIPT": str(file)}, None)
+    problems = draft(settings, probe_for(settings)).problems
+    assert [problem.message for problem in problems] == [
+        f"TRAIN_SCRIPT={file} (environment): the space ends the name. Quote it in the value: TRAIN_SCRIPT=\"'{file}'\"."
+    ]
+    quoted = read_settings({"TRAIN_SCRIPT": f"'{file}'"}, None)
+    assert draft(quoted, probe_for(quoted)).problems == ()
+
+
+def test_the_arguments_of_the_script_are_a_thing_of_their_own() -> None:
+    found = decide(CPU_HOST, TRAIN_ARGS='--a "b c"')
+    shown = {each.name: (each.value, each.source) for each in found.decisions}
+    assert shown["TRAIN_SCRIPT"] == ("-m app.train", "default")
+    assert shown["TRAIN_ARGS"] == ('--a "b c"', "environment")
+    settings = read_settings({"TRAIN_ARGS": "--a"}, None, ["--steps", "9"])
+    assert reason(draft(settings, CPU_HOST), "TRAIN_ARGS") == "in place of TRAIN_ARGS=--a (environment)"
+
+
+@pytest.mark.parametrize(
+    ("environ", "path", "cause"),
+    [
+        ({"RUN_DIR": "/ro/x"}, "/ro/x", "RUN_DIR=/ro/x (environment)"),
+        ({"CHECKPOINT_DIR": "/ro/x/"}, "/ro/x", "CHECKPOINT_DIR=/ro/x/ (environment)"),
+        ({"RUNS_ROOT": "/ro"}, "/ro/default", "RUNS_ROOT=/ro (environment)"),
+        ({}, "runs/default", "RUNS_ROOT=runs (default)"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_starts(
+    environ: dict[str, str], path: str, cause: str
+) -> None:
+    host = machine(files={path: Seen(kind="missing", obstacle="/ro")}, uid=1000)
+    assert path in files_to_look_at(read_settings(environ, None))
+    assert refused(host, **environ) == (
+        f"{cause}: user 1000 cannot make files and folders in /ro. Correct the path, or let that user write there."
+    )
 
 
 def test_the_scripts_content_must_be_equal_on_all_nodes() -> None:
-    plan = planned(machine(files={"train.py": "abc"}), TRAIN_SCRIPT="train.py")
+    plan = planned(machine(files={"train.py": Seen(digest="abc")}), TRAIN_SCRIPT="train.py")
     assert ("content of train.py", "abc") in plan.equal
 
 
@@ -149,11 +210,18 @@ def test_folders_follow_the_run_unless_they_are_set() -> None:
     assert (own.run_dir, own.env["CHECKPOINT_DIR"]) == (Path("/runs/default"), "/nfs/c")
 
 
-def test_a_token_file_must_be_there_and_readable() -> None:
+def test_a_token_file_must_be_there_and_hold_a_token() -> None:
     token = {"CLUSTER_TOKEN_FILE": "/t"}
-    assert "there is no such file" in refused(machine(files={"/t": None}), **token)
-    assert "cannot be read by this user" in refused(machine(files={"/t": ""}), **token)
-    assert planned(machine(files={"/t": "abc"}), **token).token_file == Path("/t")
+    wrong = {
+        "there is no such file.": Seen(kind="missing"),
+        "it cannot be read by this user.": Seen(kind="unreadable"),
+        "this is a folder.": Seen(kind="folder"),
+        "it holds only 3 bytes. Make one with `openssl rand -hex 32 > FILE`": Seen(size=3),
+    }
+    for message, seen in wrong.items():
+        assert f"CLUSTER_TOKEN_FILE=/t (environment): {message}" in refused(machine(files={"/t": seen}), **token)
+    assert planned(machine(files={"/t": Seen(size=SHORTEST_TOKEN)}), **token).token_file == Path("/t")
+    assert SHORTEST_TOKEN == supervise.SHORTEST_TOKEN
 
 
 def test_ports_follow_master_port_and_must_differ() -> None:

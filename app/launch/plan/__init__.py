@@ -16,7 +16,7 @@ from app.launch.plan.needs import check_needs
 from app.launch.plan.network import decide_interface
 from app.launch.plan.nodes import decide_listed
 from app.launch.plan.rdma import decide_rdma
-from app.launch.plan.script import Script, decide_script, files_to_look_at
+from app.launch.plan.script import Script, decide_script, files_to_look_at, module_to_find
 from app.launch.plan.workers import Workers, decide_workers
 from app.launch.settings import Settings
 
@@ -95,7 +95,13 @@ class Ports:
 
 def probe_for(settings: Settings, root: Path = Path("/")) -> Host:
     """The facts that a plan of these settings needs: the machine, the names to resolve, the files to look at."""
-    return probe(root, resolve=names_to_resolve(settings), paths=files_to_look_at(settings))
+    return probe(
+        root,
+        resolve=names_to_resolve(settings),
+        paths=files_to_look_at(settings),
+        module=module_to_find(settings),
+        python_path=settings.text("PYTHONPATH"),
+    )
 
 
 def make_plan(settings: Settings, host: Host) -> Plan | tuple[Problem, ...]:

@@ -106,8 +106,8 @@ def _place(rank: Value, size: int, master_address: str, master: Value, host: Hos
     elif number != 0 and here:
         ledger.refuse(
             "NODE_RANK",
-            f"{shown('NODE_RANK', rank)}, but {shown('MASTER_ADDR', master)} is an address of this machine, so it is node 0. "
-            "Correct one of the two.",
+            f"{shown('NODE_RANK', rank)}, but {shown('MASTER_ADDR', master)} is an address of this machine, so it is "
+            "node 0. Correct one of the two.",
         )
         return None
     else:

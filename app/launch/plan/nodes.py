@@ -171,8 +171,8 @@ def _given_rank(given: Value, nodes: tuple[str, ...], matches: list[int], host: 
     if rank >= len(nodes):
         ledger.refuse(
             "NODE_RANK",
-            f"{shown('NODE_RANK', given)}, but NODES lists {count(len(nodes), 'node')}: ranks run from 0 to {len(nodes) - 1}. "
-            "Correct it, or remove it to have it found by address.",
+            f"{shown('NODE_RANK', given)}, but NODES lists {count(len(nodes), 'node')}: ranks run from 0 to "
+            f"{len(nodes) - 1}. Correct it, or remove it to have it found by address.",
         )
         return None
     if rank in matches:
