@@ -26,11 +26,19 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Title and beginnings of names; a decision stands in the first section that fits."""
 
+USAGE = """explain [--json] [SCRIPT | -m MODULE] [ARGS...]
+
+What a start with this script and these arguments (without them: as set) would use, and why; starts nothing.
+--json prints the same for programs. Exit code: 0, or 2 if settings are wrong."""
+
 BOLD, DIM, RED, YELLOW, CYAN, PLAIN = "\033[1m", "\033[2m", "\033[31m", "\033[33m", "\033[36m", "\033[0m"
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
     """The command `explain [--json] [SCRIPT ...]`; starts nothing."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
     settings = read_settings(environ, env_file, [argument for argument in arguments if argument != "--json"])
     return explain(settings, probe_for(settings), as_json="--json" in arguments)
 
