@@ -119,10 +119,11 @@ def test_a_missing_file_that_the_user_named_is_a_problem(tmp_path: Path) -> None
 def test_a_file_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:
     # A folder stands for a file without permission, which root, who may run the tests, could read.
     assert messages(read_settings({}, tmp_path)) == [
-        f"{tmp_path} cannot be read: Is a directory. Make it readable by this user, or name another with ENV_FILE."
+        f"{tmp_path} cannot be read: it is a folder. Write lines of the form NAME=value into a file, or name another "
+        "file with ENV_FILE."
     ]
     (tmp_path / "latin").write_bytes(b"NAME=\xff\n")
-    assert "it is not UTF-8 text" in messages(read_settings({}, tmp_path / "latin"))[0]
+    assert "it is not UTF-8 text. Save it as UTF-8, or name" in messages(read_settings({}, tmp_path / "latin"))[0]
 
 
 def test_the_file_that_compose_mounts_only_names_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +131,23 @@ def test_the_file_that_compose_mounts_only_names_lines(tmp_path: Path, monkeypat
     settings = read_settings({"NODES": "10.0.0.1"}, tmp_path)
     assert settings.problems == ()
     assert settings.get("NODES") == Value(text="10.0.0.1", source="environment")
+
+
+def test_what_compose_gives_every_container_is_not_taken_for_the_users() -> None:
+    settings = read_settings({"RUNS_ROOT": "/runs", "STOPPED_EXIT_CODE": "7"}, envfile.MOUNTED)
+    assert settings.get("RUNS_ROOT") == Value(text="/runs", source="compose.yaml")
+    assert settings.get("STOPPED_EXIT_CODE") == Value(text="7", source="environment")
+    assert read_settings({"RUNS_ROOT": "/runs"}, None).get("RUNS_ROOT") == Value(text="/runs", source="environment")
+    stack = (PROJECT / "compose.yaml").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^ {6}([A-Z_]+): \$\{\1:[-+](.+)\}$", stack, re.MULTILINE)) == envfile.FROM_COMPOSE
+
+
+@pytest.mark.parametrize("line", ["RUNS_ROOT=~/runs", "CHECKPOINT_DIR=$HOME/ck", "RUN_DIR=/x/${USER}"])
+def test_a_path_that_a_shell_would_expand_is_refused(line: str, tmp_path: Path) -> None:
+    assert messages(read(tmp_path, line)) == [
+        f"{line} (.env:1) would be taken literally: ~ and $ are not expanded here. Write the whole path."
+    ]
+    assert read(tmp_path, "RUN_DIR=/a~b").problems == ()
 
 
 def test_a_secret_is_not_in_the_settings_text() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from app.launch.envfile import COMPOSE
 from app.launch.host import Host
 from app.launch.plan.ledger import Ledger
 from app.launch.plan.script import Script
@@ -25,6 +26,8 @@ class Exports:
         if given is not None:
             same = given.text == str(value)
             why = f"as you set it; {reason}" if same else f"as you set it, in place of {value}"
+            if given.source == COMPOSE:
+                why = reason
             self.ledger.decide(name, given.text, given.source, why, rejected)
             return
         self.env[name] = str(value)
