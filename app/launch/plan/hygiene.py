@@ -107,10 +107,10 @@ def warn_costs(settings: Settings, host: Host, ledger: Ledger) -> None:
 
 
 def warn_typos(settings: Settings, ledger: Ledger) -> None:
-    """Names that nobody reads. Where something is wrong anyway, the typo may be why, so it is told with it."""
+    """Names that are known to nobody. Where something is wrong anyway, the typo may be why, so it is told with it."""
     for name, meant in misspelt(settings.values):
         source = settings.values[name].source
-        message = f"{name} ({source}) is read by nobody. Did you mean {meant}?"
+        message = f"{name} ({source}) is unknown to NCCL 2.30, Gloo, torch and torchrun-compose. Did you mean {meant}?"
         if ledger.problems:
             ledger.refuse(name, message)
         else:
