@@ -122,7 +122,8 @@ def test_a_cpu_job_is_not_bothered_with_infiniband() -> None:
 
 def test_too_little_locked_memory_is_refused_where_rdma_will_be_used() -> None:
     low = Limits(cpus=8, memlock=8 << 20)
-    assert "the limit of locked memory is 8192 KiB" in refused(gpu_host(infiniband("m"), limits=low), NODES=NODES)
+    text = refused(gpu_host(infiniband("m"), limits=low), NODES=NODES)
+    assert "the limit of locked memory is 8192 KiB, and RDMA registers more: set HARDWARE=nvidia-ib, which" in text
     assert planned(gpu_host(limits=low), NODES=NODES).backend == "nccl"
     may = replace(low, may_lock=True)
     assert planned(gpu_host(infiniband("m"), limits=may), NODES=NODES).backend == "nccl"
