@@ -19,9 +19,9 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Node", ("NODES", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CONTROL_PORT")),
     ("Network", ("interface", "address", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY")),
     ("InfiniBand and RoCE", ("RDMA ports", "NCCL_IB_", "RoCE GID", "GPU to port", "GPUDirect RDMA", "GLOO_IB_")),
-    ("Workers", ("GPUs", "BACKEND", "NPROC_PER_NODE", "OMP_NUM_THREADS", "limits")),
-    ("Script", ("TRAIN_SCRIPT", "RUN_DIR", "CHECKPOINT_DIR", "CLUSTER_TOKEN_FILE")),
-    ("Failures and stops", ("START_TIMEOUT", "REJOIN_", "HEARTBEAT_", "STOP_GRACE", "MAX_RESTARTS", "MIN_NODES")),
+    ("Workers", ("GPUs", "HARDWARE", "BACKEND", "NPROC_PER_NODE", "world size", "OMP_NUM_THREADS", "limits")),
+    ("Script", ("TRAIN_", "DATA", "RUN", "CHECKPOINT_DIR", "CLUSTER_TOKEN_FILE", "torchrun")),
+    ("Failures and stops", ("START_", "REJOIN_", "HEARTBEAT_", "STOP", "MAX_RESTARTS", "MIN_NODES", "HANG_")),
     ("Other variables", ("",)),
 )
 """Title and beginnings of names; a decision stands in the first section that fits."""

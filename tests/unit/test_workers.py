@@ -243,6 +243,16 @@ def test_fewer_nodes_than_min_nodes_are_refused() -> None:
     assert "but the job has 1 node. Set at most 1." in refused(CPU_HOST, MIN_NODES="2")
 
 
+@pytest.mark.parametrize(
+    ("period", "grace", "told"),
+    [("", "30", ""), ("", "56", "61s"), ("1m30s", "85", ""), ("90s", "86", "91s"), ("soon", "999", "")],
+)
+def test_a_grace_that_docker_cuts_short_is_told(period: str, grace: str, told: str) -> None:
+    text = warned(CPU_HOST, STOP_GRACE=grace, STOP_GRACE_PERIOD=period)
+    assert (f"Set STOP_GRACE_PERIOD={told} or more in .env" in text) == bool(told), text
+    assert warned(machine(limits=CPUS), STOP_GRACE="999") == ""
+
+
 def test_limits_below_what_the_plan_needs_are_told() -> None:
     small = machine(gpus=TWO_GPUS, limits=Limits(cpus=8, shm=64 << 20, open_files=1024, memory=1 << 30))
     text = warned(small)

@@ -1,5 +1,7 @@
 """The launch plan: the only place where decisions are made, each with its source and reason."""
 
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,10 @@ from app.launch.plan.workers import Workers, decide_workers
 from app.launch.settings import Settings
 
 __all__ = ["Decision", "Draft", "Plan", "Problem", "draft", "make_plan", "probe_for"]
+
+
+ENDING = 5
+"""Seconds that a launcher takes to end what is left after STOP_GRACE."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +131,9 @@ def draft(settings: Settings, host: Host) -> Draft:
     script = decide_script(settings, host, ledger)
     common_exports(exports, host, script, ports.ras)
     min_nodes = _decide_times(settings, member, ledger)
+    _check_grace(settings, host, ledger)
+    if member is not None:
+        _decide_command(member, workers, ports, script, ledger)
     keep_others(exports)
     env = environment(settings, exports)
     removed = removals(settings, env, ledger)
@@ -210,6 +219,42 @@ def _decide_times(settings: Settings, member: Membership | None, ledger: Ledger)
             "MIN_NODES", f"{shown('MIN_NODES', least)}, but the job has {count(size, 'node')}. Set at most {size}."
         )
     return int(least.text)
+
+
+def _check_grace(settings: Settings, host: Host, ledger: Ledger) -> None:
+    period = settings.values.get("STOP_GRACE_PERIOD")
+    waits = _compose_seconds(period.text if period else "60s")
+    grace = settings.get("STOP_GRACE")
+    if host.container and grace is not None and waits is not None and float(grace.text) + ENDING > waits:
+        ledger.warn(
+            f"{shown('STOP_GRACE', grace)} is more than Docker waits (STOP_GRACE_PERIOD, {waits:g} s): workers would "
+            f"be killed while they save. Set STOP_GRACE_PERIOD={float(grace.text) + ENDING:g}s or more in .env."
+        )
+
+
+def _compose_seconds(text: str) -> float | None:
+    """Seconds of a duration as Compose writes it, `1m30s`; None if it is none."""
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "us": 1e-6}
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(ms|us|h|m|s)", text)
+    known = parts and "".join(number + unit for number, unit in parts) == text
+    return sum(float(number) * units[unit] for number, unit in parts) if known else None
+
+
+def _decide_command(member: Membership, workers: Workers, ports: Ports, script: Script, ledger: Ledger) -> None:
+    nnodes, nproc = len(member.nodes), workers.nproc
+    first = member.rank * nproc
+    here = f"rank {first} is" if nproc == 1 else f"ranks {first} to {first + nproc - 1} are"
+    product = f"{count(nnodes, 'node')} x {count(nproc, 'process', 'processes')}; {here} on this node"
+    ledger.decide("world size", nnodes * nproc, "derived", product)
+    words = [
+        f"--nnodes={nnodes}",
+        f"--nproc-per-node={nproc}",
+        f"--node-rank={member.rank}",
+        f"--master-addr={member.nodes[0]}",
+        f"--master-port={ports.master}",
+        *script.command,
+    ]
+    ledger.decide("torchrun", shlex.join(words), "derived", "the part of its command line that places the ranks")
 
 
 def _plan(
