@@ -1,10 +1,7 @@
 """`explain`: the plan in words: each value, its source, its reason, and what was not chosen. Nothing here decides."""
 
-import json
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -50,6 +47,8 @@ def explain(settings: Settings, host: Host, *, as_json: bool = False, out: TextI
     if as_json:
         text = to_json(found)
     elif target.isatty():
+        import shutil
+
         text = to_table(found, shutil.get_terminal_size().columns, colour="NO_COLOR" not in os.environ)
     else:
         text = to_lines(found)
@@ -141,12 +140,16 @@ def to_table(found: Draft, width: int, *, colour: bool) -> str:
 
 
 def _wrapped(text: str, width: int, indent: int) -> list[str]:
+    import textwrap
+
     room = max(30, width - indent)
     return textwrap.wrap(text, room + indent, initial_indent=" " * indent, subsequent_indent=" " * indent) or [""]
 
 
 def to_json(found: Draft) -> str:
     """The same for machines: `plan` (null if something is wrong), `decisions`, `warnings`, `problems`."""
+    import json
+
     plan = None
     if found.plan is not None:
         plan = {name: value for name, value in asdict(found.plan).items() if name not in ("decisions", "warnings")}

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from socket import AF_INET, AF_INET6
 
 import pytest
 
@@ -100,6 +101,16 @@ def test_an_unreadable_number_is_none(tmp_path: Path) -> None:
 def test_what_is_no_pci_device_has_no_pci_path(tmp_path: Path) -> None:
     assert pci_path(tmp_path) == ()
     assert pci_path(tmp_path / "absent") == ()
+
+
+def test_the_kernel_tells_the_same_addresses_as_it_tells_psutil() -> None:
+    import psutil
+
+    found = {nic.name: {(each.text, each.prefix) for each in nic.addresses} for nic in read_nics(Path("/"))}
+    for name, addresses in psutil.net_if_addrs().items():
+        ours = {text for text, _ in found[name.partition(":")[0]]}
+        assert {canonical(each.address) for each in addresses if each.family in (AF_INET, AF_INET6)} <= ours
+    assert {("127.0.0.1", 8)} <= found["lo"]
 
 
 def test_interfaces_of_each_kind_are_told_apart(tmp_path: Path) -> None:

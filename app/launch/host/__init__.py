@@ -1,7 +1,6 @@
 """Facts about this machine, probed once and read below a `root`, so that a test can hand over a made-up one."""
 
 import os
-import platform
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -80,7 +79,7 @@ def probe(
         answers=resolve_names(resolve, root),
         files={path: look_at(root, path) for path in paths},
         module=not (live and module) or importable(module, python_path),
-        python=platform.python_version(),
+        python=".".join(map(str, sys.version_info[:3])),
         packages=_packages(root),
     )
 
