@@ -126,7 +126,9 @@ def test_stray_torchrun_variables_are_removed_and_named() -> None:
     found = decide(HOST, PET_NNODES="4", PET_STANDALONE="")
     assert found.plan is not None
     assert found.plan.removed == ("PET_NNODES", "PET_STANDALONE")
-    assert found.warnings[0].startswith("PET_NNODES, PET_STANDALONE removed from the environment")
+    assert found.warnings[0].startswith(
+        "PET_NNODES (environment), PET_STANDALONE (environment) removed from the environment"
+    )
 
 
 def test_empty_variables_of_the_libraries_are_removed() -> None:

@@ -234,9 +234,11 @@ def test_ports_follow_master_port_and_must_differ() -> None:
 
 
 def test_ports_that_need_root_or_may_be_taken_are_warned_about() -> None:
-    assert "MASTER_PORT=80 needs root" in warned(machine(uid=1000), MASTER_PORT="80", CONTROL_PORT="2000")
+    assert "MASTER_PORT=80 (environment) needs root" in warned(machine(uid=1000), MASTER_PORT="80", CONTROL_PORT="2000")
     assert warned(machine(uid=0), MASTER_PORT="80", CONTROL_PORT="2000") == ""
-    assert "hands out by itself" in warned(machine(ephemeral_ports=(32768, 60999)), MASTER_PORT="40000")
+    assert "CONTROL_PORT=40001 (derived) is one of the ports that the kernel hands out by itself" in warned(
+        machine(ephemeral_ports=(32768, 60999)), MASTER_PORT="40000"
+    )
 
 
 def test_fewer_nodes_than_min_nodes_are_refused() -> None:
