@@ -90,6 +90,14 @@ def test_the_users_hca_wins() -> None:
     )
 
 
+def test_the_users_zero_leaves_nccl_an_active_port_that_is_not_usable() -> None:
+    host = gpu_host(roce(netdev="ens9"))
+    assert planned(host, NODES=NODES).transport == "sockets"
+    plan = planned(host, NODES=NODES, NCCL_IB_DISABLE="0")
+    assert (plan.transport, "NCCL_IB_DISABLE" in plan.env) == ("RoCE", False)
+    assert "no port is usable: mlx5_0:1 (RoCE 100 Gb/s): its interface ens9 has no address." in plan.warnings[0]
+
+
 def test_infiniband_that_is_switched_off_by_hand_is_told() -> None:
     host = gpu_host(infiniband("mlx5_0"))
     assert "400 Gb/s of RDMA on this machine stay unused" in warned(host, NODES=NODES, NCCL_IB_DISABLE="1")

@@ -35,19 +35,20 @@ def decide_rdma(host: Host, own: Own | None, backend: str, ledger: Ledger, expor
 
     `InfiniBand`, `RoCE` or `sockets`.
     """
-    asked = exports.settings.values.get("NCCL_IB_HCA")
+    asked = exports.settings.is_set("NCCL_IB_HCA")
     fit, rejected = choose(host)
-    usable, taken = (fit, fit) if asked is None else _as_asked(asked, host, ledger)
+    usable, taken = _taken(fit, host, ledger, exports)
     left = [Rejected(port=port, reason="NCCL_IB_HCA does not select it") for port in fit if port not in taken]
     why_not = tuple(str(each) for each in [*rejected, *left] if each.port not in taken)
     if not host.rdma_ports:
         exports.offer("NCCL_IB_DISABLE", "1", "no InfiniBand or RoCE device on this machine")
         return "sockets"
+    if not fit and not asked and backend == "nccl":
+        because = "; ".join(map(str, rejected))
+        ledger.warn(f"RDMA devices are on this machine, but no port is usable: {because}.")
     if not taken:
-        among = f"no usable port among {len(host.rdma_ports)}" if asked is None else "no active port in NCCL_IB_HCA"
+        among = "no active port in NCCL_IB_HCA" if asked else f"no usable port among {len(host.rdma_ports)}"
         exports.offer("NCCL_IB_DISABLE", "1", among, why_not)
-        if backend == "nccl" and asked is None:
-            ledger.warn("RDMA devices are on this machine, but no port is usable: " + "; ".join(why_not) + ".")
         return "sockets"
     layer = LAYER[(usable or taken)[0].link_layer]
     rates = " and ".join(f"{rate:g}" for rate in sorted({port.rate for port in taken}))
@@ -71,22 +72,34 @@ def decide_rdma(host: Host, own: Own | None, backend: str, ledger: Ledger, expor
     return layer
 
 
-def _as_asked(asked: Value, host: Host, ledger: Ledger) -> tuple[list[RdmaPort], list[RdmaPort]]:
-    """Of the ports that the user's NCCL_IB_HCA selects: those fit for a job, and those that NCCL will take.
+def _taken(fit: list[RdmaPort], host: Host, ledger: Ledger, exports: Exports) -> tuple[list[RdmaPort], list[RdmaPort]]:
+    """The ports that NCCL will take, and before them those of these that are fit for a job."""
+    asked = exports.settings.values.get("NCCL_IB_HCA")
+    if asked is not None:
+        return _as_asked(asked, host, ledger)
+    if fit or exports.settings.text("NCCL_IB_DISABLE") != "0":
+        return fit, fit
+    # The user's 0 wins over the 1 that would keep NCCL from these.
+    return [], [port for port in host.rdma_ports if port.state == "ACTIVE"]
 
-    NCCL takes each that is active, fit or not, and goes over to sockets without a word if none is."""
+
+def _as_asked(asked: Value, host: Host, ledger: Ledger) -> tuple[list[RdmaPort], list[RdmaPort]]:
+    """Of the ports that the user's NCCL_IB_HCA selects: those fit for a job, and those that NCCL will take, which are
+    all that are active."""
     names = matching(asked.text, [port.name for port in host.rdma_ports])
     selected = [port for port in host.rdma_ports if port.name in names]
     usable, rejected = choose(replace(host, rdma_ports=tuple(selected)))
-    wrong = [each for each in rejected if each.port.state == "ACTIVE" or not usable]
+    taken = [port for port in selected if port.state == "ACTIVE"]
+    wrong = [f"{each.port.name}: {each.reason}" for each in rejected if each.port in taken or not usable]
     kept = f"{shown('NCCL_IB_HCA', asked)} is kept, but"
+    then = "." if taken else ". NCCL goes over to sockets without a word."
     if not selected:
         here = ", ".join(port.name for port in host.rdma_ports) or "there is none"
-        ledger.warn(f"{kept} matches no RDMA device or port here ({here}): NCCL goes over to sockets without a word.")
+        ledger.warn(f"{kept} matches no RDMA device or port here ({here}){then}")
     elif wrong:
-        ledger.warn(f"{kept} selects {'; '.join(f'{each.port.name}: {each.reason}' for each in wrong)}.")
+        ledger.warn(f"{kept} selects {'; '.join(wrong)}{then}")
     _warn_prefix(asked, selected, ledger)
-    return usable, [port for port in selected if port.state == "ACTIVE"]
+    return usable, taken
 
 
 def _warn_prefix(asked: Value, selected: list[RdmaPort], ledger: Ledger) -> None:
