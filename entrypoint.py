@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from app.launch.arguments import command_of
 from app.launch.errors import UserError
 
 Command = Callable[[Sequence[str]], int]
@@ -26,9 +27,9 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
-    name = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     try:
-        return COMMANDS[name or "run"](arguments[1:] if name else arguments)
+        name, rest = command_of(arguments, COMMANDS)
+        return COMMANDS[name](rest)
     except UserError as error:
         print(f"torchrun-compose: {error.message}", file=sys.stderr, flush=True)
         return error.code

@@ -13,13 +13,23 @@ MOUNTED = Path("/etc/torchrun-compose/.env")
 """Where compose.yaml mounts the node's `.env`. Its values arrive through the environment; the file only names lines."""
 
 
+COMPOSE = "compose.yaml"
+"""The source of a value that nobody set: compose.yaml gives it to every container."""
+FROM_COMPOSE = {
+    "CLUSTER_TOKEN_FILE": "/run/secrets/cluster_token",
+    "PYTHONUNBUFFERED": "1",
+    "RUNS_ROOT": "/runs",
+    "STOPPED_EXIT_CODE": "0",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Value:
     """The text of one setting and where it came from."""
 
     text: str
     source: str
-    """`.env:3`, `environment`, `command line`, `default` or `detected`."""
+    """`.env:3`, `environment`, `compose.yaml`, `command line`, `default` or `detected`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +52,17 @@ def read_env_file(path: Path | None) -> EnvFile:
     except (OSError, UnicodeDecodeError) as error:
         if path == MOUNTED:
             return EnvFile(values={})
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        message = f"{path} cannot be read: {why}. Make it readable by this user, or name another with ENV_FILE."
-        return EnvFile(values={}, problems=(Problem(setting="ENV_FILE", message=message),))
+        why = f"{path} cannot be read: {_why(error)}, or name another file with ENV_FILE."
+        return EnvFile(values={}, problems=(Problem(setting="ENV_FILE", message=why),))
     return _parse(text, path)
+
+
+def _why(error: OSError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text. Save it as UTF-8"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder. Write lines of the form NAME=value into a file"
+    return f"{error.strerror}. Make it readable by this user"
 
 
 def _parse(text: str, path: Path) -> EnvFile:
@@ -65,14 +82,17 @@ def _parse(text: str, path: Path) -> EnvFile:
     return EnvFile(values=values, problems=tuple(problems))
 
 
-def merge(environ: Mapping[str, str], file: EnvFile) -> dict[str, Value]:
+def merge(environ: Mapping[str, str], file: EnvFile, path: Path | None = None) -> dict[str, Value]:
     """All variables that are set: the environment over the file.
 
     A value that is equal in both is the file's line, since Compose hands `.env` over as environment. An empty value
-    is unset, also when it stands in the environment over a line of the file.
+    is unset, also when it stands in the environment over a line of the file. Under the `path` that Compose mounts, the
+    environment holds its own values too.
     """
+    given = FROM_COMPOSE if path == MOUNTED else {}
     merged = dict(file.values)
     for name, text in environ.items():
         line = file.values.get(name)
-        merged[name] = line if line is not None and line.text == text else Value(text=text, source="environment")
+        source = COMPOSE if given.get(name) == text else "environment"
+        merged[name] = line if line is not None and line.text == text else Value(text=text, source=source)
     return {name: value for name, value in merged.items() if value.text.strip()}

@@ -1,10 +1,7 @@
 """`explain`: the plan in words: each value, its source, its reason, and what was not chosen. Nothing here decides."""
 
-import json
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,18 +16,26 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Node", ("NODES", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CONTROL_PORT")),
     ("Network", ("interface", "address", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY")),
     ("InfiniBand and RoCE", ("RDMA ports", "NCCL_IB_", "RoCE GID", "GPU to port", "GPUDirect RDMA", "GLOO_IB_")),
-    ("Workers", ("GPUs", "BACKEND", "NPROC_PER_NODE", "OMP_NUM_THREADS", "limits")),
-    ("Script", ("TRAIN_SCRIPT", "RUN_DIR", "CHECKPOINT_DIR", "CLUSTER_TOKEN_FILE")),
-    ("Failures and stops", ("START_TIMEOUT", "REJOIN_", "HEARTBEAT_", "STOP_GRACE", "MAX_RESTARTS", "MIN_NODES")),
+    ("Workers", ("GPUs", "HARDWARE", "BACKEND", "NPROC_PER_NODE", "world size", "OMP_NUM_THREADS", "limits")),
+    ("Script", ("TRAIN_", "DATA", "RUN", "CHECKPOINT_DIR", "CLUSTER_TOKEN_FILE", "torchrun")),
+    ("Failures and stops", ("START_", "REJOIN_", "HEARTBEAT_", "STOP", "MAX_RESTARTS", "MIN_NODES", "HANG_")),
     ("Other variables", ("",)),
 )
 """Title and beginnings of names; a decision stands in the first section that fits."""
+
+USAGE = """explain [--json] [SCRIPT | -m MODULE] [ARGS...]
+
+What a start with this script and these arguments (without them: as set) would use, and why; starts nothing.
+--json prints the same for programs. Exit code: 0, or 2 if settings are wrong."""
 
 BOLD, DIM, RED, YELLOW, CYAN, PLAIN = "\033[1m", "\033[2m", "\033[31m", "\033[33m", "\033[36m", "\033[0m"
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
     """The command `explain [--json] [SCRIPT ...]`; starts nothing."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
     settings = read_settings(environ, env_file, [argument for argument in arguments if argument != "--json"])
     return explain(settings, probe_for(settings), as_json="--json" in arguments)
 
@@ -42,6 +47,8 @@ def explain(settings: Settings, host: Host, *, as_json: bool = False, out: TextI
     if as_json:
         text = to_json(found)
     elif target.isatty():
+        import shutil
+
         text = to_table(found, shutil.get_terminal_size().columns, colour="NO_COLOR" not in os.environ)
     else:
         text = to_lines(found)
@@ -57,19 +64,17 @@ def short(plan: Plan) -> str:
     """The plan in five lines, printed at each start."""
     found = {each.name: each for each in plan.decisions}
     rank, gpus = found["NODE_RANK"], found["GPUs"]
-    rdma, disabled = found.get("RDMA ports"), found.get("NCCL_IB_DISABLE")
-    transport = "sockets only"
-    if rdma is not None and plan.backend == "nccl" and (disabled is None or disabled.value == "0"):
-        transport = found["NCCL_IB_HCA"].value if plan.env.get("NCCL_IB_HCA") else rdma.value
-        transport = f"RDMA through {transport.removeprefix('=')}"
+    rdma = plan.backend == "nccl" and plan.transport != "sockets"
+    transport = f"RDMA through {found['RDMA ports'].value}" if rdma else "sockets only"
     devices = count(int(gpus.value), "GPU") if plan.backend == "nccl" else "the CPU"
+    args = f" {found['TRAIN_ARGS'].value}" if "TRAIN_ARGS" in found else ""
     warnings = f"{count(len(plan.warnings), 'warning')}; " if plan.warnings else ""
     return "\n".join(
         [
             f"run {plan.run_name}: node {plan.node_rank} of {len(plan.nodes)}, {plan.address} ({rank.source})",
             f"network: {plan.interface}, {transport}",
             f"workers: {plan.nproc} of {plan.world_size} on {devices}, {plan.backend}",
-            f"script: {found['TRAIN_SCRIPT'].value}, in {found['RUN_DIR'].value}",
+            f"script: {found['TRAIN_SCRIPT'].value}{args}, in {found['RUN_DIR'].value}",
             f"store: {plan.master_addr} port {plan.master_port}; {warnings}`explain` tells the reasons",
         ]
     )
@@ -135,12 +140,16 @@ def to_table(found: Draft, width: int, *, colour: bool) -> str:
 
 
 def _wrapped(text: str, width: int, indent: int) -> list[str]:
+    import textwrap
+
     room = max(30, width - indent)
     return textwrap.wrap(text, room + indent, initial_indent=" " * indent, subsequent_indent=" " * indent) or [""]
 
 
 def to_json(found: Draft) -> str:
     """The same for machines: `plan` (null if something is wrong), `decisions`, `warnings`, `problems`."""
+    import json
+
     plan = None
     if found.plan is not None:
         plan = {name: value for name, value in asdict(found.plan).items() if name not in ("decisions", "warnings")}

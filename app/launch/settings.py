@@ -41,7 +41,7 @@ def seconds(low: float) -> Check:
     def check(text: str) -> str | None:
         if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,3})?", text):
             return "is not a number of seconds, like 30 or 2.5."
-        return None if float(text) >= low else f"is too short. Write at least {low:g} seconds."
+        return None if float(text) >= low else f"is too short. Write at least {low:g} second{'' if low == 1 else 's'}."
 
     return check
 
@@ -73,6 +73,14 @@ def shell_words(text: str) -> str | None:
     return None
 
 
+def path(text: str) -> str | None:
+    return (
+        "would be taken literally: ~ and $ are not expanded here. Write the whole path."
+        if re.search(r"^~|\$", text)
+        else None
+    )
+
+
 PORT = whole_number(1, 65535)
 
 TABLE: tuple[Setting, ...] = (
@@ -88,9 +96,9 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="BACKEND", default="auto", check=one_of("auto", "gloo", "nccl"), scope="node"),
     Setting(name="TRAIN_SCRIPT", default="-m app.train", check=shell_words),
     Setting(name="TRAIN_ARGS", check=shell_words),
-    Setting(name="RUNS_ROOT", default="runs", scope="node"),
-    Setting(name="RUN_DIR", scope="node"),
-    Setting(name="CHECKPOINT_DIR", scope="node"),
+    Setting(name="RUNS_ROOT", default="runs", check=path, scope="node"),
+    Setting(name="RUN_DIR", check=path, scope="node"),
+    Setting(name="CHECKPOINT_DIR", check=path, scope="node"),
     Setting(name="DATA", scope="node"),
     Setting(name="START_TIMEOUT", default="300", check=seconds(1)),
     Setting(name="MIN_NODES", check=whole_number(1)),
@@ -100,17 +108,17 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="HEARTBEAT_TIMEOUT", default="8", check=seconds(1)),
     Setting(name="HANG_REPORT", default="60", check=seconds(0)),
     Setting(name="HANG_TIMEOUT", check=seconds(1)),
-    Setting(name="CLUSTER_TOKEN_FILE", scope="node"),
+    Setting(name="CLUSTER_TOKEN_FILE", check=path, scope="node"),
     Setting(name="STOPPED_EXIT_CODE", default="143", check=whole_number(0, 255), scope="node"),
     Setting(name="NCCL_SOCKET_IFNAME", scope="worker"),
     Setting(name="GLOO_SOCKET_IFNAME", scope="worker"),
-    Setting(name="NCCL_IB_DISABLE", scope="worker"),
+    Setting(name="NCCL_IB_DISABLE", check=one_of("0", "1"), scope="worker"),
     Setting(name="NCCL_IB_HCA", scope="worker"),
     Setting(name="NCCL_DEBUG", scope="worker"),
     Setting(name="NCCL_RAS_ADDR", scope="worker"),
     Setting(name="GLOO_IB_DISABLE", scope="worker"),
-    Setting(name="OMP_NUM_THREADS", scope="worker"),
-    Setting(name="CUDA_LAUNCH_BLOCKING", scope="worker"),
+    Setting(name="OMP_NUM_THREADS", check=whole_number(1), scope="worker"),
+    Setting(name="CUDA_LAUNCH_BLOCKING", check=one_of("0", "1"), scope="worker"),
     Setting(name="PYTHONUNBUFFERED", scope="worker"),
     Setting(name="TORCH_FR_DUMP_TEMP_FILE", scope="worker"),
     Setting(name="ENV_FILE", scope="compose"),
@@ -161,7 +169,7 @@ def read_settings(environ: Mapping[str, str], env_file: Path | None, argv: Seque
     Never raises for a user's mistake: everything that is wrong is in `Settings.problems`.
     """
     file = read_env_file(env_file)
-    merged = {name: _stripped(value) for name, value in merge(environ, file).items()}
+    merged = {name: _stripped(value) for name, value in merge(environ, file, env_file).items()}
     problems = [*file.problems, *_missing_file(environ, env_file), *_wrong_values(merged)]
     broken = {problem.setting for problem in problems}
     return Settings(

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from app.launch.errors import refusal
-from app.launch.explain import explain, short, to_table
+from app.launch.explain import explain, sections, short, to_table
 from app.launch.host.limits import Limits
 from app.launch.plan import Plan, make_plan
 from app.launch.settings import read_settings
+from app.launch.torchrun import command_line
 from tests.machines.facts import drafted, host_of, settings_of
 from tests.machines.library import MACHINES
 from tests.unit.launch_facts import card, decide, given, machine, planned
@@ -86,6 +88,34 @@ def test_the_start_prints_five_lines() -> None:
     ]
 
 
+def test_the_command_of_torchrun_and_the_world_size_are_shown_as_they_will_be() -> None:
+    environ = {"NODES": "10.0.0.9,10.0.0.1", "NPROC_PER_NODE": "2", "TRAIN_ARGS": "--name 'a b'"}
+    found = {each.name: each for each in decide(HOST, **environ).decisions}
+    assert (found["world size"].value, found["world size"].reason) == (
+        "4",
+        "2 nodes x 2 processes; ranks 2 to 3 are on this node",
+    )
+    plan = planned(HOST, **environ)
+    command = command_line(
+        plan, node_rank=1, nnodes=2, master_addr=plan.master_addr, master_port=plan.master_port, run_id="x"
+    )
+    shown = shlex.split(found["torchrun"].value)
+    assert shown == [word for word in command if word in shown]
+    assert shown[0] == "--nnodes=2"
+    assert shown[-4:] == ["-m", "app.train", "--name", "a b"]
+
+
+def test_every_setting_of_ours_stands_in_a_section_that_says_what_it_is_about() -> None:
+    environ = {"DATA": "/d", "HARDWARE": "cpu", "HANG_TIMEOUT": "9", "MIN_NODES": "1", "STOP_GRACE_PERIOD": "60s"}
+    last = dict(sections(decide(HOST, **environ)))["Other variables"]
+    assert {each.name for each in last} <= {
+        "NCCL_DEBUG",
+        "NCCL_RAS_ADDR",
+        "TORCH_FR_DUMP_TEMP_FILE",
+        "PYTHONUNBUFFERED",
+    }
+
+
 def test_a_refusal_lists_every_problem_once() -> None:
     one = refusal(decide(HOST, MASTER_PORT="x").problems)
     assert (one.code, one.message) == (
@@ -128,7 +158,8 @@ def test_explain_imports_nothing_heavy() -> None:
     imported = explain_here("-X", "importtime").stderr
     loaded = {line.rpartition("|")[2].strip() for line in imported.splitlines()}
     assert "app.launch.plan" in loaded
-    assert not loaded & {"torch", "numpy", "docker", "rich", "asyncio", "urllib.request", "ssl"}
+    heavy = {"torch", "numpy", "docker", "rich", "asyncio", "urllib.request", "ssl"}
+    assert not loaded & (heavy | {"psutil", "json", "platform", "_hashlib", "subprocess"})
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

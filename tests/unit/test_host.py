@@ -2,7 +2,10 @@
 
 import ctypes
 import os
+import subprocess
+import sys
 from pathlib import Path
+from socket import AF_INET, AF_INET6
 
 import pytest
 
@@ -13,6 +16,7 @@ from app.launch.host.gpus import nvml_facts, read_gpus
 from app.launch.host.limits import read_limits
 from app.launch.host.names import resolve_names
 from app.launch.host.nics import read_nics, read_routes, routed_by
+from app.launch.host.paths import importable, look_at
 from app.launch.host.rdma import read_rdma_ports
 from tests.machines.tree import Tree, finish, gpu, hca, nic, roce_gids
 
@@ -27,9 +31,45 @@ def test_this_machine_is_read_as_it_is() -> None:
     assert host.packages["torch"]
     assert "127.0.0.1" in host.answers["localhost"].addresses
     assert host.answers["no-such-name.invalid"].failure
-    assert host.files["/no/such/file"] is None
-    assert host.files["/"] == ""
-    assert len(host.files[__file__] or "") == 12
+    assert host.files["/no/such/file"].kind == "missing"
+    assert host.files["/"].kind == "folder"
+    assert len(host.files[__file__].digest) == 12
+
+
+def test_what_lies_at_a_path_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(" secret \n")
+    os.mkfifo(tmp_path / "pipe")
+    seen = {name: look_at(Path("/"), str(tmp_path / name)) for name in ("token", "token/x", "pipe", "a/b", "", "\0")}
+    kinds = {"token": "file", "token/x": "missing", "pipe": "file", "a/b": "missing", "": "folder", "\0": "unreadable"}
+    assert {name: each.kind for name, each in seen.items()} == kinds
+    assert seen["token"].size == 6
+    assert seen["token/x"].obstacle == str(tmp_path / "token")
+    assert seen["a/b"].obstacle == ""
+
+
+def test_a_folder_without_permission_stands_in_the_way_of_what_is_below(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir(mode=0o555)
+    script = "import sys; from pathlib import Path; from app.launch.host.paths import look_at; "
+    script += "print(look_at(Path('/'), sys.argv[1]).obstacle)"
+    # Root may write everywhere; without this capability it is a user like others.
+    like_a_user = ("setpriv", "--bounding-set=-dac_override") if os.geteuid() == 0 else ()
+    command = [*like_a_user, sys.executable, "-c", script, str(tmp_path / "theirs/runs/x")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [("pkg.mod", True), ("single", True), ("namespace.x", True), ("no.such", False), ("a/b", False)],
+)
+def test_a_module_is_found_by_its_first_part_where_python_looks(module: str, found: bool, tmp_path: Path) -> None:
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "__init__.py").write_text("raise SystemExit('must not be imported')")
+    (tmp_path / "single.py").touch()
+    (tmp_path / "namespace").mkdir()
+    assert importable(module, f"/nowhere:{tmp_path}") is found
+    assert importable("json.tool", "")
+    assert importable("", "") is False
 
 
 @pytest.mark.parametrize(
@@ -61,6 +101,16 @@ def test_an_unreadable_number_is_none(tmp_path: Path) -> None:
 def test_what_is_no_pci_device_has_no_pci_path(tmp_path: Path) -> None:
     assert pci_path(tmp_path) == ()
     assert pci_path(tmp_path / "absent") == ()
+
+
+def test_the_kernel_tells_the_same_addresses_as_it_tells_psutil() -> None:
+    import psutil
+
+    found = {nic.name: {(each.text, each.prefix) for each in nic.addresses} for nic in read_nics(Path("/"))}
+    for name, addresses in psutil.net_if_addrs().items():
+        ours = {text for text, _ in found[name.partition(":")[0]]}
+        assert {canonical(each.address) for each in addresses if each.family in (AF_INET, AF_INET6)} <= ours
+    assert {("127.0.0.1", 8)} <= found["lo"]
 
 
 def test_interfaces_of_each_kind_are_told_apart(tmp_path: Path) -> None:
@@ -146,6 +196,12 @@ def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
 def test_without_limits_the_affinity_counts(tmp_path: Path) -> None:
     unlimited = {"memory__memory_DOT_limit_in_bytes": "9223372036854771712", "cpu__cpu_DOT_cfs_quota_us": "-1"}
     assert limits_of(tmp_path, "3:cpu:/\n2:memory:/", **unlimited) == (8, None)
+
+
+def test_the_limit_of_open_files_is_the_hard_one_to_which_the_launcher_raises_its_own(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    tree.write("proc/self/limits", "Max open files            1024                 524288               files")
+    assert read_limits(tmp_path).open_files == 524288
 
 
 def test_gpus_on_the_bus_that_were_not_passed_in_are_seen(tmp_path: Path) -> None:

@@ -94,6 +94,58 @@ def test_both_hosts_of_the_classic_script_agree(tmp_path: Path) -> None:
     assert first.env["NCCL_SOCKET_IFNAME"] != second.env["NCCL_SOCKET_IFNAME"]
 
 
+@pytest.mark.parametrize(
+    ("name", "variable", "value", "transport", "network", "warning"),
+    [
+        (
+            "classic_a",
+            "NCCL_IB_HCA",
+            "mlx5_0",
+            "sockets",
+            "sockets only",
+            "DOWN: no cable, or the other end is off. NCCL goes",
+        ),
+        (
+            "classic_a",
+            "NCCL_IB_HCA",
+            "=mlx5_1:2",
+            "sockets",
+            "sockets only",
+            "matches no RDMA device or port here (mlx5_0:1",
+        ),
+        ("classic_a", "NCCL_IB_HCA", "mlx5_9", "sockets", "sockets only", "NCCL goes over to sockets without a word"),
+        ("classic_a", "NCCL_IB_HCA", "mlx5", "RoCE", "RDMA through mlx5_1:1", ""),
+        ("classic_a", "NCCL_NET", "Socket", "sockets", "sockets only", "100 Gb/s of RDMA on this machine stay unused"),
+        ("classic_a", "NCCL_IB_DISABLE", "1", "sockets", "sockets only", "100 Gb/s of RDMA on this machine stay unus"),
+        ("classic_b", "NCCL_IB_HCA", "=mlx5_0:1", "RoCE", "RDMA through mlx5_0:1", "np0 has no address"),
+        ("hgx_b200", "NCCL_IB_HCA", "=mlx5_4,mlx5_5", "InfiniBand", "RDMA through mlx5_4:1,mlx5_5:1", ""),
+        (
+            "hgx_b200",
+            "NCCL_IB_HCA",
+            "=mlx5_0,mlx5_4",
+            "InfiniBand",
+            "RDMA through mlx5_0:1,mlx5_4:1",
+            "NVLink switches",
+        ),
+    ],
+)
+def test_the_transport_is_what_nccl_makes_of_the_users_variables(
+    name: str, variable: str, value: str, transport: str, network: str, warning: str, tmp_path: Path
+) -> None:
+    plan = plan_of(drafted(name, tmp_path, **{variable: value}))
+    assert plan.transport == transport
+    assert f", {network}" in short(plan).splitlines()[1]
+    assert len(plan.warnings) == bool(warning), plan.warnings
+    assert warning in "".join(plan.warnings)
+
+
+def test_nothing_is_said_of_ports_and_addresses_that_nccl_will_not_choose(tmp_path: Path) -> None:
+    off = {each.name for each in drafted("classic_a", tmp_path / "a", NCCL_IB_DISABLE="1").decisions}
+    assert not off & {"NCCL_IB_HCA", "RoCE GID"}
+    own = {each.name for each in drafted("classic_a", tmp_path / "b", NCCL_IB_GID_INDEX="0").decisions}
+    assert "RoCE GID" not in own
+
+
 def test_nodes_that_would_mix_infiniband_and_sockets_do_not_agree(tmp_path: Path) -> None:
     with_it = plan_of(drafted("ib_port_down", tmp_path / "a"))
     without = plan_of(drafted("ib_without_device_nodes", tmp_path / "b"))

@@ -61,7 +61,7 @@ def test_ipv6_nodes_on_an_interface_with_both_families_keep_nccl_to_ipv6() -> No
     host = machine(card("ens1", "10.0.0.2/24", "2001:db8::2/64"))
     plan = planned(host, NODES="2001:db8::1,2001:db8::2")
     assert plan.env["NCCL_SOCKET_FAMILY"] == "AF_INET6"
-    assert "NCCL and Gloo use the first, 10.0.0.2" in "\n".join(plan.warnings)
+    assert "uses 2001:db8::2, but Gloo uses the first, 10.0.0.2" in "\n".join(plan.warnings)
 
 
 def test_mixed_families_are_refused() -> None:
@@ -123,6 +123,13 @@ def test_a_loopback_address_among_others_is_refused() -> None:
         ("10.0.0.1,10.0.0", "10.0.0 is not a complete IPv4 address"),
         ("10.0.0.1:29400,10.0.0.2", "10.0.0.1:29400 has a port"),
         ("fe80::1,10.0.0.2", "fe80::1 is a link-local address"),
+        ("[fd00::2]:29400,10.0.0.2", "[fd00::2]:29400 has a port"),
+        ("10.0.0.1,10.0.0.02", "10.0.0.02 has a leading zero, which may mean octal: write it without"),
+        ("0.0.0.0,10.0.0.2", "0.0.0.0 names no machine: write the node's own address"),
+        ("10.0.0.2,224.0.0.1", "224.0.0.1 names no machine"),
+        ("10.0.0.2,255.255.255.255", "255.255.255.255 names no machine"),
+        ("::,fd00::2", ":: names no machine"),
+        ("ff02::1,fd00::2", "ff02::1 names no machine"),
         ("a/b,10.0.0.2", "a/b is neither an address nor a host name"),
         (",", "names no node"),
     ],
@@ -161,6 +168,28 @@ def test_master_addr_must_be_node_0() -> None:
     assert planned(HOST, NODES=NODES, MASTER_ADDR="10.0.0.1").master_addr == "10.0.0.1"
     host = machine(FABRIC, answers=named(head=("10.0.0.1",)))
     assert planned(host, NODES=NODES, MASTER_ADDR="head").master_addr == "10.0.0.1"
+
+
+@pytest.mark.parametrize("others", [{"NODES": NODES}, {"NNODES": "2", "NODE_RANK": "1"}, {}])
+@pytest.mark.parametrize(
+    ("master", "wrong"),
+    [
+        ("10.0.0.1:29500", "has a port: write the address alone, the port is MASTER_PORT."),
+        ("0.0.0.0", "names no machine: write the node's own address."),
+        ("10.0.0.01", "has a leading zero, which may mean octal: write it without."),
+    ],
+)
+def test_master_addr_is_read_like_an_entry_of_nodes(master: str, wrong: str, others: dict[str, str]) -> None:
+    assert refused(HOST, MASTER_ADDR=master, **others) == f"MASTER_ADDR={master} (environment) {wrong}"
+
+
+def test_one_listed_node_is_one_node() -> None:
+    assert reason(decide(HOST, NODES="10.0.0.2"), "NODES") == "1 node in rank order"
+    assert "but NODES lists 1 node:" in refused(HOST, NODES="10.0.0.2", NODE_RANK="1")
+
+
+def test_the_table_for_loopback_nodes_shows_why_each_of_them_is_here() -> None:
+    assert "    0 127.0.0.1    lo 127.0.0.0/8\n" in refused(HOST, NODES="127.0.0.1,127.0.0.2")
 
 
 def test_several_nodes_on_one_machine_use_loopback_addresses_and_node_rank() -> None:
@@ -213,7 +242,7 @@ def test_classic_nodes_on_one_machine_get_an_address_each() -> None:
             {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.2"},
             "is an address of this machine, so it is node 0",
         ),
-        ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a b"}, "has no address here"),
+        ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a b"}, "is neither an address nor a host name"),
     ],
 )
 def test_an_incomplete_or_contradictory_classic_set_is_refused(environ: dict[str, str], wrong: str) -> None:
@@ -232,6 +261,11 @@ def test_slurm_gives_rank_size_and_master_where_nothing_more_explicit_is_set() -
     explicit = decide(RESOLVED, **SLURM, NODES="10.0.0.2,10.0.0.1")
     assert explicit.plan is not None
     assert explicit.plan.node_rank == 0
+
+
+def test_a_rank_of_slurm_that_contradicts_master_addr_names_slurm() -> None:
+    environ = {**SLURM, "MASTER_ADDR": "10.0.0.2"}
+    assert "NODE_RANK=1 (SLURM_NODEID), but MASTER_ADDR=10.0.0.2 (environment) is" in refused(RESOLVED, **environ)
 
 
 def test_a_second_launcher_on_a_slurm_node_is_refused() -> None:

@@ -12,6 +12,7 @@ from app.launch.host.gpus import Gpu, Gpus
 from app.launch.host.limits import Limits
 from app.launch.host.names import Answer
 from app.launch.host.nics import Address, Nic
+from app.launch.host.paths import Seen
 from app.launch.host.rdma import Gid, RdmaPort, RdmaSoftware
 from app.launch.plan import Plan, draft, make_plan, probe_for
 from app.launch.settings import TABLE, read_settings
@@ -38,6 +39,9 @@ FOREIGN = (
 NAMES = st.sampled_from([*(setting.name for setting in TABLE), *FOREIGN])
 ENVIRON = st.dictionaries(NAMES, WORDS, max_size=8)
 KINDS = ("ethernet", "infiniband", "loopback", "bond", "vlan", "bridge", "tunnel", "virtual", "container")
+SEEN = st.builds(
+    Seen, kind=st.sampled_from(["file", "folder", "missing", "unreadable"]), obstacle=st.sampled_from(["", "", "/ro"])
+)
 INTERFACE_NAMES = st.sampled_from(["eth0", "eth1", "ib0", "bond0", "docker0", "lo"])
 
 
@@ -97,7 +101,8 @@ def hosts(draw: st.DrawFn) -> Host:
         ),
         limits=Limits(cpus=draw(st.integers(1, 9)), memory=draw(small), memlock=draw(small), shm=draw(small)),
         answers={"a": Answer(addresses=("10.0.0.1",)), "b": Answer(addresses=("127.0.1.1", "2001:db8::1"))},
-        files={"x.py": draw(st.sampled_from([None, "", "abc"]))},
+        files={path: draw(SEEN) for path in ("x.py", "runs/default", "-m")},
+        module=draw(st.booleans()),
         packages=draw(st.sampled_from([{}, {"torch": "2.13.0"}, {"torch": "2.13.0+cpu"}])),
     )
 
@@ -164,6 +169,63 @@ def test_the_ranks_of_all_nodes_are_a_permutation(order: list[int], size: int, b
     assert sorted(ranks) == list(range(2 * size))
     assert worlds == {2 * size}
     assert len(equal) == 1
+
+
+WORKERS = {
+    "NCCL_IB_HCA": st.sampled_from(["=mlx5_0:1", "mlx5_1", "^mlx5_0", "=mlx5_9", "mlx5_1:2,mlx5_0", "=", "^"]),
+    "NCCL_IB_DISABLE": st.sampled_from(["0", "1"]),
+    "NCCL_NET": st.sampled_from(["Socket", "IB", "plugin"]),
+    "NCCL_IB_GID_INDEX": st.sampled_from(["-1", "3", "x"]),
+    "NCCL_SOCKET_IFNAME": st.sampled_from(["eth", "=eth9", "^lo"]),
+    "GLOO_SOCKET_IFNAME": st.sampled_from(["eth0", "=eth0"]),
+    "CUDA_VISIBLE_DEVICES": st.sampled_from(["0", "1,0", "0,0", "-1", "GPU-x"]),
+    "NPROC_PER_NODE": st.sampled_from(["auto", "cpu", "1"]),
+    "HARDWARE": st.just("cpu"),
+    "OMP_NUM_THREADS": st.sampled_from(["1", "7"]),
+    "MASTER_PORT": st.sampled_from(["5000", "65535"]),
+    "CONTROL_PORT": st.sampled_from(["6000", "1025"]),
+}
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> tuple[dict[str, str], Host, int]:
+    """Settings and machine of one node of a cluster as they should be, with any worker variables, and its rank."""
+    size = draw(st.integers(2, 5))
+    rank = draw(st.integers(0, size - 1))
+    nics = machine(card("eth0", f"10.0.0.{rank + 1}/24"), card("ib0", "10.1.0.1/16"), card("docker0")).nics
+    host = replace(
+        draw(hosts()),
+        nics=nics,
+        gpus=Gpus(visible=tuple(Gpu(index=index) for index in range(draw(st.integers(0, 2))))),
+        limits=Limits(cpus=4),
+        files={},
+        module=True,
+    )
+    nodes = ",".join(f"10.0.0.{number + 1}" for number in range(size))
+    return {"NODES": nodes, **draw(st.fixed_dictionaries({}, optional=WORKERS))}, host, rank
+
+
+@settings(max_examples=150, deadline=None)
+@given(clusters())
+def test_a_node_of_a_cluster_has_a_plan_that_keeps_its_users_variables(
+    cluster: tuple[dict[str, str], Host, int],
+) -> None:
+    environ, host, rank = cluster
+    plan = make_plan(read_settings(environ, None), host)
+    assert isinstance(plan, Plan), plan
+    assert (plan.node_rank, plan.address) == (rank, f"10.0.0.{rank + 1}")
+    assert len({plan.master_port, plan.control_port, int(plan.env["NCCL_RAS_ADDR"].rpartition(":")[2])}) == 3
+    assert str(plan.master_port) == environ.get("MASTER_PORT", "29400")
+    assert not environ.keys() & plan.env.keys()
+    assert not environ.keys() & set(plan.removed)
+    decided = {each.name: each.value for each in plan.decisions}
+    kept = [name for name in environ if name.startswith(("NCCL_", "GLOO_", "OMP_"))]
+    assert {name: decided.get(name) for name in kept} == {name: environ[name] for name in kept}
+    if environ.get("NCCL_IB_DISABLE") == "1" or environ.get("NCCL_NET") == "Socket":
+        assert plan.transport == "sockets"
+    lines = short(plan).splitlines()
+    assert len(lines) == 5
+    assert ("RDMA through" in lines[1]) == (plan.transport != "sockets" and plan.backend == "nccl")
 
 
 def test_facts_below_an_empty_root_are_absent_and_not_an_error(tmp_path: Path) -> None:

@@ -90,6 +90,14 @@ def test_the_users_hca_wins() -> None:
     )
 
 
+def test_the_users_zero_leaves_nccl_an_active_port_that_is_not_usable() -> None:
+    host = gpu_host(roce(netdev="ens9"))
+    assert planned(host, NODES=NODES).transport == "sockets"
+    plan = planned(host, NODES=NODES, NCCL_IB_DISABLE="0")
+    assert (plan.transport, "NCCL_IB_DISABLE" in plan.env) == ("RoCE", False)
+    assert "no port is usable: mlx5_0:1 (RoCE 100 Gb/s): its interface ens9 has no address." in plan.warnings[0]
+
+
 def test_infiniband_that_is_switched_off_by_hand_is_told() -> None:
     host = gpu_host(infiniband("mlx5_0"))
     assert "400 Gb/s of RDMA on this machine stay unused" in warned(host, NODES=NODES, NCCL_IB_DISABLE="1")
@@ -122,7 +130,8 @@ def test_a_cpu_job_is_not_bothered_with_infiniband() -> None:
 
 def test_too_little_locked_memory_is_refused_where_rdma_will_be_used() -> None:
     low = Limits(cpus=8, memlock=8 << 20)
-    assert "the limit of locked memory is 8192 KiB" in refused(gpu_host(infiniband("m"), limits=low), NODES=NODES)
+    text = refused(gpu_host(infiniband("m"), limits=low), NODES=NODES)
+    assert "the limit of locked memory is 8192 KiB, and RDMA registers more: set HARDWARE=nvidia-ib, which" in text
     assert planned(gpu_host(limits=low), NODES=NODES).backend == "nccl"
     may = replace(low, may_lock=True)
     assert planned(gpu_host(infiniband("m"), limits=may), NODES=NODES).backend == "nccl"

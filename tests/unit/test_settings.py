@@ -32,7 +32,9 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_default(tmp_pa
 @pytest.mark.parametrize("setting", [each for each in TABLE if each.scope != "compose"], ids=lambda each: each.name)
 def test_shell_beats_file_beats_default_for_every_setting(setting: object, tmp_path: Path) -> None:
     name = getattr(setting, "name", "")
-    one, two = ("cpu", "nvidia") if name == "HARDWARE" else ("gloo", "nccl") if name == "BACKEND" else ("41", "42")
+    words = {"HARDWARE": ("cpu", "nvidia"), "BACKEND": ("gloo", "nccl")}
+    words |= dict.fromkeys(("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1"))
+    one, two = words.get(name, ("41", "42"))
     assert read(tmp_path, f"{name}={one}", **{name: two}).get(name) == Value(text=two, source="environment")
     assert read(tmp_path, f"{name}={one}").get(name) == Value(text=one, source=".env:1")
     unset = read(tmp_path, "").get(name)
@@ -74,8 +76,12 @@ def test_a_line_that_is_no_assignment_is_named_without_its_text(tmp_path: Path) 
         ("NPROC_PER_NODE=0", "NPROC_PER_NODE=0 (.env:1) is neither a number of at least 1 nor auto, gpu or cpu."),
         ("HARDWARE=gpu", "HARDWARE=gpu (.env:1) is unknown. Write one of cpu, nvidia, nvidia-ib, cdi."),
         ("BACKEND=mpi", "BACKEND=mpi (.env:1) is unknown. Write one of auto, gloo, nccl."),
+        # NCCL and CUDA read a number: to them "yes" is 0.
+        ("NCCL_IB_DISABLE=yes", "NCCL_IB_DISABLE=yes (.env:1) is unknown. Write one of 0, 1."),
+        ("CUDA_LAUNCH_BLOCKING=on", "CUDA_LAUNCH_BLOCKING=on (.env:1) is unknown. Write one of 0, 1."),
+        ("OMP_NUM_THREADS=0", "OMP_NUM_THREADS=0 (.env:1) is out of range. Write a whole number of at least 1."),
         ("START_TIMEOUT=5m", "START_TIMEOUT=5m (.env:1) is not a number of seconds, like 30 or 2.5."),
-        ("HEARTBEAT_TIMEOUT=0.5", "HEARTBEAT_TIMEOUT=0.5 (.env:1) is too short. Write at least 1 seconds."),
+        ("HEARTBEAT_TIMEOUT=0.5", "HEARTBEAT_TIMEOUT=0.5 (.env:1) is too short. Write at least 1 second."),
         (
             "RUN_NAME=../other",
             "RUN_NAME=../other (.env:1) is not a folder's name. Write up to 64 letters, digits, dots, dashes or "
@@ -113,10 +119,11 @@ def test_a_missing_file_that_the_user_named_is_a_problem(tmp_path: Path) -> None
 def test_a_file_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:
     # A folder stands for a file without permission, which root, who may run the tests, could read.
     assert messages(read_settings({}, tmp_path)) == [
-        f"{tmp_path} cannot be read: Is a directory. Make it readable by this user, or name another with ENV_FILE."
+        f"{tmp_path} cannot be read: it is a folder. Write lines of the form NAME=value into a file, or name another "
+        "file with ENV_FILE."
     ]
     (tmp_path / "latin").write_bytes(b"NAME=\xff\n")
-    assert "it is not UTF-8 text" in messages(read_settings({}, tmp_path / "latin"))[0]
+    assert "it is not UTF-8 text. Save it as UTF-8, or name" in messages(read_settings({}, tmp_path / "latin"))[0]
 
 
 def test_the_file_that_compose_mounts_only_names_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +131,23 @@ def test_the_file_that_compose_mounts_only_names_lines(tmp_path: Path, monkeypat
     settings = read_settings({"NODES": "10.0.0.1"}, tmp_path)
     assert settings.problems == ()
     assert settings.get("NODES") == Value(text="10.0.0.1", source="environment")
+
+
+def test_what_compose_gives_every_container_is_not_taken_for_the_users() -> None:
+    settings = read_settings({"RUNS_ROOT": "/runs", "STOPPED_EXIT_CODE": "7"}, envfile.MOUNTED)
+    assert settings.get("RUNS_ROOT") == Value(text="/runs", source="compose.yaml")
+    assert settings.get("STOPPED_EXIT_CODE") == Value(text="7", source="environment")
+    assert read_settings({"RUNS_ROOT": "/runs"}, None).get("RUNS_ROOT") == Value(text="/runs", source="environment")
+    stack = (PROJECT / "compose.yaml").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^ {6}([A-Z_]+): \$\{\1:[-+](.+)\}$", stack, re.MULTILINE)) == envfile.FROM_COMPOSE
+
+
+@pytest.mark.parametrize("line", ["RUNS_ROOT=~/runs", "CHECKPOINT_DIR=$HOME/ck", "RUN_DIR=/x/${USER}"])
+def test_a_path_that_a_shell_would_expand_is_refused(line: str, tmp_path: Path) -> None:
+    assert messages(read(tmp_path, line)) == [
+        f"{line} (.env:1) would be taken literally: ~ and $ are not expanded here. Write the whole path."
+    ]
+    assert read(tmp_path, "RUN_DIR=/a~b").problems == ()
 
 
 def test_a_secret_is_not_in_the_settings_text() -> None:

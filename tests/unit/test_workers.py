@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from app.launch import supervise
 from app.launch.host.gpus import Gpu, Gpus
 from app.launch.host.limits import Limits
-from app.launch.plan import draft
+from app.launch.host.paths import Seen
+from app.launch.plan import draft, probe_for
+from app.launch.plan.script import SHORTEST_TOKEN, files_to_look_at
 from app.launch.settings import read_settings
 from tests.unit.launch_facts import decide, machine, planned, reason, refused, warned
 
@@ -31,7 +34,30 @@ def test_nproc_means_what_torchrun_takes_it_for(text: str, on_gpus: tuple[int, s
 
 def test_gpu_asks_for_gpus() -> None:
     assert planned(GPU_HOST, NPROC_PER_NODE="gpu").nproc == 2
-    assert "but no GPU is here" in refused(CPU_HOST, NPROC_PER_NODE="gpu")
+    assert "there is no GPU here. Set a number or cpu, or give the container its GPUs with HARDWARE=nvidia." in refused(
+        CPU_HOST, NPROC_PER_NODE="gpu"
+    )
+    assert "or install the NVIDIA driver." in refused(machine(limits=CPUS), NPROC_PER_NODE="gpu")
+
+
+def test_a_mask_that_hides_all_gpus_is_named_as_the_cause() -> None:
+    assert refused(GPU_HOST, NPROC_PER_NODE="gpu", CUDA_VISIBLE_DEVICES="-1") == (
+        "NPROC_PER_NODE=gpu (environment), but CUDA_VISIBLE_DEVICES=-1 (environment) leaves no GPU. Set a number or "
+        "cpu, or correct CUDA_VISIBLE_DEVICES."
+    )
+    assert "but CUDA_VISIBLE_DEVICES=-1 (environment) leaves no GPU" in refused(
+        GPU_HOST, BACKEND="nccl", CUDA_VISIBLE_DEVICES="-1"
+    )
+
+
+def test_hardware_cpu_asks_for_workers_on_the_cpu_without_docker_too() -> None:
+    found = decide(GPU_HOST, HARDWARE="cpu")
+    assert found.plan is not None
+    assert (found.plan.backend, found.plan.nproc, found.warnings) == ("gloo", 8, ())
+    assert reason(found, "BACKEND") == "HARDWARE=cpu asks for workers on the CPU"
+    cpu_build = machine(gpus=TWO_GPUS, limits=CPUS, packages={"torch": "2.13.0+cpu"})
+    assert warned(cpu_build, HARDWARE="cpu") == ""
+    assert planned(GPU_HOST, HARDWARE="cpu", BACKEND="nccl").backend == "nccl"
 
 
 def test_more_processes_than_gpus_are_refused_for_nccl_only() -> None:
@@ -39,7 +65,13 @@ def test_more_processes_than_gpus_are_refused_for_nccl_only() -> None:
     assert planned(GPU_HOST, NPROC_PER_NODE="3", BACKEND="gloo").nproc == 3
 
 
-@pytest.mark.parametrize(("mask", "count"), [("1", 1), ("0,1", 2), ("1,7,0", 1), ("GPU-aa,MIG-bb", 2), ("-1", 0)])
+@pytest.mark.parametrize(
+    ("mask", "count"),
+    [
+        *(("1", 1), ("0,1", 2), ("1,7,0", 1), ("-1", 0), ("0,0", 0), ("0,x,1", 1)),
+        *(("GPU-aa,GPU-bb", 2), ("GPU-aa,MIG-bb", 1), ("GPU-aa,GPU-aa", 0)),
+    ],
+)
 def test_cuda_visible_devices_limits_the_gpus(mask: str, count: int) -> None:
     found = decide(GPU_HOST, CUDA_VISIBLE_DEVICES=mask)
     assert next(each.value for each in found.decisions if each.name == "GPUs") == str(count)
@@ -79,7 +111,7 @@ def test_threads_are_the_cpus_shared_by_the_processes(nproc: str, threads: str) 
 
 def command(*argv: str, **environ: str) -> tuple[str, ...]:
     settings = read_settings(environ, None, argv)
-    plan = draft(settings, machine(files={"train.py": "abc"})).plan
+    plan = draft(settings, machine(files={"train.py": Seen(digest="abc")})).plan
     assert plan is not None
     return plan.command
 
@@ -99,15 +131,73 @@ def test_only_this_projects_modules_change_the_python_path() -> None:
     assert "PYTHONPATH" not in planned(CPU_HOST, TRAIN_SCRIPT="-m mine").env
 
 
-def test_a_missing_script_is_refused_and_a_module_is_not_looked_for() -> None:
-    host = machine(files={"/workspace/no.py": None})
+def test_a_missing_script_is_refused() -> None:
+    host = machine(files={"/workspace/no.py": Seen(kind="missing")})
     assert "there is no such file here" in refused(host, TRAIN_SCRIPT="/workspace/no.py")
     assert planned(host, TRAIN_SCRIPT="-m no.such.module").command == ("-m", "no.such.module")
     assert "names no script" in refused(host, TRAIN_SCRIPT="-m")
+    assert refused(machine(module=False), TRAIN_SCRIPT="-m no.such.module") == (
+        "TRAIN_SCRIPT=-m no.such.module (environment): Python finds no 'no' here. Correct the name, or set PYTHONPATH."
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "seen", "wrong"),
+    [
+        ("/tmp", Seen(kind="folder"), "this is a folder. Write the path of a script, or -m for a module."),
+        ("x.py", Seen(kind="unreadable"), "user 0 cannot read it. Let that user read it, or correct the path."),
+        ("x.py --lr 1", Seen(kind="missing"), "x.py: there is no such file here. Correct the path, or write -m for a "),
+        ("python train.py", Seen(kind="missing"), "that is a program. Write the script and its arguments alone"),
+        ("/usr/bin/torchrun x.py", Seen(), "that is a program."),
+    ],
+)
+def test_a_script_that_cannot_be_started_is_refused_with_its_cure(script: str, seen: Seen, wrong: str) -> None:
+    host = machine(files={script.partition(" ")[0]: seen})
+    assert f"TRAIN_SCRIPT={script} (environment): {wrong}" in refused(host, TRAIN_SCRIPT=script)
+
+
+def test_a_space_in_the_name_of_a_script_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "my script.py"
+    file.touch()
+    settings = read_settings({"TRAIN_SCRIPT": str(file)}, None)
+    problems = draft(settings, probe_for(settings)).problems
+    assert [problem.message for problem in problems] == [
+        f"TRAIN_SCRIPT={file} (environment): the space ends the name. Quote it in the value: TRAIN_SCRIPT=\"'{file}'\"."
+    ]
+    quoted = read_settings({"TRAIN_SCRIPT": f"'{file}'"}, None)
+    assert draft(quoted, probe_for(quoted)).problems == ()
+
+
+def test_the_arguments_of_the_script_are_a_thing_of_their_own() -> None:
+    found = decide(CPU_HOST, TRAIN_ARGS='--a "b c"')
+    shown = {each.name: (each.value, each.source) for each in found.decisions}
+    assert shown["TRAIN_SCRIPT"] == ("-m app.train", "default")
+    assert shown["TRAIN_ARGS"] == ('--a "b c"', "environment")
+    settings = read_settings({"TRAIN_ARGS": "--a"}, None, ["--steps", "9"])
+    assert reason(draft(settings, CPU_HOST), "TRAIN_ARGS") == "in place of TRAIN_ARGS=--a (environment)"
+
+
+@pytest.mark.parametrize(
+    ("environ", "path", "cause"),
+    [
+        ({"RUN_DIR": "/ro/x"}, "/ro/x", "RUN_DIR=/ro/x (environment)"),
+        ({"CHECKPOINT_DIR": "/ro/x/"}, "/ro/x", "CHECKPOINT_DIR=/ro/x/ (environment)"),
+        ({"RUNS_ROOT": "/ro"}, "/ro/default", "RUNS_ROOT=/ro (environment)"),
+        ({}, "runs/default", "RUNS_ROOT=runs (default)"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_starts(
+    environ: dict[str, str], path: str, cause: str
+) -> None:
+    host = machine(files={path: Seen(kind="missing", obstacle="/ro")}, uid=1000)
+    assert path in files_to_look_at(read_settings(environ, None))
+    assert refused(host, **environ) == (
+        f"{cause}: user 1000 cannot make files and folders in /ro. Correct the path, or let that user write there."
+    )
 
 
 def test_the_scripts_content_must_be_equal_on_all_nodes() -> None:
-    plan = planned(machine(files={"train.py": "abc"}), TRAIN_SCRIPT="train.py")
+    plan = planned(machine(files={"train.py": Seen(digest="abc")}), TRAIN_SCRIPT="train.py")
     assert ("content of train.py", "abc") in plan.equal
 
 
@@ -120,11 +210,18 @@ def test_folders_follow_the_run_unless_they_are_set() -> None:
     assert (own.run_dir, own.env["CHECKPOINT_DIR"]) == (Path("/runs/default"), "/nfs/c")
 
 
-def test_a_token_file_must_be_there_and_readable() -> None:
+def test_a_token_file_must_be_there_and_hold_a_token() -> None:
     token = {"CLUSTER_TOKEN_FILE": "/t"}
-    assert "there is no such file" in refused(machine(files={"/t": None}), **token)
-    assert "cannot be read by this user" in refused(machine(files={"/t": ""}), **token)
-    assert planned(machine(files={"/t": "abc"}), **token).token_file == Path("/t")
+    wrong = {
+        "there is no such file.": Seen(kind="missing"),
+        "it cannot be read by this user.": Seen(kind="unreadable"),
+        "this is a folder.": Seen(kind="folder"),
+        "it holds only 3 bytes. Make one with `openssl rand -hex 32 > FILE`": Seen(size=3),
+    }
+    for message, seen in wrong.items():
+        assert f"CLUSTER_TOKEN_FILE=/t (environment): {message}" in refused(machine(files={"/t": seen}), **token)
+    assert planned(machine(files={"/t": Seen(size=SHORTEST_TOKEN)}), **token).token_file == Path("/t")
+    assert SHORTEST_TOKEN == supervise.SHORTEST_TOKEN
 
 
 def test_ports_follow_master_port_and_must_differ() -> None:
@@ -137,20 +234,32 @@ def test_ports_follow_master_port_and_must_differ() -> None:
 
 
 def test_ports_that_need_root_or_may_be_taken_are_warned_about() -> None:
-    assert "MASTER_PORT=80 needs root" in warned(machine(uid=1000), MASTER_PORT="80", CONTROL_PORT="2000")
+    assert "MASTER_PORT=80 (environment) needs root" in warned(machine(uid=1000), MASTER_PORT="80", CONTROL_PORT="2000")
     assert warned(machine(uid=0), MASTER_PORT="80", CONTROL_PORT="2000") == ""
-    assert "hands out by itself" in warned(machine(ephemeral_ports=(32768, 60999)), MASTER_PORT="40000")
+    assert "CONTROL_PORT=40001 (derived) is one of the ports that the kernel hands out by itself" in warned(
+        machine(ephemeral_ports=(32768, 60999)), MASTER_PORT="40000"
+    )
 
 
 def test_fewer_nodes_than_min_nodes_are_refused() -> None:
-    assert "but there are 1 nodes" in refused(CPU_HOST, MIN_NODES="2")
+    assert "but the job has 1 node. Set at most 1." in refused(CPU_HOST, MIN_NODES="2")
+
+
+@pytest.mark.parametrize(
+    ("period", "grace", "told"),
+    [("", "30", ""), ("", "56", "61s"), ("1m30s", "85", ""), ("90s", "86", "91s"), ("soon", "999", "")],
+)
+def test_a_grace_that_docker_cuts_short_is_told(period: str, grace: str, told: str) -> None:
+    text = warned(CPU_HOST, STOP_GRACE=grace, STOP_GRACE_PERIOD=period)
+    assert (f"Set STOP_GRACE_PERIOD={told} or more in .env" in text) == bool(told), text
+    assert warned(machine(limits=CPUS), STOP_GRACE="999") == ""
 
 
 def test_limits_below_what_the_plan_needs_are_told() -> None:
     small = machine(gpus=TWO_GPUS, limits=Limits(cpus=8, shm=64 << 20, open_files=1024, memory=1 << 30))
     text = warned(small)
     assert "Shared memory (/dev/shm) has 64 MiB, and 2 processes with NCCL want about 2 GiB" in text
-    assert "Only 1024 files" in text
+    assert "Only 1024 files and connections may be open at once (the hard limit)" in text
     assert "The memory limit is 1 GiB for 2 processes" in text
 
 

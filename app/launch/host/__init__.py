@@ -1,12 +1,10 @@
 """Facts about this machine, probed once and read below a `root`, so that a test can hand over a made-up one."""
 
 import os
-import platform
 import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 from app.launch.host.files import number, text
@@ -14,6 +12,7 @@ from app.launch.host.gpus import Gpus, read_gpus
 from app.launch.host.limits import Limits, read_limits
 from app.launch.host.names import Answer, resolve_names
 from app.launch.host.nics import Nic, Route, read_nics, read_routes
+from app.launch.host.paths import Seen, importable, look_at
 from app.launch.host.rdma import RdmaPort, RdmaSoftware, read_rdma_ports, read_rdma_software
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -42,15 +41,23 @@ class Host:
     limits: Limits = field(default_factory=Limits)
     answers: Mapping[str, Answer] = field(default_factory=dict)
     """For each name that was asked for: its addresses, or why there are none."""
-    files: Mapping[str, str | None] = field(default_factory=dict)
-    """For each path that was asked for: a digest of its content, "" if that cannot be read, None if it is missing."""
+    files: Mapping[str, Seen] = field(default_factory=dict)
+    """What lies at each path that was asked for."""
+    module: bool = True
+    """Whether Python finds the module that was asked for."""
     python: str = ""
     packages: Mapping[str, str] = field(default_factory=dict)
     """Versions of torch and NCCL as installed, and the list of all other `packages`, without importing any."""
 
 
-def probe(root: Path = Path("/"), resolve: Sequence[str] = (), paths: Sequence[str] = ()) -> Host:
-    """Reads the machine below `root`; looks up the names in `resolve`; looks at the files in `paths`.
+def probe(
+    root: Path = Path("/"),
+    resolve: Sequence[str] = (),
+    paths: Sequence[str] = (),
+    module: str = "",
+    python_path: str = "",
+) -> Host:
+    """Reads the machine below `root`; looks up the names in `resolve`; looks at `paths`, and for a Python module.
 
     What cannot be read is absent from the answer, never an error.
     """
@@ -70,8 +77,9 @@ def probe(root: Path = Path("/"), resolve: Sequence[str] = (), paths: Sequence[s
         gpus=read_gpus(root),
         limits=read_limits(root),
         answers=resolve_names(resolve, root),
-        files={path: _digest(root, path) for path in paths},
-        python=platform.python_version(),
+        files={path: look_at(root, path) for path in paths},
+        module=not (live and module) or importable(module, python_path),
+        python=".".join(map(str, sys.version_info[:3])),
         packages=_packages(root),
     )
 
@@ -79,16 +87,6 @@ def probe(root: Path = Path("/"), resolve: Sequence[str] = (), paths: Sequence[s
 def _port_range(root: Path) -> tuple[int, int] | None:
     words = (text(root / "proc/sys/net/ipv4/ip_local_port_range") or "").split()
     return (int(words[0]), int(words[1])) if len(words) == 2 else None
-
-
-def _digest(root: Path, path: str) -> str | None:
-    file = root / path.lstrip("/") if root != Path("/") else Path(path)
-    try:
-        return sha256(file.read_bytes()).hexdigest()[:12]
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return ""
 
 
 def _packages(root: Path) -> dict[str, str]:

@@ -32,6 +32,14 @@ def is_link_local(text: str) -> bool:
     return isinstance(address, IPv6Address) and address.is_link_local
 
 
+def names_no_machine(text: str) -> bool:
+    """0.0.0.0 and its network, ::, multicast, broadcast and what is reserved: nobody's own address."""
+    address = parse(text)
+    if isinstance(address, IPv4Address) and (address.is_reserved or address.packed[0] == 0):
+        return True
+    return address is not None and (address.is_unspecified or address.is_multicast)
+
+
 def family(text: str) -> int | None:
     """4 or 6; None for a name."""
     address = parse(text)

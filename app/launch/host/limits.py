@@ -27,7 +27,7 @@ class Limits:
     may_lock: bool = False
     """The capability IPC_LOCK, under which memlock does not count."""
     open_files: int | None = None
-    open_files_hard: int | None = None
+    """Hard limit: a process may raise its own soft one so far."""
     shm: int | None = None
     """Size of /dev/shm in bytes; None if there is none."""
 
@@ -44,8 +44,7 @@ def read_limits(root: Path) -> Limits:
         memory=_memory(root),
         memlock=_limit(limits, "Max locked memory", 0),
         may_lock=bool(int(_line(status, "CapEff") or "0", 16) >> CAP_IPC_LOCK & 1),
-        open_files=_limit(limits, "Max open files", 0),
-        open_files_hard=_limit(limits, "Max open files", 1),
+        open_files=_limit(limits, "Max open files", 1),
         shm=_shm(root),
     )
 

@@ -1,6 +1,5 @@
 """Host names to addresses, side by side and with a deadline: a dead name server must not look like a hang."""
 
-import json
 import socket
 import sys
 import threading
@@ -31,6 +30,8 @@ class Answer:
 def resolve_names(names: Sequence[str], root: Path = Path("/")) -> dict[str, Answer]:
     """Looks up all names at once; takes at most DEADLINE seconds and says after SILENCE seconds what it waits for."""
     if root != Path("/"):
+        import json
+
         known = json.loads(text(root / MADE_UP) or "{}")
         return {name: _made_up(known.get(name, [])) for name in names}
     answers: dict[str, Answer] = {}

@@ -1,22 +1,25 @@
 """The launch plan: the only place where decisions are made, each with its source and reason."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from app.launch.envfile import Value
 from app.launch.errors import Problem
 from app.launch.host import Host, probe
 from app.launch.plan.classic import decide_classic
 from app.launch.plan.equal import must_be_equal
 from app.launch.plan.exports import Exports, common_exports, environment, keep_others, removals
 from app.launch.plan.hygiene import warn_costs, warn_typos
-from app.launch.plan.ledger import Decision, Ledger, shown
+from app.launch.plan.ledger import Decision, Ledger, count, shown
 from app.launch.plan.membership import Membership, names_to_resolve
 from app.launch.plan.needs import check_needs
 from app.launch.plan.network import decide_interface
 from app.launch.plan.nodes import decide_listed
 from app.launch.plan.rdma import decide_rdma
-from app.launch.plan.script import Script, decide_script, files_to_look_at
+from app.launch.plan.script import Script, decide_script, files_to_look_at, module_to_find
+from app.launch.plan.times import decide_times
 from app.launch.plan.workers import Workers, decide_workers
 from app.launch.settings import Settings
 
@@ -95,7 +98,13 @@ class Ports:
 
 def probe_for(settings: Settings, root: Path = Path("/")) -> Host:
     """The facts that a plan of these settings needs: the machine, the names to resolve, the files to look at."""
-    return probe(root, resolve=names_to_resolve(settings), paths=files_to_look_at(settings))
+    return probe(
+        root,
+        resolve=names_to_resolve(settings),
+        paths=files_to_look_at(settings),
+        module=module_to_find(settings),
+        python_path=settings.text("PYTHONPATH"),
+    )
 
 
 def make_plan(settings: Settings, host: Host) -> Plan | tuple[Problem, ...]:
@@ -118,7 +127,9 @@ def draft(settings: Settings, host: Host) -> Draft:
     check_needs(host, workers, transport, ledger)
     script = decide_script(settings, host, ledger)
     common_exports(exports, host, script, ports.ras)
-    min_nodes = _decide_times(settings, member, ledger)
+    min_nodes = decide_times(settings, host, member, ledger)
+    if member is not None:
+        _decide_command(member, workers, ports, script, ledger)
     keep_others(exports)
     env = environment(settings, exports)
     removed = removals(settings, env, ledger)
@@ -159,8 +170,10 @@ def _decide_ports(settings: Settings, host: Host, ledger: Ledger) -> Ports:
             )
     else:
         ledger.decide("CONTROL_PORT", control, "derived", "the nodes' own talk, next to MASTER_PORT")
-    for name, port in (("MASTER_PORT", master), ("CONTROL_PORT", control)):
-        _warn_port(name, port, host, ledger)
+    derived = Value(text=str(control), source="derived")
+    for name, value in (("MASTER_PORT", master_value), ("CONTROL_PORT", control_value or derived)):
+        if value is not None:
+            _warn_port(name, value, host, ledger)
     ras = next(port for step in (2, 3) if (port := _near(master, step)) != control)
     return Ports(master=master, control=control, ras=ras)
 
@@ -169,39 +182,33 @@ def _near(port: int, step: int) -> int:
     return port + step if port + step <= 65535 else port - step
 
 
-def _warn_port(name: str, port: int, host: Host, ledger: Ledger) -> None:
+def _warn_port(name: str, value: Value, host: Host, ledger: Ledger) -> None:
+    port = int(value.text)
     if port < host.first_user_port and host.uid != 0:
-        ledger.warn(f"{name}={port} needs root: ports below {host.first_user_port} do. Choose a higher one.")
+        ledger.warn(f"{shown(name, value)} needs root: ports below {host.first_user_port} do. Choose a higher one.")
     span = host.ephemeral_ports
     if span is not None and span[0] <= port <= span[1]:
         ledger.warn(
-            f"{name}={port} is one of the ports that the kernel hands out by itself ({span[0]} to {span[1]}), so "
-            "another program may hold it. Choose one outside."
+            f"{shown(name, value)} is one of the ports that the kernel hands out by itself ({span[0]} to {span[1]}), "
+            "so another program may hold it. Choose one outside."
         )
 
 
-def _decide_times(settings: Settings, member: Membership | None, ledger: Ledger) -> int:
-    for name, reason in (
-        ("START_TIMEOUT", "seconds until all nodes must have answered"),
-        ("REJOIN_TIMEOUT", "seconds that a lost node has to come back"),
-        ("HEARTBEAT_TIMEOUT", "seconds of silence after which a node counts as lost"),
-        ("STOP_GRACE", "seconds for workers to save their state when stopped"),
-        ("MAX_RESTARTS", "new rounds after a failure"),
-        ("HANG_REPORT", "seconds without a move of any rank until the nodes say who waits for whom; 0 is never"),
-        ("HANG_TIMEOUT", "seconds without a move of any rank that count as a failure"),
-        ("STOPPED_EXIT_CODE", "exit code when the job is stopped on another node"),
-    ):
-        value = settings.get(name)
-        if value is not None:
-            ledger.take(name, value, reason)
-    least = settings.values.get("MIN_NODES")
-    size = len(member.nodes) if member is not None else None
-    if least is None:
-        return size or 1
-    ledger.take("MIN_NODES", least, "a restart may go on with fewer nodes, down to these")
-    if size is not None and int(least.text) > size:
-        ledger.refuse("MIN_NODES", f"{shown('MIN_NODES', least)}, but there are {size} nodes. Set at most {size}.")
-    return int(least.text)
+def _decide_command(member: Membership, workers: Workers, ports: Ports, script: Script, ledger: Ledger) -> None:
+    nnodes, nproc = len(member.nodes), workers.nproc
+    first = member.rank * nproc
+    here = f"rank {first} is" if nproc == 1 else f"ranks {first} to {first + nproc - 1} are"
+    product = f"{count(nnodes, 'node')} x {count(nproc, 'process', 'processes')}; {here} on this node"
+    ledger.decide("world size", nnodes * nproc, "derived", product)
+    words = [
+        f"--nnodes={nnodes}",
+        f"--nproc-per-node={nproc}",
+        f"--node-rank={member.rank}",
+        f"--master-addr={member.nodes[0]}",
+        f"--master-port={ports.master}",
+        *script.command,
+    ]
+    ledger.decide("torchrun", shlex.join(words), "derived", "the part of its command line that places the ranks")
 
 
 def _plan(

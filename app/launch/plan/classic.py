@@ -5,7 +5,7 @@ from app.launch.host import Host
 from app.launch.host.addresses import family, is_loopback, parse
 from app.launch.plan.ledger import Ledger, shown
 from app.launch.plan.local import Own, local_addresses, loopback_interface, own_towards
-from app.launch.plan.membership import Membership, addresses_of
+from app.launch.plan.membership import Membership, addresses_of, bare, malformed
 from app.launch.plan.schedulers import Scheduled, scheduled
 from app.launch.settings import Settings
 
@@ -29,7 +29,7 @@ def _elsewhere(master: Value | None, host: Host) -> bool:
     """Whether a master on another machine is named: then one node alone is not what was meant."""
     if master is None:
         return False
-    addresses = addresses_of(master.text.strip("[]"), host)
+    addresses = addresses_of(bare(master.text), host)
     return not any(is_loopback(each) or each in local_addresses(host) for each in addresses)
 
 
@@ -47,6 +47,9 @@ def _member(
 ) -> Membership | None:
     master = settings.values.get("MASTER_ADDR") or (job.master if job else None)
     rank = rank or (job.rank if job else None)
+    if master is not None and (wrong := malformed(bare(master.text))):
+        ledger.refuse("MASTER_ADDR", f"{shown('MASTER_ADDR', master)} {wrong}.")
+        return None
     if count is None or rank is None or master is None:
         _refuse_incomplete(ledger, rank, count, master, job)
         return None
@@ -65,7 +68,7 @@ def _member(
     ledger.decide("NNODES", size, count.source, how if job and count.source != "environment" else "as you set it")
     ledger.decide("NODE_RANK", number, rank.source, how)
     ledger.decide("MASTER_ADDR", address, master.source, "node 0, which hosts torchrun's store")
-    return _place(number, size, address, master, host, ledger)
+    return _place(rank, size, address, master, host, ledger)
 
 
 def _refuse_incomplete(
@@ -83,17 +86,17 @@ def _refuse_incomplete(
 
 
 def _master_address(master: Value, host: Host, ledger: Ledger) -> str | None:
-    name = master.text.strip("[]")
-    addresses = addresses_of(name, host)
+    addresses = addresses_of(bare(master.text), host)
     if addresses:
         return addresses[0]
-    answer = host.answers.get(name)
-    failure = answer.failure if answer else "it is neither an address nor a host name"
+    answer = host.answers.get(bare(master.text))
+    failure = answer.failure if answer else "not looked up"
     ledger.refuse("MASTER_ADDR", f"{shown('MASTER_ADDR', master)} has no address here: {failure}. Write an address.")
     return None
 
 
-def _place(number: int, size: int, master_address: str, master: Value, host: Host, ledger: Ledger) -> Membership | None:
+def _place(rank: Value, size: int, master_address: str, master: Value, host: Host, ledger: Ledger) -> Membership | None:
+    number = int(rank.text)
     local = local_addresses(host)
     here = master_address in local
     if is_loopback(master_address) and family(master_address) == 4:
@@ -103,8 +106,8 @@ def _place(number: int, size: int, master_address: str, master: Value, host: Hos
     elif number != 0 and here:
         ledger.refuse(
             "NODE_RANK",
-            f"NODE_RANK={number}, but {shown('MASTER_ADDR', master)} is an address of this machine, so it is node 0. "
-            "Correct one of the two.",
+            f"{shown('NODE_RANK', rank)}, but {shown('MASTER_ADDR', master)} is an address of this machine, so it is "
+            "node 0. Correct one of the two.",
         )
         return None
     else:

@@ -49,6 +49,8 @@ def must_be_equal(
         # NCCL fails, or falls back, when one node talks InfiniBand and another RoCE or sockets.
         found["transport of NCCL"] = transport
     found["TRAIN_SCRIPT"] = " ".join(script.command)
-    found |= {f"content of {path}": digest for path, digest in host.files.items() if digest and path in script.command}
+    found |= {
+        f"content of {path}": seen.digest for path, seen in host.files.items() if path in script.command and seen.digest
+    }
     found |= {"python": host.python.rpartition(".")[0], **host.packages}
     return tuple(sorted(found.items()))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from app.launch.envfile import COMPOSE
 from app.launch.host import Host
 from app.launch.plan.ledger import Ledger
 from app.launch.plan.script import Script
@@ -25,6 +26,8 @@ class Exports:
         if given is not None:
             same = given.text == str(value)
             why = f"as you set it; {reason}" if same else f"as you set it, in place of {value}"
+            if given.source == COMPOSE:
+                why = reason
             self.ledger.decide(name, given.text, given.source, why, rejected)
             return
         self.env[name] = str(value)
@@ -59,9 +62,11 @@ def removals(settings: Settings, env: dict[str, str], ledger: Ledger) -> tuple[s
     """Names to take out of the process environment: stray PET_* and empty variables of the libraries."""
     strays = sorted(name for name in {*settings.given, *settings.values} if name.startswith("PET_"))
     if strays:
+        values = settings.values
+        named = [f"{name} ({values[name].source if name in values else 'environment'})" for name in strays]
         them = "it" if len(strays) == 1 else "them"
         ledger.warn(
-            f"{', '.join(strays)} removed from the environment: torchrun would read {them} as its own options. Use the "
+            f"{', '.join(named)} removed from the environment: torchrun would read {them} as its own options. Use the "
             "settings of .env.example instead."
         )
     workers = {setting.name for setting in TABLE if setting.scope == "worker"}

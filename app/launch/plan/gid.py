@@ -11,21 +11,25 @@ from app.launch.plan.exports import Exports
 from app.launch.plan.ledger import Ledger
 from app.launch.plan.local import Own
 
+STEERING = ("NCCL_IB_GID_INDEX", "NCCL_IB_ADDR_FAMILY", "NCCL_IB_ADDR_RANGE", "NCCL_IB_ROCE_VERSION_NUM")
+"""Variables by which users choose a GID themselves."""
+
 
 def decide_gid(host: Host, own: Own, ports: Sequence[RdmaPort], ledger: Ledger, exports: Exports) -> None:
     """Reports the pick; narrows it only where NCCL's own would be of another network or family."""
-    user_range = exports.settings.is_set("NCCL_IB_ADDR_RANGE") or exports.settings.is_set("NCCL_IB_GID_INDEX")
+    # NCCL then goes by what the user set, which `explain` shows as such.
+    steered = any(exports.settings.is_set(name) for name in STEERING)
+    network, version = _network(host, own), 4
     if not any(picked(port) for port in ports) and any(picked(port, version=6) for port in ports):
         exports.offer("NCCL_IB_ADDR_FAMILY", "AF_INET6", "the RoCE ports have IPv6 addresses only")
-        _report(ports, 6, ledger)
-        return
-    network = _network(host, own)
-    if not user_range and network is not None and _other_network(ports, network):
+        version = 6
+    elif not steered and network is not None and _other_network(ports, network):
         exports.offer(
             "NCCL_IB_ADDR_RANGE", str(network), f"the port has several addresses, and {own.address} is not its first"
         )
         return
-    _report(ports, 4, ledger)
+    if not steered:
+        _report(ports, version, ledger)
 
 
 def picked(port: RdmaPort, version: int = 4) -> Gid | None:

@@ -1,6 +1,5 @@
 """Values that users copy from elsewhere and that cost speed or correctness. They are kept; the cost is named."""
 
-import re
 from collections.abc import Callable
 
 from app.launch.host import Host
@@ -104,15 +103,14 @@ def warn_costs(settings: Settings, host: Host, ledger: Ledger) -> None:
             ledger.warn(f"{shown(name, value)} is kept: {cost}.")
     _check_gloo_interface(settings, host, ledger)
     _check_nccl_interface(settings, host, ledger)
-    _check_hca(settings, host, ledger)
-    _check_ib_disable(settings, host, ledger)
+    _check_rdma_unused(settings, host, ledger)
 
 
 def warn_typos(settings: Settings, ledger: Ledger) -> None:
-    """Names that nobody reads. Where something is wrong anyway, the typo may be why, so it is told with it."""
+    """Names that are known to nobody. Where something is wrong anyway, the typo may be why, so it is told with it."""
     for name, meant in misspelt(settings.values):
         source = settings.values[name].source
-        message = f"{name} ({source}) is read by nobody. Did you mean {meant}?"
+        message = f"{name} ({source}) is unknown to NCCL 2.30, Gloo, torch and torchrun-compose. Did you mean {meant}?"
         if ledger.problems:
             ledger.refuse(name, message)
         else:
@@ -148,46 +146,32 @@ def _check_nccl_interface(settings: Settings, host: Host, ledger: Ledger) -> Non
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
-    """What NCCL's list `[^][=]name,...` selects: prefixes, exact names after =, all others after ^.
+    """What NCCL's list `[^][=]name[:port],...` selects: prefixes, exact names after =, all others after ^.
 
-    Source: parseStringList and matchIfList in nccl/src/misc/utils.cc.
+    Names are interfaces, or RDMA ports as `device:port`. Source: parseStringList and matchIfList in
+    nccl/src/misc/utils.cc.
     """
     excluded = pattern.startswith("^")
     rest = pattern.removeprefix("^")
     exact = rest.startswith("=")
-    entries = [entry.partition(":")[0] for entry in rest.removeprefix("=").split(",") if entry]
-    hits = [name for name in names if any(name == entry if exact else name.startswith(entry) for entry in entries)]
-    return [name for name in names if name not in hits] if excluded else hits
+    entries = [entry.partition(":") for entry in rest.removeprefix("=").split(",") if entry]
 
-
-def _check_hca(settings: Settings, host: Host, ledger: Ledger) -> None:
-    value = settings.values.get("NCCL_IB_HCA")
-    if value is None:
-        return
-    devices = [port.device for port in host.rdma_ports]
-    selected = matching(value.text, devices)
-    if not selected:
-        ledger.warn(
-            f"{shown('NCCL_IB_HCA', value)} is kept, but matches no RDMA device here "
-            f"({', '.join(dict.fromkeys(devices)) or 'there is none'}): NCCL goes over to sockets without a word."
-        )
-        return
-    meant = {entry.partition(":")[0] for entry in re.sub(r"^\^?=?", "", value.text).split(",")}
-    more = sorted(set(selected) - meant)
-    if more and value.text[:1] not in ("=", "^") and meant & set(devices):
-        exact = ",".join(sorted(meant & set(devices)))
-        ledger.warn(
-            f"{shown('NCCL_IB_HCA', value)} is kept, but it is a prefix and also matches {', '.join(more)}. "
-            f"Write NCCL_IB_HCA=={exact} for exactly that."
+    def hit(name: str) -> bool:
+        device, _, port = name.partition(":")
+        return not entries or any(
+            (device == wanted if exact else device.startswith(wanted)) and (not port or not at or at == port)
+            for wanted, _, at in entries
         )
 
+    return [name for name in names if hit(name) != excluded]
 
-def _check_ib_disable(settings: Settings, host: Host, ledger: Ledger) -> None:
-    value = settings.values.get("NCCL_IB_DISABLE")
-    active = [port for port in host.rdma_ports if port.state == "ACTIVE"]
-    if value is not None and value.text == "1" and active:
-        total = sum(port.rate for port in active)
-        ledger.warn(
-            f"{shown('NCCL_IB_DISABLE', value)} is kept: {total:g} Gb/s of RDMA on this machine stay unused, and the "
-            "nodes talk over sockets. Remove it to have the ports chosen."
-        )
+
+def _check_rdma_unused(settings: Settings, host: Host, ledger: Ledger) -> None:
+    total = sum(port.rate for port in host.rdma_ports if port.state == "ACTIVE")
+    for name, off in (("NCCL_IB_DISABLE", "1"), ("NCCL_NET", "socket")):
+        value = settings.values.get(name)
+        if value is not None and value.text.lower() == off and total:
+            ledger.warn(
+                f"{shown(name, value)} is kept: {total:g} Gb/s of RDMA on this machine stay unused, and the nodes talk "
+                "over sockets. Remove it to have the ports chosen."
+            )

@@ -13,7 +13,7 @@ class Decision:
     name: str
     value: str
     source: str
-    """`.env:3`, `environment`, `command line`, `default`, `detected` or `derived`."""
+    """`.env:3`, `environment`, `compose.yaml`, `command line`, `default`, `detected` or `derived`."""
     reason: str
     """In plain words, for a reader who knows PyTorch better than networks."""
     rejected: tuple[str, ...] = ()

@@ -63,12 +63,13 @@ def own_towards(host: Host, listed: str | None, nodes: tuple[str, ...]) -> Own |
 
 def listing(host: Host, nodes: tuple[str, ...]) -> str:
     """The nodes and this machine's addresses side by side, as an indented table."""
+    loopback = any(is_loopback(node) for node in nodes)
     mine = [
-        f"{nic.name} {address.text}"
+        f"{nic.name} {address.network if nic.kind == 'loopback' else address.text}"
         + (" (container network, the same on every machine)" if nic.kind == "container" else "")
         for nic in host.nics
         for address in nic.addresses
-        if nic.kind != "loopback" and not is_link_local(address.text)
+        if (nic.kind != "loopback" or loopback) and not is_link_local(address.text)
     ] or ["no address at all"]
     left = [f"{rank} {node}" for rank, node in enumerate(nodes)]
     width = max(len("NODES"), *(len(text) for text in left)) + 4

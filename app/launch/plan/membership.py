@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from app.launch.host import Host
-from app.launch.host.addresses import canonical, is_link_local, parse
+from app.launch.host.addresses import canonical, is_link_local, names_no_machine, parse
 from app.launch.plan.local import Own
 from app.launch.plan.schedulers import scheduled
 from app.launch.settings import Settings
@@ -24,7 +24,12 @@ class Membership:
 def listed(text: str) -> tuple[str, ...]:
     """The entries of NODES: commas, spaces or line ends between them, comments from # on."""
     without_comments = re.sub(r"#[^\n]*", "", text)
-    return tuple(entry.strip("[]") for entry in re.split(r"[,;\s]+", without_comments) if entry)
+    return tuple(bare(entry) for entry in re.split(r"[,;\s]+", without_comments) if entry)
+
+
+def bare(text: str) -> str:
+    """`fd00::1` of `[fd00::1]`; anything else as it is."""
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
 def names_to_resolve(settings: Settings) -> tuple[str, ...]:
@@ -35,16 +40,20 @@ def names_to_resolve(settings: Settings) -> tuple[str, ...]:
         job = scheduled(settings)
         master = job.master if job else None
     if master is not None:
-        found.append(master.text.strip("[]"))
+        found.append(bare(master.text))
     return tuple(dict.fromkeys(name for name in found if parse(name) is None and not malformed(name)))
 
 
 def malformed(name: str) -> str | None:
-    """What is wrong with an entry of NODES, as the end of a sentence; None if it can be a node."""
+    """What is wrong with an entry of NODES or with MASTER_ADDR, as the end of a sentence; None if it can be a node."""
     if is_link_local(name):
         return "is a link-local address, which only says something together with an interface: use a global one"
+    if names_no_machine(name):
+        return "names no machine: write the node's own address"
     if parse(name) is not None:
         return None
+    if re.fullmatch(r"[0-9]+(\.[0-9]+){3}", name) and re.search(r"\b0[0-9]", name):
+        return "has a leading zero, which may mean octal: write it without"
     if re.fullmatch(r"[0-9.]+", name):
         return "is not a complete IPv4 address"
     if re.fullmatch(r"\[?[0-9A-Za-z_.:-]+\]?:[0-9]+", name):

@@ -26,10 +26,11 @@ def check_needs(host: Host, workers: Workers, transport: str, ledger: Ledger) ->
             f"Shared memory (/dev/shm) has {_size(limits.shm)}, and {processes} with NCCL want about "
             f"{_size(wanted)}. Set SHM_SIZE in .env; otherwise it may end with 'No space left on device'."
         )
+    # The launcher raises the soft limit to the hard one by itself.
     if limits.open_files is not None and limits.open_files < OPEN_FILES:
         ledger.warn(
-            f"Only {limits.open_files} files and connections may be open at once; large jobs need more. Raise it: "
-            "`ulimit -n 65536`, or `ulimits: nofile` in compose."
+            f"Only {limits.open_files} files and connections may be open at once (the hard limit); large jobs need "
+            "more. Raise it: `ulimit -Hn 65536` as root, or `ulimits: nofile` in compose."
         )
     if limits.memory is not None and limits.memory < MEMORY_PER_PROCESS * workers.nproc:
         ledger.warn(
@@ -73,8 +74,10 @@ def _warn_first_address(nic: Nic, own: Own, ledger: Ledger) -> None:
     # NCCL and Gloo take an interface, and of it the first address, IPv4 before IPv6.
     used = next((each.text for each in nic.addresses if ":" not in each.text), own.address)
     if used != own.address and any(each.text == own.address for each in nic.addresses):
+        # NCCL is told the family where nodes are listed by IPv6.
+        they = "Gloo uses" if ":" in own.address else "NCCL and Gloo use"
         ledger.warn(
-            f"{nic.name} has several addresses. torchrun uses {own.address}, but NCCL and Gloo use the first, {used}: "
+            f"{nic.name} has several addresses. torchrun uses {own.address}, but {they} the first, {used}: "
             "it must be reachable from the other nodes too. List the first ones in NODES if it is not."
         )
 

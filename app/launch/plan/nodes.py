@@ -4,9 +4,9 @@ from app.launch.envfile import Value
 from app.launch.errors import printable
 from app.launch.host import Host
 from app.launch.host.addresses import canonical, family, is_loopback, parse
-from app.launch.plan.ledger import Ledger, shown
+from app.launch.plan.ledger import Ledger, count, shown
 from app.launch.plan.local import listing, local_addresses, own_towards
-from app.launch.plan.membership import Membership, addresses_of, listed, malformed
+from app.launch.plan.membership import Membership, addresses_of, bare, listed, malformed
 from app.launch.settings import Settings
 
 
@@ -22,7 +22,7 @@ def decide_listed(written: Value, settings: Settings, host: Host, ledger: Ledger
     nodes = _one_family(names, candidates, written, host, ledger)
     if nodes is None or not _distinct(names, nodes, written, ledger):
         return None
-    ledger.decide("NODES", ",".join(nodes), written.source, f"{len(nodes)} nodes in rank order")
+    ledger.decide("NODES", ",".join(nodes), written.source, f"{count(len(nodes), 'node')} in rank order")
     _check_master(nodes, candidates, settings, host, ledger)
     rank = _rank(nodes, written, settings, host, ledger)
     if rank is None:
@@ -53,11 +53,11 @@ def _check_entries(names: tuple[str, ...], written: Value, host: Host, ledger: L
 
 
 def _check_count(names: tuple[str, ...], settings: Settings, ledger: Ledger) -> None:
-    count = settings.values.get("NNODES")
-    if count is not None and names and int(count.text) != len(names):
+    nnodes = settings.values.get("NNODES")
+    if nnodes is not None and names and int(nnodes.text) != len(names):
         ledger.refuse(
             "NNODES",
-            f"{shown('NNODES', count)}, but NODES lists {len(names)} nodes. Remove NNODES: the list decides.",
+            f"{shown('NNODES', nnodes)}, but NODES lists {count(len(names), 'node')}. Remove NNODES: the list decides.",
         )
 
 
@@ -124,7 +124,10 @@ def _check_master(
     if master is None:
         ledger.decide("MASTER_ADDR", nodes[0], "derived", "the first of NODES hosts torchrun's store")
         return
-    name = master.text.strip("[]")
+    name = bare(master.text)
+    if wrong := malformed(name):
+        ledger.refuse("MASTER_ADDR", f"{shown('MASTER_ADDR', master)} {wrong}.")
+        return
     if {canonical(name), *addresses_of(name, host)} & {nodes[0], *candidates[0]}:
         ledger.decide("MASTER_ADDR", nodes[0], master.source, "node 0, as you set it")
         return
@@ -148,7 +151,7 @@ def _rank(nodes: tuple[str, ...], written: Value, settings: Settings, host: Host
             "NODE_RANK", rank, "detected", f"{nodes[rank]} on {interface} is entry {rank} of NODES (counted from 0)"
         )
         return rank
-    count = "none" if not matches else f"{len(matches)}"
+    number = "none" if not matches else f"{len(matches)}"
     verb = "is an address" if not matches else "are addresses"
     cure = (
         f"Correct NODES, or set NODE_RANK (0 to {len(nodes) - 1}) on this node if it is behind address translation."
@@ -157,7 +160,7 @@ def _rank(nodes: tuple[str, ...], written: Value, settings: Settings, host: Host
     )
     ledger.refuse(
         "NODES",
-        f"{shown('NODES', written)}: {count} of these {verb} of this machine, so its rank is unknown. {cure}\n"
+        f"{shown('NODES', written)}: {number} of these {verb} of this machine, so its rank is unknown. {cure}\n"
         f"{listing(host, nodes)}",
     )
     return None
@@ -168,8 +171,8 @@ def _given_rank(given: Value, nodes: tuple[str, ...], matches: list[int], host: 
     if rank >= len(nodes):
         ledger.refuse(
             "NODE_RANK",
-            f"{shown('NODE_RANK', given)}, but NODES lists {len(nodes)} nodes: ranks run from 0 to {len(nodes) - 1}. "
-            "Correct it, or remove it to have it found by address.",
+            f"{shown('NODE_RANK', given)}, but NODES lists {count(len(nodes), 'node')}: ranks run from 0 to "
+            f"{len(nodes) - 1}. Correct it, or remove it to have it found by address.",
         )
         return None
     if rank in matches:

@@ -1,15 +1,17 @@
 """InfiniBand and RoCE ports for NCCL: which are usable, which NCCL would take by itself, what to tell it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from app.launch.envfile import Value
 from app.launch.host import Host
 from app.launch.host.addresses import is_link_local
 from app.launch.host.nics import Nic
 from app.launch.host.rdma import RdmaPort
 from app.launch.plan.exports import Exports
 from app.launch.plan.gid import decide_gid
-from app.launch.plan.ledger import Ledger, count
+from app.launch.plan.hygiene import matching
+from app.launch.plan.ledger import Ledger, count, shown
 from app.launch.plan.local import Own
 from app.launch.plan.rdma_access import obstacle
 
@@ -33,22 +35,27 @@ def decide_rdma(host: Host, own: Own | None, backend: str, ledger: Ledger, expor
 
     `InfiniBand`, `RoCE` or `sockets`.
     """
-    chosen, rejected = choose(host)
-    why_not = tuple(str(each) for each in rejected)
+    asked = exports.settings.is_set("NCCL_IB_HCA")
+    fit, rejected = choose(host)
+    usable, taken = _taken(fit, host, ledger, exports)
+    left = [Rejected(port=port, reason="NCCL_IB_HCA does not select it") for port in fit if port not in taken]
+    why_not = tuple(str(each) for each in [*rejected, *left] if each.port not in taken)
     if not host.rdma_ports:
         exports.offer("NCCL_IB_DISABLE", "1", "no InfiniBand or RoCE device on this machine")
         return "sockets"
-    if not chosen:
-        exports.offer("NCCL_IB_DISABLE", "1", f"no usable port among {len(host.rdma_ports)}", why_not)
-        if backend == "nccl":
-            ledger.warn("RDMA devices are on this machine, but no port is usable: " + "; ".join(why_not) + ".")
+    if not fit and not asked and backend == "nccl":
+        because = "; ".join(map(str, rejected))
+        ledger.warn(f"RDMA devices are on this machine, but no port is usable: {because}.")
+    if not taken:
+        among = "no active port in NCCL_IB_HCA" if asked else f"no usable port among {len(host.rdma_ports)}"
+        exports.offer("NCCL_IB_DISABLE", "1", among, why_not)
         return "sockets"
-    layer = LAYER[chosen[0].link_layer]
-    rates = " and ".join(f"{rate:g}" for rate in sorted({port.rate for port in chosen}))
-    summary = f"{layer}, {count(len(chosen), 'usable port')} of {rates} Gb/s"
-    ledger.decide("RDMA ports", ",".join(port.name for port in chosen), "detected", summary, why_not)
-    decide_affinity(host, chosen, ledger)
-    blocked = obstacle(host, chosen)
+    layer = LAYER[(usable or taken)[0].link_layer]
+    rates = " and ".join(f"{rate:g}" for rate in sorted({port.rate for port in taken}))
+    summary = f"{layer}, {count(len(taken), 'usable port' if usable else 'active port')} of {rates} Gb/s"
+    ledger.decide("RDMA ports", ",".join(port.name for port in taken), "detected", summary, why_not)
+    decide_affinity(host, taken, ledger)
+    blocked = obstacle(host, taken)
     if blocked:
         exports.offer("NCCL_IB_DISABLE", "1", f"{layer} is here, but unusable: {blocked}")
         if backend == "nccl":
@@ -57,10 +64,52 @@ def decide_rdma(host: Host, own: Own | None, backend: str, ledger: Ledger, expor
         return "sockets"
     disabled = exports.settings.text("NCCL_IB_DISABLE") not in ("", "0")
     exports.keep("NCCL_IB_DISABLE", "as you set it" + (f": {layer} stays unused" if disabled else ""))
-    _decide_hca(host, chosen, rejected, exports)
+    if disabled or exports.settings.text("NCCL_NET").lower() == "socket":
+        return "sockets"
+    _decide_hca(fit, rejected, exports)
     if layer == "RoCE" and own is not None:
-        decide_gid(host, own, chosen, ledger, exports)
-    return "sockets" if disabled else layer
+        decide_gid(host, own, usable, ledger, exports)
+    return layer
+
+
+def _taken(fit: list[RdmaPort], host: Host, ledger: Ledger, exports: Exports) -> tuple[list[RdmaPort], list[RdmaPort]]:
+    """The ports that NCCL will take, and before them those of these that are fit for a job."""
+    asked = exports.settings.values.get("NCCL_IB_HCA")
+    if asked is not None:
+        return _as_asked(asked, host, ledger)
+    if fit or exports.settings.text("NCCL_IB_DISABLE") != "0":
+        return fit, fit
+    # The user's 0 wins over the 1 that would keep NCCL from these.
+    return [], [port for port in host.rdma_ports if port.state == "ACTIVE"]
+
+
+def _as_asked(asked: Value, host: Host, ledger: Ledger) -> tuple[list[RdmaPort], list[RdmaPort]]:
+    """Of the ports that the user's NCCL_IB_HCA selects: those fit for a job, and those that NCCL will take, which are
+    all that are active."""
+    names = matching(asked.text, [port.name for port in host.rdma_ports])
+    selected = [port for port in host.rdma_ports if port.name in names]
+    usable, rejected = choose(replace(host, rdma_ports=tuple(selected)))
+    taken = [port for port in selected if port.state == "ACTIVE"]
+    wrong = [f"{each.port.name}: {each.reason}" for each in rejected if each.port in taken or not usable]
+    kept = f"{shown('NCCL_IB_HCA', asked)} is kept, but"
+    then = "." if taken else ". NCCL goes over to sockets without a word."
+    if not selected:
+        here = ", ".join(port.name for port in host.rdma_ports) or "there is none"
+        ledger.warn(f"{kept} matches no RDMA device or port here ({here}){then}")
+    elif wrong:
+        ledger.warn(f"{kept} selects {'; '.join(wrong)}{then}")
+    _warn_prefix(asked, selected, ledger)
+    return usable, taken
+
+
+def _warn_prefix(asked: Value, selected: list[RdmaPort], ledger: Ledger) -> None:
+    devices = {port.device for port in selected}
+    meant = {entry.partition(":")[0] for entry in asked.text.split(",")}
+    if asked.text[:1] not in ("=", "^") and meant & devices and devices - meant:
+        ledger.warn(
+            f"{shown('NCCL_IB_HCA', asked)} is kept, but it is a prefix and also matches "
+            f"{', '.join(sorted(devices - meant))}. Write NCCL_IB_HCA=={asked.text} for exactly that."
+        )
 
 
 def choose(host: Host) -> tuple[list[RdmaPort], list[Rejected]]:
@@ -137,16 +186,16 @@ def shared_bridges(first: tuple[str, ...], second: tuple[str, ...]) -> int:
     return count
 
 
-def _decide_hca(host: Host, chosen: list[RdmaPort], rejected: list[Rejected], exports: Exports) -> None:
+def _decide_hca(fit: list[RdmaPort], rejected: list[Rejected], exports: Exports) -> None:
     # NCCL takes every active port by itself (net_ib/init.cc), whatever its link layer, address or distance.
     wrong = [each for each in rejected if each.port.state == "ACTIVE"]
-    value = "=" + ",".join(port.name for port in chosen)
-    if wrong:
+    value = "=" + ",".join(port.name for port in fit)
+    if fit and wrong:
         names = ", ".join(each.port.name for each in wrong)
         exports.offer("NCCL_IB_HCA", value, f"by itself NCCL would also take {names}")
-    elif exports.settings.is_set("NCCL_IB_HCA"):
+    elif fit and exports.settings.is_set("NCCL_IB_HCA"):
         exports.offer("NCCL_IB_HCA", value, "all usable ports")
-    else:
+    elif fit:
         exports.ledger.decide("NCCL_IB_HCA", "(unset)", "derived", "NCCL takes exactly these ports by itself")
 
 

@@ -32,7 +32,9 @@ def memlock_obstacle(host: Host) -> str:
     limit = host.limits.memlock
     if limit is None or limit >= ENOUGH_MEMLOCK or host.limits.may_lock:
         return ""
-    cure = "set `ulimits: memlock: -1` as in compose.yaml" if host.container else "run `ulimit -l unlimited` first"
+    cure = "run `ulimit -l unlimited` first"
+    if host.container:
+        cure = "set HARDWARE=nvidia-ib, which lifts it (a rootless engine needs LimitMEMLOCK=infinity in its service)"
     return f"the limit of locked memory is {limit >> 10} KiB, and RDMA registers more: {cure}"
 
 

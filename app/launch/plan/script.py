@@ -1,12 +1,15 @@
 """Which script runs, with which arguments, and in which folders."""
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.launch.envfile import Value
 from app.launch.errors import printable
 from app.launch.host import Host
-from app.launch.plan.ledger import Ledger, shown
+from app.launch.host.paths import Seen
+from app.launch.plan.ledger import Ledger, count, shown
 from app.launch.settings import Settings
 
 IMAGE = Path("/opt/torchrun-compose")
@@ -26,86 +29,123 @@ NAMED = (
     ("RUN_NAME", "names the job: its folder, and whom nodes answer"),
     ("RUNS_ROOT", "holds a folder for each run"),
 )
+SHORTEST_TOKEN = 16
+"""Bytes, as in app.launch.supervise."""
 
 
-def requested(settings: Settings) -> tuple[tuple[str, ...], str]:
-    """The script part of torchrun's command, and where it comes from. Arguments of the entrypoint win.
+def requested(settings: Settings) -> tuple[Value, Value | None]:
+    """The script and its arguments, in shell words. Arguments of the entrypoint win.
 
     Arguments that begin with a dash (other than -m) are for the script of TRAIN_SCRIPT.
     """
-    argv = settings.argv
+    argv, given = settings.argv, Value(text=shlex.join(settings.argv), source="command line")
     if argv and (argv[0] == "-m" or not argv[0].startswith("-")):
-        return argv, "command line"
-    script = settings.get("TRAIN_SCRIPT")
-    words = shlex.split(script.text) if script else []
-    source = script.source if script else "default"
-    if argv:
-        return (*words, *argv), f"{source}, arguments from the command line"
-    return (*words, *shlex.split(settings.text("TRAIN_ARGS"))), source
+        return given, None
+    script = settings.get("TRAIN_SCRIPT") or Value(text="", source="default")
+    return script, given if argv else settings.values.get("TRAIN_ARGS")
 
 
 def files_to_look_at(settings: Settings) -> tuple[str, ...]:
-    """Paths whose existence the plan depends on, for `probe`."""
-    command, _ = requested(settings)
-    script = () if not command or command[0] == "-m" else command[:1]
-    return (*script, *filter(None, [settings.text("CLUSTER_TOKEN_FILE")]))
+    """Paths that the plan depends on, for `probe`."""
+    script, _ = requested(settings)
+    words = shlex.split(script.text)
+    run_dir = settings.text("RUN_DIR") or str(_run_dir(settings))
+    folders = [str(Path(text)) for text in (run_dir, settings.text("CHECKPOINT_DIR")) if text]
+    # The whole text too: a file with a space in its name was meant, if it is there.
+    scripts = [] if words[:1] == ["-m"] else [*words[:1], script.text]
+    return tuple(dict.fromkeys(filter(None, [*scripts, settings.text("CLUSTER_TOKEN_FILE"), *folders])))
+
+
+def module_to_find(settings: Settings) -> str:
+    """The module that `-m` names, for `probe`."""
+    words = shlex.split(requested(settings)[0].text)
+    return words[1] if words[:1] == ["-m"] and len(words) > 1 else ""
 
 
 def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
-    """Command and folders; a script that is not there is a problem."""
-    command, source = requested(settings)
-    ledger.decide("TRAIN_SCRIPT", shlex.join(command), source, _reason(settings, command, source))
-    _check_command(command, source, host, ledger)
+    """Command and folders; what is not there or cannot be used is a problem."""
+    script, arguments = requested(settings)
+    words = shlex.split(script.text)
+    ledger.take("TRAIN_SCRIPT", script, _reason(settings, words, script.source))
+    _check_command(words, script, host, ledger)
+    if arguments is not None:
+        own = settings.values.get("TRAIN_ARGS", arguments)
+        why = "the script's arguments" if own == arguments else f"in place of {shown('TRAIN_ARGS', own)}"
+        ledger.take("TRAIN_ARGS", arguments, why)
     for name, reason in NAMED:
         value = settings.get(name)
         if value is not None:
             ledger.take(name, value, reason)
-    run_dir = _folder("RUN_DIR", Path(settings.text("RUNS_ROOT")) / settings.text("RUN_NAME"), settings, host, ledger)
+    run_dir = _folder("RUN_DIR", _run_dir(settings), settings, host, ledger)
     checkpoints = _folder("CHECKPOINT_DIR", run_dir / "checkpoints", settings, host, ledger)
     return Script(
-        command=command,
+        command=(*words, *shlex.split(arguments.text if arguments else "")),
         run_dir=run_dir,
         checkpoint_dir=checkpoints,
         token_file=_token_file(settings, host, ledger),
     )
 
 
-def _reason(settings: Settings, command: tuple[str, ...], source: str) -> str:
+def _run_dir(settings: Settings) -> Path:
+    return Path(settings.text("RUNS_ROOT")) / settings.text("RUN_NAME")
+
+
+def _reason(settings: Settings, words: list[str], source: str) -> str:
     if source == "default":
         return "the script of this project; TRAIN_SCRIPT names yours"
     args = settings.values.get("TRAIN_ARGS")
-    if args is not None and settings.argv[:1] and source == "command line":
+    if args is not None and source == "command line":
         return f"in place of TRAIN_SCRIPT and {shown('TRAIN_ARGS', args)}"
-    return f"module {command[1]}" if command[:1] == ("-m",) and len(command) > 1 else "as you set it"
+    return f"module {words[1]}" if words[:1] == ["-m"] and len(words) > 1 else "as you set it"
 
 
-def _check_command(command: tuple[str, ...], source: str, host: Host, ledger: Ledger) -> None:
-    if not command or (command[0] == "-m" and len(command) == 1):
-        ledger.refuse("TRAIN_SCRIPT", f"TRAIN_SCRIPT ({source}) names no script. Write a path, or -m and a module.")
-        return
-    script = command[0]
-    if script == "-m" or script not in host.files or host.files[script] is not None:
-        return
+def _check_command(words: list[str], script: Value, host: Host, ledger: Ledger) -> None:
+    if wrong := _wrong_script(words, script, host):
+        ledger.refuse("TRAIN_SCRIPT", f"{shown('TRAIN_SCRIPT', script)}: {wrong}")
+
+
+def _wrong_script(words: list[str], script: Value, host: Host) -> str:
+    """What is wrong with it, and the cure; empty if it can be started."""
+    if not words or words == ["-m"]:
+        return "it names no script. Write a path, or -m and a module."
+    if words[0] == "-m":
+        missing = (
+            f"Python finds no {printable(words[1].partition('.')[0])!r} here. Correct the name, or set PYTHONPATH."
+        )
+        return "" if host.module else missing
+    if re.fullmatch(r"(.*/)?(python[0-9.]*|torchrun)", words[0]):
+        return "that is a program. Write the script and its arguments alone: torchrun and Python are started for it."
+    if len(words) > 1 and script.text in host.files and host.files[script.text].kind == "file":
+        return f"the space ends the name. Quote it in the value: TRAIN_SCRIPT=\"'{printable(script.text)}'\"."
     where = "here"
     if host.project == IMAGE:
         where = "in the container, which has ./workspace of the stack's folder as /workspace"
-    ledger.refuse(
-        "TRAIN_SCRIPT",
-        f"TRAIN_SCRIPT={printable(script)} ({source}): there is no such file {where}. Correct the path, "
-        "or write -m for a module.",
-    )
+    wrong = {
+        "missing": f"there is no such file {where}. Correct the path, or write -m for a module.",
+        "folder": "this is a folder. Write the path of a script, or -m for a module.",
+        "unreadable": f"user {host.uid} cannot read it. Let that user read it, or correct the path.",
+    }.get(host.files.get(words[0], Seen()).kind, "")
+    return f"{printable(words[0])}: {wrong}" if wrong and len(words) > 1 else wrong
 
 
 def _folder(name: str, default: Path, settings: Settings, host: Host, ledger: Ledger) -> Path:
     value = settings.values.get(name)
-    path = host.cwd / (default if value is None else Path(value.text))
+    wanted = default if value is None else Path(value.text)
     if value is None:
         source = "derived"
         reason = "RUNS_ROOT and RUN_NAME" if name == "RUN_DIR" else "inside RUN_DIR"
     else:
         source, reason = value.source, "as you set it"
-    ledger.decide(name, path, source, reason)
-    return path
+    ledger.decide(name, host.cwd / wanted, source, reason)
+    obstacle = host.files.get(str(wanted), Seen()).obstacle
+    if obstacle:
+        by, cause = (name, value) if value else ("RUNS_ROOT", settings.get("RUNS_ROOT"))
+        ledger.refuse(
+            name,
+            f"{shown(by, cause) if cause else name}: user {host.uid} cannot make files and folders in "
+            f"{printable(obstacle)}. Correct the path, or let that user write there.",
+        )
+    return host.cwd / wanted
 
 
 def _token_file(settings: Settings, host: Host, ledger: Ledger) -> Path | None:
@@ -113,11 +153,19 @@ def _token_file(settings: Settings, host: Host, ledger: Ledger) -> Path | None:
     if value is None:
         return None
     ledger.take("CLUSTER_TOKEN_FILE", value, "the nodes prove to each other that they know its content")
-    digest = host.files.get(value.text, "unknown")
-    if not digest:
-        wrong = "there is no such file" if digest is None else "it cannot be read by this user"
+    if wrong := _wrong_token(host.files.get(value.text)):
         ledger.refuse(
             "CLUSTER_TOKEN_FILE",
-            f"{shown('CLUSTER_TOKEN_FILE', value)}: {wrong}. Put the same secret into it on every node.",
+            f"{shown('CLUSTER_TOKEN_FILE', value)}: {wrong}. Make one with `openssl rand -hex 32 > FILE` and copy it "
+            "to all nodes.",
         )
     return host.cwd / value.text
+
+
+def _wrong_token(seen: Seen | None) -> str:
+    if seen is None:
+        return ""
+    words = {"missing": "there is no such file", "folder": "this is a folder"}
+    if seen.kind == "file":
+        return f"it holds only {count(seen.size, 'byte')}" if seen.size < SHORTEST_TOKEN else ""
+    return words.get(seen.kind, "it cannot be read by this user")

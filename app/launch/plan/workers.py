@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 
 from app.launch.host import Host
 from app.launch.plan.exports import Exports
@@ -42,20 +43,34 @@ def decide_workers(settings: Settings, host: Host, ledger: Ledger, exports: Expo
 
 
 def _usable_gpus(settings: Settings, host: Host) -> tuple[int, str]:
-    """torch counts what CUDA_VISIBLE_DEVICES lists, up to the first entry that is none."""
+    """The GPUs that torch will count, and why."""
     there = len(host.gpus.visible)
     names = ", ".join(sorted({gpu.name for gpu in host.gpus.visible}))
     mask = settings.values.get("CUDA_VISIBLE_DEVICES")
     if mask is None or not there:
         return there, f"{names}" if there else "no NVIDIA device node here"
-    count = 0
-    for entry in mask.text.split(","):
-        if not re.fullmatch(r"\s*([0-9]+|(GPU|MIG)-\S+)\s*", entry) or (
-            entry.strip().isdigit() and int(entry) >= there
-        ):
-            break
-        count += 1
-    return count, f"{there} x {names}, of which {shown('CUDA_VISIBLE_DEVICES', mask)} leaves {count}"
+    left = _left_by(mask.text, there)
+    return left, f"{there} x {names}, of which {shown('CUDA_VISIBLE_DEVICES', mask)} leaves {left}"
+
+
+def _left_by(mask: str, there: int) -> int:
+    """What torch counts (`_parse_visible_devices` in torch/cuda/__init__.py): a repeated entry leaves none, and the
+    first entry that is no device ends the list."""
+    kind = next((prefix for prefix in ("GPU-", "MIG-") if mask.startswith(prefix)), "[0-9]")
+    entries = list(takewhile(lambda entry: re.match(kind, entry), (entry.strip() for entry in mask.split(","))))
+    if len(set(entries)) < len(entries):
+        return 0
+    return len(list(takewhile(lambda entry: not entry.isdecimal() or int(entry) < there, entries)))
+
+
+def _absence(settings: Settings, host: Host) -> tuple[str, str]:
+    """Why torch will count no GPU, and what would give it some."""
+    mask = settings.values.get("CUDA_VISIBLE_DEVICES")
+    if mask is not None and host.gpus.visible:
+        return f"{shown('CUDA_VISIBLE_DEVICES', mask)} leaves no GPU", "correct CUDA_VISIBLE_DEVICES"
+    if host.container:
+        return "there is no GPU here", "give the container its GPUs with HARDWARE=nvidia"
+    return "there is no GPU here", "install the NVIDIA driver"
 
 
 def _check_hardware(settings: Settings, host: Host, ledger: Ledger) -> None:
@@ -90,11 +105,13 @@ def _backend(settings: Settings, host: Host, gpus: int, asked: str, ledger: Ledg
     if value is not None and value.text in ("gloo", "nccl"):
         ledger.take("BACKEND", value, "as you set it")
         if value.text == "nccl" and (not gpus or cpu_build):
-            why = "there is no GPU here" if not gpus else f"torch {host.packages['torch']} is built without CUDA"
+            why = _absence(settings, host)[0] if not gpus else f"torch {host.packages['torch']} is built without CUDA"
             ledger.refuse("BACKEND", f"{shown('BACKEND', value)}, but {why}. Set BACKEND=gloo, or leave it out.")
         return value.text
     if not gpus:
-        backend, reason = "gloo", "no GPU here"
+        backend, reason = "gloo", _absence(settings, host)[0]
+    elif settings.text("HARDWARE") == "cpu":
+        backend, reason = "gloo", "HARDWARE=cpu asks for workers on the CPU"
     elif cpu_build:
         backend, reason = "gloo", f"torch {host.packages['torch']} is built without CUDA"
         ledger.warn(
@@ -124,10 +141,10 @@ def _nproc(settings: Settings, host: Host, gpus: int, backend: str, ledger: Ledg
         return host.limits.cpus
     if value.text == "gpu":
         if not gpus:
+            why, cure = _absence(settings, host)
             ledger.refuse(
                 "NPROC_PER_NODE",
-                f"{shown('NPROC_PER_NODE', value)}, but no GPU is here. Set a number or cpu, or give the container its "
-                "GPUs with HARDWARE=nvidia.",
+                f"{shown('NPROC_PER_NODE', value)}, but {why}. Set a number or cpu, or {cure}.",
             )
         ledger.decide("NPROC_PER_NODE", max(1, gpus), value.source, f"gpu: one process per GPU, {gpus} here")
         return max(1, gpus)
