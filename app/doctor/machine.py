@@ -105,7 +105,7 @@ def check_disk(facts: Facts) -> tuple[Finding, ...]:
         return (skipped("disk", "the checkpoint folder is not decided"),)
     if disk.failure:
         sentence = f"{disk.folder}, where checkpoints go, cannot be written: {disk.failure}."
-        cure = f"df -h {disk.folder}; ls -ld {disk.folder}   # it must be writable for user {facts.host.uid}"
+        cure = f"df -h {disk.folder}; namei -l {disk.folder}   # it must be writable for user {facts.host.uid}"
         return (Finding(check="disk", level=Level.RED, sentence=sentence, cure=cure),)
     found = []
     if disk.free < FREE_YELLOW:

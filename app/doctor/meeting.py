@@ -302,6 +302,8 @@ class Meeting:
             {rank: self._ask(rank, "look", {"nonce": nonce, "upto": max(wrote)}) for rank in wrote}
         )
         for rank, answer in looked.items():
+            if not integer(answer, "looked", 0, 1):
+                continue
             seen = frozenset(integer(one, "rank", 0, 1 << 20) for one in items(answer, "seen", 1 << 14))
             self.measured.seen[rank] = seen & set(wrote) | {rank}
         await self._ask_all({rank: self._ask(rank, "tidy", {}) for rank in sorted(self.seats)})
