@@ -16,7 +16,7 @@ from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Row
 from app.doctor.look import within
 from app.doctor.meeting import ANSWER, BEAT, Meeting, run_of
-from app.doctor.talk import read_findings, read_peer, told_collective, told_findings
+from app.doctor.talk import read_findings, read_peer, told_collective, told_facts, told_findings
 from app.doctor.transport import Collective
 from app.launch.gang import reach
 from app.launch.gang.arrival import NobodyError, Waiting, arrive
@@ -115,7 +115,7 @@ class Attendant:
             "mtu": (nic.mtu or 0) if nic else 0,
             "speed": (speed_of(nic, self.facts.host) or 0) if nic else 0,
             "transport": dict(plan.equal).get("transport of NCCL", "sockets"),
-            "facts": {name: value[:2000] for name, value in self._compared().items()},
+            "facts": told_facts(self._compared()),
             "findings": told_findings(self.findings),
             "ports": [{"port": port} for port in self._answering.ports],
             "key": self._answering.key,

@@ -1,5 +1,6 @@
 """What is concluded from what the nodes measured together."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from app.doctor.findings import Finding, Level, Row, green
 from app.doctor.measured import Measured, Node
 from app.doctor.meeting import steps
 from app.doctor.meter import Speed
+from app.doctor.talk import read_facts, told_facts
 from app.doctor.transport import Collective
 
 GBIT = 125e6
@@ -94,6 +96,18 @@ def test_a_difference_that_may_be_meant_is_yellow() -> None:
     measured = cluster(2)
     measured.nodes[1] = node(1, facts={**measured.nodes[0].facts, "cuda driver": "580.82"})
     assert bad(judge(measured))[1, "agree"].level == Level.YELLOW
+
+
+def test_of_two_hundred_packages_the_one_that_differs_is_named_and_no_other() -> None:
+    measured = cluster(2)
+    names = [f"some_package_{number:03}-1.{number}" for number in range(200)]
+    # One more near the beginning shifts all that follow.
+    for rank, installed in enumerate((names, [names[0], "some_package_000a-3.0", *names[1:]])):
+        heard = json.loads(json.dumps({"kind": "hello", "facts": told_facts({"packages": " ".join(installed)})}))
+        measured.nodes[rank] = node(rank, facts=read_facts(heard))
+    assert bad(judge(measured))[1, "agree"].sentence == (
+        "Nodes differ: package some_package_000a - (node 0) 3.0 (node 1)"
+    )
 
 
 def test_a_blocked_port_stands_at_the_node_that_lets_nobody_in() -> None:
