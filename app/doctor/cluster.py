@@ -8,6 +8,7 @@ from app.doctor.links import judge_mtu, judge_speed
 from app.doctor.measured import Found, Measured
 from app.doctor.transport import judge_transport
 from app.launch.gang.facts import differences
+from app.launch.gang.reach import let_in
 
 CLOCKS_APART = 2.0
 
@@ -84,7 +85,7 @@ def judge_reach(measured: Measured) -> Found:
         sentence = f"{caller.name} cannot connect to it, port {told}: {why}."
         if len(ports) > 1:
             sentence += " NCCL and Gloo use random ports: open all between the nodes."
-        cure = f"sudo iptables -I INPUT -p tcp -s {caller.address} -d {called.address} -j ACCEPT"
+        cure = let_in(caller.address, called.address)
         full_size = why.startswith("connects")
         yield (
             target,

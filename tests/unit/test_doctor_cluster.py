@@ -118,6 +118,8 @@ def test_a_blocked_port_stands_at_the_node_that_lets_nobody_in() -> None:
     assert "node 0 (10.0.0.1) cannot connect to it, port 40001 and 40002" in found[1, "reach"].sentence
     assert "random ports" in found[1, "reach"].sentence
     assert "-s 10.0.0.1 -d 10.0.0.2" in found[1, "reach"].cure
+    measured.nodes = {rank: node(rank, address=f"2001:db8::{rank}") for rank in measured.nodes}
+    assert bad(judge(measured))[1, "reach"].cure.startswith("sudo ip6tables -I INPUT -p tcp -s 2001:db8::0")
 
 
 @pytest.mark.parametrize(("transport", "level"), [("sockets", Level.YELLOW), ("RoCE", Level.RED)])
