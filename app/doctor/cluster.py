@@ -1,13 +1,12 @@
 """What only several nodes know together: pure judgements of what they measured, each finding at the node to look at."""
 
 from collections import Counter
-from collections.abc import Sequence
 
 from app.doctor.findings import Finding, Level, Row, green, skipped
 from app.doctor.links import judge_mtu, judge_speed
 from app.doctor.measured import Found, Measured
 from app.doctor.transport import judge_transport
-from app.launch.gang.facts import differences
+from app.launch.gang.facts import differences, told_nodes
 from app.launch.gang.reach import let_in
 
 CLOCKS_APART = 2.0
@@ -99,7 +98,8 @@ def judge_reach(measured: Measured) -> Found:
     for rank in measured.nodes.keys() - bad - measured.lost.keys():
         callers = sorted(source for source, target in measured.tried if target == rank)
         if callers:
-            yield rank, green("reach", f"nodes {', '.join(map(str, callers))} connect to it on random ports")
+            verb = "connects" if len(callers) == 1 else "connect"
+            yield rank, green("reach", f"{told_nodes(callers)} {verb} to it on random ports")
         else:
             yield rank, skipped("reach", "no other node is here")
 
@@ -128,15 +128,11 @@ def judge_shared(measured: Measured) -> Found:
         for rank, others in seen.items():
             if others == {rank}:
                 sharers = sorted(other for other in seen if len(seen[other]) > 1)
-                sentence = f"Its checkpoint folder is its own, while nodes {_list(sharers)} share one."
+                sentence = f"Its checkpoint folder is its own, while {told_nodes(sharers)} share one."
             else:
-                sentence = f"Its checkpoint folder holds the files of nodes {_list(sorted(others))} only."
+                sentence = f"Its checkpoint folder holds the files of {told_nodes(sorted(others))} only."
             cure = "mount the same shared folder on all nodes (RUNS or CHECKPOINT_DIR), or on none"
             yield rank, Finding(check="shared", level=Level.RED, sentence=sentence, cure=cure)
-
-
-def _list(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks))
 
 
 def judge_collective(measured: Measured) -> Found:

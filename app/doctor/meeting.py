@@ -311,7 +311,7 @@ class Meeting:
     async def _all_reduce(self) -> None:
         """A short real collective through torchrun, only where all nodes are here and reach each other."""
         measured = self.measured
-        if measured.missing or measured.lost or measured.blocked or measured.doubles:
+        if measured.hopeless:
             measured.no_collective = "not tried: first cure what is red"
             return
         await self._tell("all-reduce through torchrun")

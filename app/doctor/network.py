@@ -93,7 +93,10 @@ def check_names(facts: Facts) -> tuple[Finding, ...]:
         return (skipped("names", "the host name was not looked up"),)
     if not answer.addresses:
         sentence = f"This machine's name {facts.host.hostname} has no address ({answer.failure}): torch looks it up."
-        cure = f"echo '127.0.1.1 {facts.host.hostname}' | sudo tee -a /etc/hosts"
+        # Not 127.0.1.1, as distributions have it: plain Gloo sends the other nodes to whatever the name stands for.
+        address = facts.plan.address if facts.plan else "ADDRESS"
+        which = "" if facts.plan else "   # this machine's address in the nodes' network"
+        cure = f"echo '{address} {facts.host.hostname}' | sudo tee -a /etc/hosts{which}"
         return (Finding(check="names", level=Level.YELLOW, sentence=sentence, cure=cure),)
     told = f"{facts.host.hostname} is {', '.join(answer.addresses[:2])}"
     if all(is_loopback(address) for address in answer.addresses):
@@ -106,14 +109,28 @@ def check_ports(facts: Facts) -> tuple[Finding, ...]:
     plan = facts.plan
     if not plan:
         return (skipped("ports", "the ports are not decided, see the other findings"),)
+    if plan.node_rank:
+        return (green("ports", f"only node 0 listens on {plan.master_port} and {plan.control_port}"),)
+    wanted = {"MASTER_PORT": plan.master_port}
+    if len(plan.nodes) > 1:
+        wanted["CONTROL_PORT"] = plan.control_port
     found = []
-    for name, port in (("MASTER_PORT", plan.master_port), ("CONTROL_PORT", plan.control_port)):
+    for name, port in wanted.items():
         takers = {address for address, taken in facts.look.listening if taken == port}
-        if plan.node_rank == 0 and takers & {plan.address, "0.0.0.0", "::"}:  # noqa: S104 - compared, not listened on
+        if any(_in_the_way(name, taker, plan) for taker in takers):
             sentence = f"{name} {port} is taken on {' and '.join(sorted(takers))}: another job or service has it."
             cure = f"sudo ss -ltnp 'sport = :{port}'   # then stop it, or set another MASTER_PORT on all nodes"
             found.append(Finding(check="ports", level=Level.RED, sentence=sentence, cure=cure))
-    return tuple(found) or (green("ports", f"{plan.master_port} and {plan.control_port} are free"),)
+    free = " and ".join(str(port) for port in wanted.values())
+    return tuple(found) or (green("ports", f"{free} {'are' if len(wanted) > 1 else 'is'} free"),)
+
+
+def _in_the_way(name: str, taker: str, plan: Plan) -> bool:
+    """CONTROL_PORT is listened on at this node's address only; torchrun's store takes MASTER_PORT on all of IPv6 and
+    IPv4, or else on all of IPv4 (c10d/TCPStoreLibUvBackend.cpp)."""
+    if taker in (plan.address, "0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
+        return True
+    return name == "MASTER_PORT" and (":" not in taker or ":" in plan.address)
 
 
 def check_rdma(facts: Facts) -> tuple[Finding, ...]:

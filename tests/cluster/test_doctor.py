@@ -118,7 +118,7 @@ def test_random_ports_closed_on_one_node_are_found_one_way_with_the_rule_that_op
     assert "cannot connect to it, port" in said
     assert f"sudo iptables -I INPUT -p tcp -s {cluster2.nodes[0].address} -d {cluster2.nodes[1].address}" in said
     assert "node 0 (" in first.output
-    assert "reach ok: nodes 1 connect to it" in first.output
+    assert "reach ok: node 1 connects to it" in first.output
 
 
 def test_a_link_slowed_ten_times_is_red(cluster2: Cluster) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -128,6 +129,16 @@ def test_a_node_that_does_not_come_is_waited_for_by_name_and_ends_as_a_red_row(d
     assert "waiting for node 1 (127.0.0.2): connection refused" in one.text
     assert [line for line in bad(one) if line.startswith("node 1 (127.0.0.2): met FAIL: This node never came")]
     assert "node 0 (127.0.0.1): all-reduce -: not tried" in one.text
+
+
+def test_a_taken_port_is_told_at_once_and_torchrun_is_not_tried_on_it(doctors: Doctors) -> None:
+    with socket.create_server(("127.0.0.1", int(doctors.port))):
+        both = [doctors.start(rank) for rank in (0, 1)]
+        started = time.monotonic()
+        assert [one.end(40) for one in both] == [1, 1]
+    assert time.monotonic() - started < 30  # torchrun's own end took 45 s
+    assert f"ports FAIL: MASTER_PORT {doctors.port} is taken on 127.0.0.1" in both[0].text
+    assert "node 0 (127.0.0.1): all-reduce -: not tried" in both[0].text
 
 
 def test_two_nodes_with_one_rank_are_told_to_both_and_on_node_0(doctors: Doctors) -> None:

@@ -144,14 +144,21 @@ def test_a_host_name_without_address_is_told_and_one_on_loopback_is_not_alarmed(
     facts = facts_of("laptop", tmp_path)
     none = replace(facts.host, answers={"laptop": Answer(failure="Name or service not known")})
     loopback = replace(facts.host, answers={"laptop": Answer(addresses=("127.0.1.1",))})
-    assert "laptop has no address" in bad(check_node(replace(facts, host=none)))["names"].sentence
+    nameless = bad(check_node(replace(facts, host=none)))["names"]
+    assert "laptop has no address" in nameless.sentence
+    assert nameless.cure == "echo '192.168.178.23 laptop' | sudo tee -a /etc/hosts"
     told = [each for each in check_node(replace(facts, host=loopback)) if each.check == "names"]
     assert told[0].level == Level.GREEN
     assert "127.0.1.1" in told[0].sentence
 
 
-@pytest.mark.parametrize(("address", "taken"), [("0.0.0.0", True), ("192.168.178.23", True), ("127.0.0.1", False)])
-def test_a_port_is_taken_when_somebody_listens_where_node_0_will(address: str, taken: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("address", "taken"),
+    [("0.0.0.0", True), ("192.168.178.23", True), ("127.0.0.1", True), ("::", True), ("::1", False)],
+)
+def test_a_master_port_is_taken_when_somebody_listens_on_any_address_that_torchruns_store_needs(
+    address: str, taken: bool, tmp_path: Path
+) -> None:
     facts = facts_of("laptop", tmp_path)
     busy = replace(facts, look=replace(facts.look, listening=frozenset({(address, 29400)})))
     found = bad(check_node(busy))
@@ -159,10 +166,26 @@ def test_a_port_is_taken_when_somebody_listens_where_node_0_will(address: str, t
     assert not taken or "sport = :29400" in found["ports"].cure
 
 
+def test_a_control_port_is_taken_where_node_0_will_listen_and_nowhere_else(tmp_path: Path) -> None:
+    facts = facts_of("laptop", tmp_path)
+    for address, taken in {"192.168.178.23": True, "0.0.0.0": True, "127.0.0.1": False}.items():
+        busy = replace(facts, look=replace(facts.look, listening=frozenset({(address, 29401)})))
+        assert ("ports" in bad(check_node(busy))) == taken, address
+
+
+def test_a_node_alone_needs_no_control_port(tmp_path: Path) -> None:
+    facts = facts_of("laptop", tmp_path, NODES="192.168.178.23")
+    busy = replace(facts, look=replace(facts.look, listening=frozenset({("0.0.0.0", 29401)})))
+    told = next(each for each in check_node(busy) if each.check == "ports")
+    assert (told.level, told.sentence) == (Level.GREEN, "29400 is free")
+
+
 def test_the_port_of_node_0_may_be_taken_on_other_nodes(tmp_path: Path) -> None:
     facts = facts_of("classic_b", tmp_path)
     busy = replace(facts, look=replace(facts.look, listening=frozenset({("0.0.0.0", 29400)})))
     assert not bad(check_node(busy))
+    told = next(each.sentence for each in check_node(busy) if each.check == "ports")
+    assert told == "only node 0 listens on 29400 and 29401"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +233,10 @@ def test_the_state_of_gpus_is_judged(tmp_path: Path) -> None:
     assert len(told) == len(expected)
     for words in expected:
         assert any(words in sentence for sentence in told), words
-    assert [each.level for each in found if "Xid" in each.sentence] == [Level.RED, Level.YELLOW]
+    xids = [each for each in found if "Xid" in each.sentence]
+    assert [each.level for each in xids] == [Level.RED, Level.YELLOW]
+    assert "since this machine started" in xids[0].sentence
+    assert "nvidia-smi -r" in xids[0].cure
 
 
 @pytest.mark.parametrize(
@@ -231,6 +257,12 @@ def test_the_engine_is_judged_where_it_can_be_seen(
     engine = next(each for each in found if each.check == "engine")
     assert engine.level == level
     assert words in engine.sentence
+
+
+def test_the_limits_that_were_looked_at_are_told(tmp_path: Path) -> None:
+    told = next(each for each in check_node(facts_of("laptop", tmp_path)) if each.check == "limits")
+    assert told.sentence.startswith("8 CPUs, memory ")
+    assert "shared memory" in told.sentence
 
 
 def test_a_slow_clock_source_is_told(tmp_path: Path) -> None:

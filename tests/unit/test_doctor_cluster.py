@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from app.doctor.cluster import judge
-from app.doctor.findings import Finding, Level, Row, green
+from app.doctor.findings import Finding, Level, Row, green, red
 from app.doctor.measured import Measured, Node
 from app.doctor.meeting import steps
 from app.doctor.meter import Speed
@@ -76,6 +76,19 @@ def test_a_node_that_did_not_come_is_a_red_row_with_its_address() -> None:
     assert {"reach", "mtu", "all-reduce"} <= skipped
 
 
+def test_one_node_and_several_are_told_in_singular_and_plural() -> None:
+    for count, words in {2: "node 1 connects to it", 3: "nodes 1, 2 connect to it"}.items():
+        told = [each.sentence for each in judge(cluster(count))[0].findings if each.check == "reach"]
+        assert told == [f"{words} on random ports"]
+
+
+def test_no_collective_is_tried_where_a_port_is_known_to_be_taken() -> None:
+    measured = cluster(2)
+    assert not measured.hopeless
+    measured.nodes[0] = node(0, findings=(red("ports", "MASTER_PORT 29400 is taken on 0.0.0.0."),))
+    assert measured.hopeless
+
+
 def test_a_node_that_went_away_is_red() -> None:
     measured = cluster(3)
     measured.lost = {2: "its connection closed"}
@@ -129,7 +142,7 @@ def test_an_odd_mtu_is_told_and_red_where_roce_depends_on_it(transport: str, lev
     found = bad(judge(measured))
     assert found.keys() == {(2, "mtu")}
     assert found[2, "mtu"].level == level
-    assert "eth2 has MTU 1500, but 9000 on node 0, 1" in found[2, "mtu"].sentence
+    assert "eth2 has MTU 1500, but 9000 on nodes 0, 1" in found[2, "mtu"].sentence
 
 
 def test_full_size_packets_that_are_lost_on_the_way_are_red_at_the_receiver() -> None:
@@ -138,6 +151,9 @@ def test_full_size_packets_that_are_lost_on_the_way_are_red_at_the_receiver() ->
     found = bad(judge(measured))
     assert found.keys() == {(1, "mtu")}
     assert "Packets of 9000 bytes from node 0 (10.0.0.1) are lost" in found[1, "mtu"].sentence
+    assert "-s 8972 10.0.0.2" in found[1, "mtu"].cure
+    measured.nodes[1] = replace(measured.nodes[1], address="2001:db8::2")
+    assert "-s 8952 2001:db8::2" in bad(judge(measured))[1, "mtu"].cure
 
 
 def test_where_udp_does_not_pass_the_size_is_not_called_green() -> None:

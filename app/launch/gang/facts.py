@@ -104,10 +104,11 @@ def _by_value(facts: Mapping[int, Facts], name: str) -> list[str]:
     holders: dict[str, list[int]] = {}
     for rank, known in sorted(facts.items()):
         holders.setdefault(known.get(name, "-")[:80], []).append(rank)
-    return [f"{value} ({_nodes(ranks)})" for value, ranks in holders.items()]
+    return [f"{value} ({told_nodes(ranks)})" for value, ranks in holders.items()]
 
 
-def _nodes(ranks: Sequence[int]) -> str:
+def told_nodes(ranks: Sequence[int]) -> str:
+    """`node 3`, `nodes 0, 1`, at most six of them."""
     shown = ", ".join(map(str, ranks[:6])) + (f" and {len(ranks) - 6} more" if len(ranks) > 6 else "")
     return f"node {shown}" if len(ranks) == 1 else f"nodes {shown}"
 
