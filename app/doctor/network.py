@@ -8,7 +8,6 @@ from app.doctor.look import Look
 from app.launch.host.addresses import is_loopback
 from app.launch.host.nics import Nic
 from app.launch.plan import Plan
-from app.launch.plan.hygiene import matching
 from app.launch.plan.network import describe
 
 ERROR_SHARE = 1e-6
@@ -27,44 +26,14 @@ RDMA_LIMITS: Mapping[str, tuple[int, str]] = {
 
 
 def check_network(facts: Facts) -> tuple[Finding, ...]:
-    """The interface that this node uses: state, speed, duplex, errors, flaps; and those that the user named instead."""
-    nic, plan = facts.nic, facts.plan
-    if not nic or not plan:
+    """The interface that this node uses: state, speed, duplex, errors, flaps. The plan warns of one named instead."""
+    nic = facts.nic
+    if not nic:
         return (skipped("network", "no interface chosen, see the other findings"),)
-    found = list(_named_interfaces(facts, plan))
+    found = list[Finding]()
     for each in [nic, *(below for below in facts.host.nics if below.name in nic.lower)]:
         found += _nic_health(each, facts.look)
     return tuple(found) or (green("network", f"{nic.name}: {', '.join(describe(nic, facts.host))}, no errors"),)
-
-
-def _named_interfaces(facts: Facts, plan: Plan) -> list[Finding]:
-    """NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME as they will be exported: do they hold this node's address?"""
-    found = []
-    names = [nic.name for nic in facts.host.nics]
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        used = facts.decision(variable)
-        chosen = [] if used is None else matching(used.value, names)
-        if variable.startswith("GLOO") and used is not None:
-            chosen = [name for name in used.value.split(",") if name in names]
-        if not used or not chosen or plan.interface in chosen:
-            continue
-        wrong = next(nic for nic in facts.host.nics if nic.name == chosen[0])
-        dead = wrong.kind in ("loopback", "container") or not wrong.up or not wrong.addresses
-        state = f"is {wrong.operstate}" if not wrong.up else f"has {_addresses(wrong)}"
-        found.append(
-            Finding(
-                check="network",
-                level=Level.RED if dead else Level.YELLOW,
-                sentence=f"{variable}={used.value} ({used.source}): {wrong.name} {state}, not this node's address "
-                f"{plan.address}, which is on {plan.interface}. The other nodes would be sent there.",
-                cure=f"remove {variable} ({used.source}): it is derived on each node",
-            )
-        )
-    return found
-
-
-def _addresses(nic: Nic) -> str:
-    return ", ".join(address.text for address in nic.addresses[:2]) or "no address"
 
 
 def _nic_health(nic: Nic, look: Look) -> list[Finding]:

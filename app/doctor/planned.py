@@ -27,6 +27,8 @@ class Placing:
 
 PLACINGS = (
     Placing(check="network", pattern=r"no interface here|matches no interface|Gloo knows no \^", level=Level.RED),
+    Placing(check="network", pattern=r"would be sent to \S+ in vain", level=Level.RED),
+    Placing(check="network", pattern=r"nodes would be sent to"),
     Placing(check="rdma", pattern=r"cannot use it, because|no port is usable|matches no RDMA device", level=Level.RED),
     Placing(check="rdma", pattern=r"nvidia_peermem", cure="sudo modprobe nvidia-peermem"),
     Placing(check="rdma", pattern=r"^NCCL_IB_|of RDMA on this machine|has no RoCE v2 address"),
