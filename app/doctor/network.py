@@ -87,7 +87,7 @@ def check_ports(facts: Facts) -> tuple[Finding, ...]:
     for name, port in wanted.items():
         takers = {address for address, taken in facts.look.listening if taken == port}
         if any(_in_the_way(name, taker, plan) for taker in takers):
-            sentence = f"{name} {port} is taken on {' and '.join(sorted(takers))}: another job or service has it."
+            sentence = f"{name} {port} is taken on {' and '.join(sorted(takers))} by another job or service."
             cure = f"sudo ss -ltnp 'sport = :{port}'   # then stop it, or set another MASTER_PORT on all nodes"
             found.append(Finding(check="ports", level=Level.RED, sentence=sentence, cure=cure))
     free = " and ".join(str(port) for port in wanted.values())

@@ -111,10 +111,17 @@ def test_one_node_alone_ends_within_two_seconds_and_never_loads_torch(doctors: D
     assert [node["rank"] for node in content["nodes"]] == [1]
 
 
+def test_one_node_of_several_workers_reduces_by_itself(doctors: Doctors) -> None:
+    one = doctors.start(0, nodes=1, NPROC_PER_NODE="2")
+    assert one.end(60) == 0
+    assert not bad(one)
+    assert re.search(r"all-reduce ok: gloo on 2 ranks, [\d.]+ Gb/s bus bandwidth, inside this machine", one.text)
+
+
 def test_json_alone_stands_on_standard_output(doctors: Doctors) -> None:
     done = subprocess.run(
         [sys.executable, str(PROJECT / "entrypoint.py"), "doctor", "--json"],
-        env={"PATH": os.environ["PATH"]},
+        env={"PATH": os.environ["PATH"], "MASTER_PORT": doctors.port},
         cwd=doctors.folder,
         capture_output=True,
         text=True,

@@ -20,7 +20,9 @@ def test_a_torch_that_differs_is_refused_with_the_nodes_and_the_cure() -> None:
     assert doubtful == ""
 
 
-@pytest.mark.parametrize("name", ["mtu", "python", "hcas", "link layer", "cuda driver", "NCCL_ALGO", "STOP_GRACE"])
+@pytest.mark.parametrize(
+    "name", ["mtu", "python", "gpus", "hcas", "link layer", "cuda driver", "NCCL_ALGO", "STOP_GRACE"]
+)
 def test_what_may_differ_for_a_good_reason_is_a_warning(name: str) -> None:
     wrong, doubtful = differences({0: {**BASE, name: "a"}, 1: BASE})
     assert wrong == ""

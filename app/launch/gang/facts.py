@@ -11,7 +11,7 @@ from app.launch.plan import Plan
 
 Facts = Mapping[str, str]
 
-TOLERATED = {"cuda driver", "hcas", "link layer", "mtu", "python", "torchrun-compose"}
+TOLERATED = {"cuda driver", "gpus", "hcas", "link layer", "mtu", "python", "torchrun-compose"}
 """Facts that may differ for a good reason: said, not refused. So may times, whatever tunes NCCL, and packages."""
 MOST_LINES = 12
 """Of a table: two images can differ in hundreds of packages."""
