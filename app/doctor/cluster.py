@@ -17,7 +17,7 @@ def judge(measured: Measured) -> tuple[Row, ...]:
     found: dict[int, list[Finding]] = {rank: list(node.findings) for rank, node in measured.nodes.items()}
     for rank in (*measured.missing, *measured.lost):
         found.setdefault(rank, [])
-    for judgement in JUDGEMENTS:
+    for judgement in JUDGEMENTS if len(measured.listed) > 1 else (judge_collective,):
         for rank, finding in judgement(measured):
             found[rank].append(finding)
     return tuple(
@@ -32,16 +32,16 @@ def _address(measured: Measured, rank: int) -> str:
     return measured.listed[rank] if rank < len(measured.listed) else ""
 
 
-def judge_met(measured: Measured) -> Found:
+def judge_present(measured: Measured) -> Found:
     for rank, why in measured.missing.items():
         cure = "docker compose run --rm trainer doctor   # on that node"
-        yield rank, Finding(check="met", level=Level.RED, sentence=f"This node never came: {why}.", cure=cure)
+        yield rank, Finding(check="present", level=Level.RED, sentence=f"This node never came: {why}.", cure=cure)
     for rank, node in measured.nodes.items():
         if rank in measured.lost:
             sentence = f"This node came and went away again: {measured.lost[rank]}."
-            yield rank, Finding(check="met", level=Level.RED, sentence=sentence)
+            yield rank, Finding(check="present", level=Level.RED, sentence=sentence)
         else:
-            yield rank, green("met", f"host {node.host}")
+            yield rank, green("present", f"host {node.host}")
     for sentence in measured.doubles:
         yield min(measured.nodes), Finding(check="rank", level=Level.RED, sentence=sentence)
 
@@ -145,7 +145,7 @@ def judge_collective(measured: Measured) -> Found:
 
 
 JUDGEMENTS = (
-    judge_met,
+    judge_present,
     judge_agree,
     judge_reach,
     judge_mtu,

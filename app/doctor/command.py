@@ -64,8 +64,8 @@ def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row
     except UserError as error:
         return [_with(own, "settings", error.message)]
     except NobodyError as error:
-        node0 = Row(rank=0, address=plan.nodes[0], findings=(red("met", str(error)),))
-        return [node0, own] if own.rank else [_with(own, "met", str(error))]
+        node0 = Row(rank=0, address=plan.nodes[0], findings=(red("present", str(error)),))
+        return [node0, own] if own.rank else [_with(own, "present", str(error))]
     except OSError as error:
         where = f"{plan.address} (MASTER_PORT {plan.master_port}, CONTROL_PORT {plan.control_port})"
         return [_with(own, "ports", f"This node cannot listen on {where}: {why(error)}.")]

@@ -92,20 +92,20 @@ def test_a_node_that_never_comes_is_a_red_row(cluster2: Cluster) -> None:
     (told,) = doctors(cluster2.nodes[:1], "--wait", "4", NODES=addresses)
     assert told.code == 1
     assert "waiting for node 1" in told.output
-    assert "This node never came: connection refused (the machine is up" in told.bad()["1", "met"]
+    assert "This node never came: connection refused (the machine is up" in told.bad()["1", "present"]
 
 
 def test_node_0_that_never_comes_is_a_red_row_as_well(cluster2: Cluster) -> None:
     addresses = ",".join(node.address for node in cluster2.nodes)
     (told,) = doctors(cluster2.nodes[1:], "--wait", "4", NODES=addresses)
     assert told.code == 1
-    assert "did not answer within" in told.bad()["0", "met"]
+    assert "did not answer within" in told.bad()["0", "present"]
 
 
 def test_another_token_is_named_on_both_sides_without_a_wait(cluster2: Cluster) -> None:
     first, second = doctors(cluster2.nodes, each=[{}, {"TOKEN": TOKEN[::-1]}])
     assert (first.code, second.code) == (1, 1)
-    assert "CLUSTER_TOKEN_FILE is not that of node 0" in first.bad()["1", "met"]
+    assert "CLUSTER_TOKEN_FILE is not that of node 0" in first.bad()["1", "present"]
     assert "CLUSTER_TOKEN_FILE differs from that of node 0" in second.output
 
 
@@ -167,7 +167,7 @@ def test_a_rank_that_belongs_to_another_node_is_told_by_both(cluster2: Cluster) 
     first, second = doctors(cluster2.nodes, "--wait", "6", each=[{}, {"NODE_RANK": "0"}])
     assert (first.code, second.code) == (1, 1)
     assert f"but this machine has {cluster2.nodes[1].address} (node 1)" in second.bad()["?", "rank"]
-    assert ("1", "met") in first.bad()
+    assert ("1", "present") in first.bad()
 
 
 def test_small_shared_memory_is_told_with_its_setting(cluster2: Cluster) -> None:

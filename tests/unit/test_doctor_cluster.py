@@ -60,7 +60,12 @@ def test_a_sound_cluster_is_green_in_every_cell(count: int) -> None:
     assert len(rows) == count
     for row in rows:
         checks = {each.check for each in row.findings if each.level == Level.GREEN}
-        assert checks == {"rank", "met", "agree", "reach", "mtu", "speed", "shared", "all-reduce"}
+        assert checks == {"rank", "present", "agree", "reach", "mtu", "speed", "shared", "all-reduce"}
+
+
+def test_a_cluster_of_one_node_is_judged_by_its_collective_alone() -> None:
+    (row,) = judge(cluster(1))
+    assert [each.check for each in row.findings] == ["rank", "all-reduce"]
 
 
 def test_a_node_that_did_not_come_is_a_red_row_with_its_address() -> None:
@@ -71,7 +76,7 @@ def test_a_node_that_did_not_come_is_a_red_row_with_its_address() -> None:
     measured.tried, measured.offsets, measured.no_collective = set(), {}, "not tried"
     rows = judge(measured)
     assert rows[1].name == "node 1 (10.0.0.2)"
-    assert bad(rows).keys() == {(1, "met")}
+    assert bad(rows).keys() == {(1, "present")}
     skipped = {each.check for each in rows[0].findings if each.level == Level.SKIPPED}
     assert {"reach", "mtu", "all-reduce"} <= skipped
 
@@ -92,7 +97,7 @@ def test_no_collective_is_tried_where_a_port_is_known_to_be_taken() -> None:
 def test_a_node_that_went_away_is_red() -> None:
     measured = cluster(3)
     measured.lost = {2: "its connection closed"}
-    assert "went away again: its connection closed" in bad(judge(measured))[2, "met"].sentence
+    assert "went away again: its connection closed" in bad(judge(measured))[2, "present"].sentence
 
 
 def test_a_setting_that_differs_is_red_at_the_node_that_differs_and_names_both_values() -> None:
