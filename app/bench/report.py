@@ -1,6 +1,7 @@
 """The table for people, and the files: the figures as JSON, their picture, the baseline of this cluster."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -74,7 +75,8 @@ def as_json(findings: Findings) -> dict[str, Any]:
 
 
 def _cluster(findings: Findings) -> str:
-    return f"{len(findings.nodes)}x{findings.ranks}-{findings.backend}-{findings.device.split()[0]}"
+    device = re.sub(r"\W+", "-", findings.device)
+    return f"{len(findings.nodes)}x{findings.ranks}-{findings.backend}-{device}"
 
 
 def _write(path: Path, content: str | bytes) -> None:

@@ -57,7 +57,7 @@ def judge_agree(measured: Measured) -> Found:
             continue
         wrong, doubtful = differences({rank: {name: value} for rank, value in values.items()})
         lines = [" ".join(line.split()) for line in (wrong or doubtful).splitlines()]
-        told = [line for line in lines if line.startswith("package ")] or lines[:1]
+        told = [line for line in lines if line.startswith(("package ", "and "))] or lines[:1]
         finding = Finding(
             check="agree",
             level=Level.RED if wrong else Level.YELLOW,

@@ -203,6 +203,13 @@ def test_without_pillow_there_is_no_picture_but_all_the_rest(tmp_path: Path, mon
     assert sorted(file.name for file in tmp_path.iterdir()) == ["baseline-2x4-gloo-cpu.json", "result.json"]
 
 
+def test_another_kind_of_gpu_has_a_baseline_of_its_own(tmp_path: Path) -> None:
+    for device in ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"):
+        assert (
+            "Kept as the baseline" in keep(replace(findings(measure("all_reduce", 0.001)), device=device), tmp_path)[0]
+        )
+
+
 def test_another_number_of_ranks_has_a_baseline_of_its_own(tmp_path: Path) -> None:
     keep(findings(measure("all_reduce", 0.001)), tmp_path)
     assert "Kept as the baseline" in keep(replace(findings(measure("all_reduce", 0.1)), ranks=8), tmp_path)[0]

@@ -11,9 +11,9 @@ from app.doctor.facts import Facts
 from app.doctor.findings import CHECKS, Finding, Level
 from app.doctor.gpus import GpuHealth, GpuLook
 from app.doctor.look import Disk, Look, NicHealth, look
-from app.doctor.planned import PLACINGS
+from app.doctor.planned import PLACINGS, warnings
 from app.launch.host.names import Answer
-from app.launch.plan import draft
+from app.launch.plan import Draft, draft
 from tests.machines.facts import host_of, settings_of
 from tests.machines.library import MACHINES
 
@@ -278,6 +278,22 @@ def test_what_was_not_checked_is_never_green(tmp_path: Path) -> None:
     levels = {each.check: each.level for each in check_node(replace(facts, look=Look()))}
     for check in ("network", "ports", "rdma", "gpus", "disk", "clock"):
         assert levels[check] == Level.SKIPPED, check
+
+
+@pytest.mark.parametrize(
+    ("warning", "check", "level"),
+    [
+        ("eth0 carries 10.0.0.1, but its link is down: check its cable and switch.", "network", Level.RED),
+        (
+            "eth0 and eth1 are both in 10.0.0.0/24, and each answers for the other's address, so",
+            "network",
+            Level.YELLOW,
+        ),
+    ],
+)
+def test_a_warning_about_the_interface_stands_at_the_network(warning: str, check: str, level: Level) -> None:
+    (finding,) = warnings(Draft(plan=None, problems=(), decisions=(), warnings=(warning,)))
+    assert (finding.check, finding.level) == (check, level)
 
 
 def test_every_placing_names_a_check_of_the_table() -> None:

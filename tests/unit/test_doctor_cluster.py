@@ -128,6 +128,16 @@ def test_of_two_hundred_packages_the_one_that_differs_is_named_and_no_other() ->
     )
 
 
+def test_packages_that_are_too_many_to_name_are_counted_beside_them_and_not_in_the_cure() -> None:
+    measured = cluster(2)
+    for rank in (0, 1):
+        packages = " ".join(f"p{number}-{rank}" for number in range(20))
+        measured.nodes[rank] = node(rank, facts={"packages": packages})
+    finding = bad(judge(measured))[1, "agree"]
+    assert finding.sentence.endswith("; and 8 more")
+    assert finding.cure.startswith("Use the same image on all nodes")
+
+
 def test_a_blocked_port_stands_at_the_node_that_lets_nobody_in() -> None:
     measured = cluster(2)
     measured.blocked = {(0, 1, "no answer"): [40001, 40002]}
