@@ -22,11 +22,9 @@ def check_needs(host: Host, workers: Workers, transport: str, ledger: Ledger) ->
         ledger.refuse("memlock", f"{transport} is chosen, but {blocked}. (NCCL_IB_DISABLE=1 would use sockets.)")
     wanted = SHM_PER_GPU * workers.nproc if workers.backend == "nccl" else 64 << 20
     if limits.shm is not None and limits.shm < wanted:
-        nccl = f"{processes} with NCCL want{'s' * (workers.nproc == 1)}"
-        users = nccl if workers.backend == "nccl" else "data loaders want"
         ledger.warn(
-            f"Shared memory (/dev/shm) has {_size(limits.shm)}, and {users} about {_size(wanted)}. Set SHM_SIZE in "
-            ".env; otherwise it may end with 'No space left on device'."
+            f"Shared memory (/dev/shm) has {_size(limits.shm)}, and {processes} with NCCL want about "
+            f"{_size(wanted)}. Set SHM_SIZE in .env; otherwise it may end with 'No space left on device'."
         )
     if limits.open_files is not None and limits.open_files < OPEN_FILES:
         ledger.warn(
