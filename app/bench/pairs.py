@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from app.bench.collectives import Ranks, agreed, synchronize
-from app.bench.figures import PairSpeed
+from app.bench.figures import Link, PairSpeed
 from app.bench.verdict import slow_pairs
 
 FIRST_MESSAGE, LARGEST_MESSAGE, GROWTH = 1 << 16, 1 << 26, 8
@@ -39,7 +39,9 @@ def schedule(nodes: int) -> list[list[Pair]]:
     return steps
 
 
-def measure_pairs(ranks: Ranks, leaders: Sequence[int], seconds: float) -> tuple[PairSpeed, ...]:
+def measure_pairs(
+    ranks: Ranks, leaders: Sequence[int], links: Sequence[Link], backend: str, seconds: float
+) -> tuple[PairSpeed, ...]:
     """Both directions of every pair of nodes, measured between `leaders`: the first rank of each node.
 
     All ranks must call it; all return the same. Doubtful pairs are measured again while `seconds` are not over.
@@ -47,7 +49,7 @@ def measure_pairs(ranks: Ranks, leaders: Sequence[int], seconds: float) -> tuple
     until = time.monotonic() + seconds
     best = _measure_steps(ranks, leaders, schedule(len(leaders)))
     for _ in range(SECOND_LOOKS):
-        slow = slow_pairs(best.values())
+        slow = slow_pairs(best.values(), links, backend)
         suspects = sorted({(min(pair.source, pair.target), max(pair.source, pair.target)) for pair in slow})
         if not suspects or agreed(time.monotonic() - until) > 0:
             break

@@ -1,6 +1,7 @@
 """The table for people, and the files: the figures as JSON, their picture, the baseline of this cluster."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,16 @@ def render(findings: Findings) -> str:
     return "\n".join([*_head(findings), "", *_table(findings), "", *_verdict(findings)])
 
 
+def publish(findings: Findings, folder: Path) -> None:
+    """Prints the figures first: nothing that goes wrong with the files may take them along."""
+    print(render(findings), flush=True)
+    try:
+        print(*keep(findings, folder), sep="\n", flush=True)
+    except (OSError, ValueError, KeyError) as error:
+        # ValueError, KeyError: a baseline that was edited.
+        print(f"The figures above are not kept, or not compared with a baseline, in {folder}: {error}", flush=True)
+
+
 def keep(findings: Findings, folder: Path) -> tuple[str, ...]:
     """Writes the figures into `folder`, compares them with the baseline, and returns what to say about both.
 
@@ -25,12 +36,7 @@ def keep(findings: Findings, folder: Path) -> tuple[str, ...]:
     folder.mkdir(parents=True, exist_ok=True)
     result, baseline = folder / "result.json", folder / f"baseline-{_cluster(findings)}.json"
     _write(result, json.dumps(as_json(findings), indent=1) + "\n")
-    if findings.measures:
-        # Only rank 0 draws, once, at the end: the other ranks never load Pillow.
-        from app.bench.chart import bandwidth_chart
-
-        _write(folder / "bandwidth.png", bandwidth_chart(findings))
-    figures = f"Figures: {result}, bandwidth.png"
+    figures = f"Figures: {result}{_draw(findings, folder)}"
     if baseline.exists():
         before = json.loads(baseline.read_text(encoding="utf-8"))
         changed = changes(findings, before["figures"]) or ("no figure differs by more than a quarter",)
@@ -39,6 +45,19 @@ def keep(findings: Findings, folder: Path) -> tuple[str, ...]:
         _write(baseline, json.dumps({"schema": SCHEMA, "figures": key_figures(findings)}, indent=1) + "\n")
         return (f"Kept as the baseline for later runs: {baseline}", figures)
     return (f"{figures} (not kept as a baseline, since something is wrong)",)
+
+
+def _draw(findings: Findings, folder: Path) -> str:
+    """The end of the line that names the files."""
+    if not findings.measures:
+        return ""
+    try:
+        # Only rank 0 draws, once, at the end: the other ranks never load Pillow.
+        from app.bench.chart import bandwidth_chart
+    except ImportError as error:
+        return f"; no bandwidth.png ({error})"
+    _write(folder / "bandwidth.png", bandwidth_chart(findings))
+    return ", bandwidth.png"
 
 
 def as_json(findings: Findings) -> dict[str, Any]:
@@ -51,12 +70,13 @@ def as_json(findings: Findings) -> dict[str, Any]:
         }
         for measure in findings.measures
     ]
-    slow = slow_parts(findings.pairs, findings.nodes)
+    slow = slow_parts(findings)
     return {"schema": SCHEMA, **asdict(findings), "measures": measures, "slow": slow, "good": is_good(findings)}
 
 
 def _cluster(findings: Findings) -> str:
-    return f"{len(findings.nodes)}x{findings.ranks}-{findings.backend}-{findings.device.split()[0]}"
+    device = re.sub(r"\W+", "-", findings.device)
+    return f"{len(findings.nodes)}x{findings.ranks}-{findings.backend}-{device}"
 
 
 def _write(path: Path, content: str | bytes) -> None:
@@ -99,7 +119,7 @@ def _verdict(findings: Findings) -> Iterator[str]:
     wrong = sorted({measure.collective for measure in findings.measures if not measure.correct})
     if wrong:
         yield f"WRONG RESULTS: {', '.join(wrong)}. Do not train on this cluster; test memory and GPUs of each node."
-    slow = slow_parts(findings.pairs, findings.nodes)
+    slow = slow_parts(findings)
     yield from (f"SLOW: {sentence}" for sentence in slow)
     if findings.pairs and not slow:
         yield f"No node or path is slower than the others: {spread(findings.pairs)}."

@@ -15,7 +15,7 @@ from app.bench.collectives import CASES, GROWTH, Ranks, measure_all
 from app.bench.figures import Findings, Link
 from app.bench.link import read_link
 from app.bench.pairs import measure_pairs
-from app.bench.report import keep, render
+from app.bench.report import publish
 
 ARRAYS = 8
 """Arrays of the measured size that one rank may hold at a time, with room to spare."""
@@ -45,7 +45,8 @@ def run(*, seconds: float, smallest: int, largest: int) -> int:
     until = time.monotonic() + seconds
     seats = _seats(backend, ranks)
     leaders = sorted((seat for seat in seats if seat.local_rank == 0), key=lambda seat: seat.node)
-    pairs = measure_pairs(ranks, [seat.rank for seat in leaders], seconds * PAIRS_SHARE)
+    links = tuple(seat.link for seat in leaders)
+    pairs = measure_pairs(ranks, [seat.rank for seat in leaders], links, backend, seconds * PAIRS_SHARE)
     sizes = sizes_between(smallest, min(largest, *(seat.largest for seat in seats)))
     measures, unsupported, cut_short = measure_all(ranks, sizes, until - time.monotonic())
     findings = Findings(
@@ -53,15 +54,14 @@ def run(*, seconds: float, smallest: int, largest: int) -> int:
         ranks=ranks.world,
         backend=backend,
         device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
-        links=tuple(seat.link for seat in leaders),
+        links=links,
         pairs=pairs,
         measures=measures,
         unsupported=unsupported,
         cut_short=cut_short if sizes == sizes_between(smallest, largest) else tuple(CASES),
     )
     if ranks.rank == 0:
-        folder = Path(os.environ.get("RUN_DIR") or "runs/bench") / "bench"
-        print(render(findings), *keep(findings, folder), sep="\n", flush=True)
+        publish(findings, Path(os.environ.get("RUN_DIR") or "runs/bench") / "bench")
     dist.barrier()
     dist.destroy_process_group()
     return 0 if all(measure.correct for measure in measures) else 1

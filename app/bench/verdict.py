@@ -1,26 +1,37 @@
 """What the figures say: which node or path is slow, and what changed since the baseline. Pure."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import median
 
-from app.bench.figures import Findings, PairSpeed, readable_rate, readable_size
+from app.bench.figures import Findings, Link, PairSpeed, readable_rate, readable_size
 
 SLOW = 0.5
 """A direction below this share of what the better half of the cluster reaches is slow."""
+PROVEN = 625e6
+"""Bytes per second that one stream reaches on any machine; no more is asked of a faster link. As doctor does."""
+OF_LINK = {"gloo": 0.3, "nccl": 0.6}
+"""Share of what the link promises that a direction must reach; Gloo shares the CPUs with what else runs there."""
+GLOO_BY_CPU = 375e6
+"""Bytes per second above which differences between Gloo's paths are those of busy CPUs: 4 nodes on 2 cores that run
+other work too reached 0.7 to 2.2 GB/s on equal paths."""
 CHANGED = 0.25
 """Two runs on an idle network differ by less than this share."""
+MANY_PATHS = 4
+"""More that are below their links' rate are told in one sentence."""
 BANDWIDTH_SIZE = 250_000
 """Bytes; below it the time is all latency."""
 
 
-def slow_parts(pairs: Sequence[PairSpeed], names: Sequence[str]) -> tuple[str, ...]:
-    """One sentence per node or path that is slow against the others; empty when all are alike.
+def slow_parts(findings: Findings) -> tuple[str, ...]:
+    """One sentence per node or path that is slow against the others or its link; empty when all are well.
 
     A node is named when every direction from it (or to it) is slow, else the single path. With two nodes nothing tells
     the ends apart: the sentence names both.
     """
+    pairs, names = findings.pairs, findings.nodes
     usual = _usual(pairs)
-    slow = {(pair.source, pair.target): pair.bandwidth for pair in slow_pairs(pairs)}
+    slow = {(pair.source, pair.target): pair.bandwidth for pair in _slower_than_others(pairs, findings.backend)}
     sentences: list[str] = []
     explained: set[tuple[int, int]] = set()
     if len(names) > 2:
@@ -37,13 +48,29 @@ def slow_parts(pairs: Sequence[PairSpeed], names: Sequence[str]) -> tuple[str, .
                 f"From {_name(names, source)} to {_name(names, target)}: {readable_rate(bandwidth)}, while "
                 f"others reach {readable_rate(usual)}. Check the cable, port and duplex on this path (`ethtool NIC`)."
             )
-    return tuple(sentences)
+    rest = [pair for pair in pairs if (pair.source, pair.target) not in explained | slow.keys()]
+    return (*sentences, *_below_link(slower_than_links(rest, findings.links, findings.backend), findings))
 
 
-def slow_pairs(pairs: Collection[PairSpeed]) -> tuple[PairSpeed, ...]:
-    """The directions that are slow against the better half of all."""
-    limit = SLOW * _usual(pairs)
+def slow_pairs(pairs: Collection[PairSpeed], links: Sequence[Link], backend: str) -> tuple[PairSpeed, ...]:
+    """The directions that are slow against the better half of all, or against what their links promise."""
+    slow = {*_slower_than_others(pairs, backend), *slower_than_links(pairs, links, backend)}
+    return tuple(pair for pair in pairs if pair in slow)
+
+
+def _slower_than_others(pairs: Collection[PairSpeed], backend: str) -> tuple[PairSpeed, ...]:
+    limit = min(SLOW * _usual(pairs), GLOO_BY_CPU if backend == "gloo" else math.inf)
     return tuple(pair for pair in pairs if pair.bandwidth < limit)
+
+
+def slower_than_links(pairs: Collection[PairSpeed], links: Sequence[Link], backend: str) -> tuple[PairSpeed, ...]:
+    """The directions that stay far below what both links promise; none where a link does not tell."""
+    found = []
+    for pair in pairs:
+        rates = [rate for node in (pair.source, pair.target) if (rate := links[node].rate)]
+        if len(rates) == 2 and pair.bandwidth < OF_LINK[backend] * min(*rates, PROVEN):
+            found.append(pair)
+    return tuple(found)
 
 
 def spread(pairs: Sequence[PairSpeed]) -> str:
@@ -102,7 +129,7 @@ def of_link(rate: float, findings: Findings, nodes: Iterable[int] = ()) -> float
 
 def is_good(findings: Findings) -> bool:
     """Whether these figures may serve as a baseline: all results right, nothing slow."""
-    return all(measure.correct for measure in findings.measures) and not slow_parts(findings.pairs, findings.nodes)
+    return all(measure.correct for measure in findings.measures) and not slow_parts(findings)
 
 
 def _usual(pairs: Collection[PairSpeed]) -> float:
@@ -113,6 +140,25 @@ def _usual(pairs: Collection[PairSpeed]) -> float:
 
 def _edges(node: int, pairs: Sequence[PairSpeed], *, outgoing: bool) -> set[tuple[int, int]]:
     return {(pair.source, pair.target) for pair in pairs if (pair.source if outgoing else pair.target) == node}
+
+
+def _below_link(slow: Sequence[PairSpeed], findings: Findings) -> tuple[str, ...]:
+    """A sentence for each direction, or one for all of them where they are many: then no single cable is to blame."""
+    told = [_against_link(pair, findings) for pair in sorted(slow, key=lambda pair: pair.bandwidth)]
+    if len(told) > MANY_PATHS:
+        return (
+            f"{len(told)} of {len(findings.pairs)} paths stay far below what their links promise, the slowest from "
+            f"{told[0]}. Check which interface and switch they go through (`explain`, `ethtool NIC`).",
+        )
+    return tuple(f"From {each}. Check the cable, port and duplex on this path (`ethtool NIC`)." for each in told)
+
+
+def _against_link(pair: PairSpeed, findings: Findings) -> str:
+    ends = (pair.source, pair.target)
+    promised = min(findings.links[end].rate or 0.0 for end in ends)
+    path = " to ".join(_name(findings.nodes, end) for end in ends)
+    share = 100 * pair.bandwidth / promised
+    return f"{path}: {readable_rate(pair.bandwidth)}, {share:.0f} % of the link's {readable_rate(promised)}"
 
 
 def _node_sentence(node: str, verb: str, rate: float, usual: float) -> str:

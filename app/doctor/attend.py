@@ -9,12 +9,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 from app.doctor import meter
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Row
+from app.doctor.look import within
 from app.doctor.meeting import ANSWER, BEAT, Meeting, run_of
-from app.doctor.talk import read_findings, read_peer, told_collective, told_findings
+from app.doctor.talk import read_findings, read_peer, told_collective, told_facts, told_findings
 from app.doctor.transport import Collective
 from app.launch.gang import reach
 from app.launch.gang.arrival import NobodyError, Waiting, arrive
@@ -36,6 +38,9 @@ from app.launch.plan import Plan
 from app.launch.plan.needs import speed_of
 
 SILENCE = 8 * BEAT
+DISK_PATIENCE = 10.0
+"""Seconds for a file to be made or seen in the checkpoint folder; node 0 waits longer for the answer."""
+Done = TypeVar("Done")
 Reduce = Callable[[Facts, Plan, str, int, int], Awaitable[Collective]]
 """Runs this node's part of the all-reduce: (facts, plan, run id, place, number of nodes)."""
 
@@ -110,7 +115,7 @@ class Attendant:
             "mtu": (nic.mtu or 0) if nic else 0,
             "speed": (speed_of(nic, self.facts.host) or 0) if nic else 0,
             "transport": dict(plan.equal).get("transport of NCCL", "sockets"),
-            "facts": {name: value[:2000] for name, value in self._compared().items()},
+            "facts": told_facts(self._compared()),
             "findings": told_findings(self.findings),
             "ports": [{"port": port} for port in self._answering.ports],
             "key": self._answering.key,
@@ -161,11 +166,14 @@ class Attendant:
             outcome = await asyncio.to_thread(meter.full_size, self.plan.address, read_peer(message), mtu)
             return {"outcome": outcome}
         if kind == "leave":
-            return {"wrote": int(self._leave(text(message, "nonce", 32)))}
+            nonce = text(message, "nonce", 32)
+            return {"wrote": int(await self._at_disk(lambda: self._leave(nonce), otherwise=False))}
         if kind == "look":
-            return {"seen": self._look(text(message, "nonce", 32), integer(message, "upto", 0, 1 << 16))}
+            nonce, upto = text(message, "nonce", 32), integer(message, "upto", 0, 1 << 16)
+            seen = await self._at_disk(lambda: self._look(nonce, upto), otherwise=None)
+            return {"looked": int(seen is not None), "seen": seen or []}
         if kind == "tidy":
-            self._tidy()
+            await self._at_disk(self._tidy, otherwise=None)
             return {}
         if kind == "all-reduce":
             return await self._reduce(message)
@@ -195,6 +203,13 @@ class Attendant:
         rates = {"out": round(found.out), "back": round(found.back), "own": round(min(own.out, own.back)) if own else 0}
         return {"failure": "", "rtt": round(found.rtt * 1e9), **rates}
 
+    async def _at_disk(self, work: Callable[[], Done], otherwise: Done) -> Done:
+        """`otherwise` where the checkpoint folder cannot be read, or does not answer: `disk` and `shared` say so."""
+        try:
+            return await asyncio.to_thread(within, DISK_PATIENCE, work)
+        except OSError:
+            return otherwise
+
     def _nonce_file(self, nonce: str, rank: int) -> Path | None:
         """Where a node with this rank leaves its mark, if its checkpoint folder is this node's too."""
         disk = self.facts.look.disk
@@ -214,7 +229,7 @@ class Attendant:
             return True
         return False
 
-    def _look(self, nonce: str, upto: int) -> list[dict[str, int]]:
+    def _look(self, nonce: str, upto: int) -> list[dict[str, int]] | None:
         files = {rank: self._nonce_file(nonce, rank) for rank in range(upto + 1)}
         # Listing the folder makes NFS forget what it knew of it.
         places = {file.parent for file in files.values() if file}
@@ -231,7 +246,10 @@ class Attendant:
         self._answering.close()
         size = integer(message, "nnodes", 1, 1 << 16)
         place = integer(message, "place", 0, size - 1)
-        found = await self.reduce(self.facts, self.plan, text(message, "run_id", 64), place, size)
+        try:
+            found = await self.reduce(self.facts, self.plan, text(message, "run_id", 64), place, size)
+        except OSError as error:
+            found = Collective(failure=f"this node could not start it: {error.strerror or error}.")
         return told_collective(found)
 
 

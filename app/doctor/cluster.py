@@ -1,13 +1,13 @@
 """What only several nodes know together: pure judgements of what they measured, each finding at the node to look at."""
 
 from collections import Counter
-from collections.abc import Sequence
 
 from app.doctor.findings import Finding, Level, Row, green, skipped
 from app.doctor.links import judge_mtu, judge_speed
 from app.doctor.measured import Found, Measured
 from app.doctor.transport import judge_transport
-from app.launch.gang.facts import differences
+from app.launch.gang.facts import differences, told_nodes
+from app.launch.gang.reach import let_in
 
 CLOCKS_APART = 2.0
 
@@ -17,7 +17,7 @@ def judge(measured: Measured) -> tuple[Row, ...]:
     found: dict[int, list[Finding]] = {rank: list(node.findings) for rank, node in measured.nodes.items()}
     for rank in (*measured.missing, *measured.lost):
         found.setdefault(rank, [])
-    for judgement in JUDGEMENTS:
+    for judgement in JUDGEMENTS if len(measured.listed) > 1 else (judge_collective,):
         for rank, finding in judgement(measured):
             found[rank].append(finding)
     return tuple(
@@ -32,16 +32,16 @@ def _address(measured: Measured, rank: int) -> str:
     return measured.listed[rank] if rank < len(measured.listed) else ""
 
 
-def judge_met(measured: Measured) -> Found:
+def judge_present(measured: Measured) -> Found:
     for rank, why in measured.missing.items():
         cure = "docker compose run --rm trainer doctor   # on that node"
-        yield rank, Finding(check="met", level=Level.RED, sentence=f"This node never came: {why}.", cure=cure)
+        yield rank, Finding(check="present", level=Level.RED, sentence=f"This node never came: {why}.", cure=cure)
     for rank, node in measured.nodes.items():
         if rank in measured.lost:
             sentence = f"This node came and went away again: {measured.lost[rank]}."
-            yield rank, Finding(check="met", level=Level.RED, sentence=sentence)
+            yield rank, Finding(check="present", level=Level.RED, sentence=sentence)
         else:
-            yield rank, green("met", f"host {node.host}")
+            yield rank, green("present", f"host {node.host}")
     for sentence in measured.doubles:
         yield min(measured.nodes), Finding(check="rank", level=Level.RED, sentence=sentence)
 
@@ -57,7 +57,7 @@ def judge_agree(measured: Measured) -> Found:
             continue
         wrong, doubtful = differences({rank: {name: value} for rank, value in values.items()})
         lines = [" ".join(line.split()) for line in (wrong or doubtful).splitlines()]
-        told = [line for line in lines if line.startswith("package ")] or lines[:1]
+        told = [line for line in lines if line.startswith(("package ", "and "))] or lines[:1]
         finding = Finding(
             check="agree",
             level=Level.RED if wrong else Level.YELLOW,
@@ -84,7 +84,7 @@ def judge_reach(measured: Measured) -> Found:
         sentence = f"{caller.name} cannot connect to it, port {told}: {why}."
         if len(ports) > 1:
             sentence += " NCCL and Gloo use random ports: open all between the nodes."
-        cure = f"sudo iptables -I INPUT -p tcp -s {caller.address} -d {called.address} -j ACCEPT"
+        cure = let_in(caller.address, called.address)
         full_size = why.startswith("connects")
         yield (
             target,
@@ -98,7 +98,8 @@ def judge_reach(measured: Measured) -> Found:
     for rank in measured.nodes.keys() - bad - measured.lost.keys():
         callers = sorted(source for source, target in measured.tried if target == rank)
         if callers:
-            yield rank, green("reach", f"nodes {', '.join(map(str, callers))} connect to it on random ports")
+            verb = "connects" if len(callers) == 1 else "connect"
+            yield rank, green("reach", f"{told_nodes(callers)} {verb} to it on random ports")
         else:
             yield rank, skipped("reach", "no other node is here")
 
@@ -127,15 +128,11 @@ def judge_shared(measured: Measured) -> Found:
         for rank, others in seen.items():
             if others == {rank}:
                 sharers = sorted(other for other in seen if len(seen[other]) > 1)
-                sentence = f"Its checkpoint folder is its own, while nodes {_list(sharers)} share one."
+                sentence = f"Its checkpoint folder is its own, while {told_nodes(sharers)} share one."
             else:
-                sentence = f"Its checkpoint folder holds the files of nodes {_list(sorted(others))} only."
+                sentence = f"Its checkpoint folder holds the files of {told_nodes(sorted(others))} only."
             cure = "mount the same shared folder on all nodes (RUNS or CHECKPOINT_DIR), or on none"
             yield rank, Finding(check="shared", level=Level.RED, sentence=sentence, cure=cure)
-
-
-def _list(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks))
 
 
 def judge_collective(measured: Measured) -> Found:
@@ -148,7 +145,7 @@ def judge_collective(measured: Measured) -> Found:
 
 
 JUDGEMENTS = (
-    judge_met,
+    judge_present,
     judge_agree,
     judge_reach,
     judge_mtu,

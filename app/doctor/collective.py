@@ -25,10 +25,11 @@ LAUNCHER_WORDS = 3
 
 async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: int) -> Collective:
     """Runs torchrun for at most ALL_REDUCE seconds and reads what it left. Never raises for what torchrun does."""
-    nproc = plan.nproc if plan.backend == "nccl" else 1
+    nproc = plan.nproc if plan.backend == "nccl" else 1 if nnodes > 1 else min(plan.nproc, 2)
     expected = Collective(
         backend=plan.backend,
         ranks=nproc * nnodes,
+        alone=nnodes == 1,
         interface=plan.interface,
         transport=dict(plan.equal).get("transport of NCCL", "sockets"),
         expects_direct=any(each.name == "GPUDirect RDMA" and each.value != "no" for each in plan.decisions),
@@ -68,7 +69,9 @@ async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: 
         # As nccl-tests: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
         bus_bandwidth=found["size"] / found["seconds"] * 2 * (ranks - 1) / ranks,
         # RDMA passes the interfaces' counters by; what else they moved says nothing.
-        carrier="" if plan.backend == "nccl" and log.network != "Socket" else _above(facts.host, plan, through),
+        carrier=""
+        if nnodes == 1 or (plan.backend == "nccl" and log.network != "Socket")
+        else _above(facts.host, plan, through),
         log=log,
     )
 

@@ -28,7 +28,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
     wanted = options(arguments)
     facts = gather_facts(read_settings(environ, env_file))
     rows: Sequence[Row] = [own_row(facts)]
-    if facts.plan and len(facts.plan.nodes) > 1 and not wanted.alone:
+    # A node alone with several workers has a collective to try, and nobody to meet.
+    if facts.plan and facts.plan.world_size > 1 and not wanted.alone:
         rows = with_others(facts, facts.plan, rows[0], wanted.wait)
     print(shown(rows, as_json=wanted.json))
     return exit_code(rows)
@@ -55,7 +56,7 @@ def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row
     from app.launch.gang.reach import why
     from app.launch.supervise import read_token, say
 
-    tell_own(own, say)
+    tell_own(own, say, "meeting the others" if len(plan.nodes) > 1 else "now a collective")
     try:
         token = read_token(plan)
         attendant = Attendant(facts=facts, plan=plan, token=token, findings=own.findings, say=say, reduce=all_reduce)
@@ -63,8 +64,8 @@ def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row
     except UserError as error:
         return [_with(own, "settings", error.message)]
     except NobodyError as error:
-        node0 = Row(rank=0, address=plan.nodes[0], findings=(red("met", str(error)),))
-        return [node0, own] if own.rank else [_with(own, "met", str(error))]
+        node0 = Row(rank=0, address=plan.nodes[0], findings=(red("present", str(error)),))
+        return [node0, own] if own.rank else [_with(own, "present", str(error))]
     except OSError as error:
         where = f"{plan.address} (MASTER_PORT {plan.master_port}, CONTROL_PORT {plan.control_port})"
         return [_with(own, "ports", f"This node cannot listen on {where}: {why(error)}.")]
@@ -87,12 +88,12 @@ async def stoppable(work: Coroutine[None, None, Sequence[Row]]) -> Sequence[Row]
         raise SystemExit(128 + stops[0] if stops else 1) from None
 
 
-def tell_own(own: Row, say: Callable[[str], None]) -> None:
+def tell_own(own: Row, say: Callable[[str], None], then: str) -> None:
     """What this node found by itself, at once: the others may take a while."""
     bad = [each for each in own.findings if each.level in (Level.YELLOW, Level.RED)]
     for each in bad:
         say(f"{each.check} {WORDS[each.level]}: {each.sentence}")
-    say(f"this node alone: {verdict([own]).partition(', ')[2]}; meeting the others")
+    say(f"this node alone: {verdict([own]).partition(', ')[2]}; {then}")
 
 
 def _with(own: Row, check: str, sentence: str) -> Row:

@@ -56,7 +56,7 @@ CHECKS = (
     "disk",
     "clock",
     "engine",
-    "met",
+    "present",
     "agree",
     "reach",
     "mtu",
@@ -64,7 +64,7 @@ CHECKS = (
     "shared",
     "all-reduce",
 )
-"""In the order of the table: first what a node knows by itself, from `met` on what only several nodes know."""
+"""In the order of the table: first what a node knows by itself, from `present` on what only several nodes know."""
 
 
 def green(check: str, sentence: str) -> Finding:

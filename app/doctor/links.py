@@ -4,7 +4,9 @@ from collections import Counter
 
 from app.doctor.findings import Finding, Level, green, skipped
 from app.doctor.measured import Found, Measured
-from app.doctor.meter import Speed
+from app.doctor.meter import Speed, headers
+from app.launch.gang.facts import told_nodes
+from app.launch.plan.ledger import count
 
 PROVEN = 5e9
 """Bits per second that one stream of plain sockets reaches on any machine; faster links are `bench`'s business."""
@@ -31,7 +33,7 @@ def judge_mtu(measured: Measured) -> Found:
         node = measured.nodes[rank]
         if size != usual:
             bad.add(rank)
-            others = ", ".join(str(other) for other, theirs in sizes.items() if theirs == usual)
+            others = told_nodes([other for other, theirs in sizes.items() if theirs == usual])
             rdma = node.transport == "RoCE"
             what = "RoCE fails between them." if rdma else "TCP adapts; RoCE and UDP lose packets."
             yield (
@@ -39,7 +41,7 @@ def judge_mtu(measured: Measured) -> Found:
                 Finding(
                     check="mtu",
                     level=Level.RED if rdma else Level.YELLOW,
-                    sentence=f"{node.interface} has MTU {size}, but {usual} on node {others}. {what}",
+                    sentence=f"{node.interface} has MTU {size}, but {usual} on {others}. {what}",
                     cure=f"sudo ip link set {node.interface} mtu {usual}   # or the smaller one on all nodes",
                 ),
             )
@@ -51,7 +53,8 @@ def judge_mtu(measured: Measured) -> Found:
                 f"Packets of {size} bytes from {measured.nodes[source].name} are lost on the way, small ones pass: a "
                 "switch or tunnel between them has a smaller MTU."
             )
-            cure = f"ping -M do -s {size - 28} {measured.nodes[target].address}   # on node {source}"
+            address = measured.nodes[target].address
+            cure = f"ping -M do -s {size - headers(address)} {address}   # on node {source}"
             yield target, Finding(check="mtu", level=Level.RED, sentence=sentence, cure=cure)
     for rank in measured.nodes.keys() - bad:
         outcomes = {outcome for (_, target), outcome in measured.packets.items() if target == rank}
@@ -91,7 +94,10 @@ def judge_speed(measured: Measured) -> Found:
         if mine:
             least = min(min(speed.out, speed.back) for speed in mine)
             rtt = max(mine, key=lambda speed: speed.rtt)
-            yield rank, green("speed", f"at least {_rate(least)} with {len(mine)} nodes, round trip {_micros(rtt)}")
+            yield (
+                rank,
+                green("speed", f"at least {_rate(least)} with {count(len(mine), 'node')}, round trip {_micros(rtt)}"),
+            )
 
 
 def slowness(measured: Measured, pair: tuple[int, int], speed: Speed) -> Level | None:

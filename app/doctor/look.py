@@ -4,10 +4,12 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TypeVar
 
 from app.doctor.engine import look_at_engine
 from app.doctor.gpus import GpuLook, look_at_gpus
@@ -20,9 +22,13 @@ PROBE_BYTES = 32 << 20
 PROBE_SECONDS = 0.4
 PROBE_LIMIT = 1.0
 """Seconds after which a write that does not come back is left alone: a dead NFS server must not stop doctor."""
+STAT_LIMIT = 5.0
+"""Seconds for a file system to say that it is there: one that is mounted on demand takes a few."""
 BUSY_DISK = 50e6
 """Bytes per second below which a second look is taken."""
 LISTEN = "0A"
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,11 +126,12 @@ def _unhex(digits: str) -> str:
 
 def look_at_disk(folder: Path) -> Disk:
     """Free space, and a short write, at the nearest folder that exists. Leaves nothing behind; never raises."""
-    place = next(each for each in (folder, *folder.parents) if each.is_dir())
     try:
-        found = os.statvfs(place)
+        place, found = within(STAT_LIMIT, lambda: _file_system(folder))
+    except TimeoutError:
+        return Disk(folder=str(folder), failure=f"no answer within {STAT_LIMIT:.0f} s")
     except OSError as error:
-        return Disk(folder=str(place), failure=error.strerror or "")
+        return Disk(folder=str(folder), failure=error.strerror or str(error))
     speed, failure = _probe_within_limit(place)
     if not failure and (speed is None or speed < BUSY_DISK):
         # What else writes at this moment is no fault of the disk: the better of two looks counts.
@@ -140,12 +147,32 @@ def look_at_disk(folder: Path) -> Disk:
     )
 
 
+def within(seconds: float, work: Callable[[], Answer]) -> Answer:
+    """What `work` returns. Raises its OSError, and TimeoutError after `seconds`: a call to a dead NFS server cannot be
+    ended, so its thread is left alone."""
+    answer: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except OSError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer.result(seconds)
+
+
+def _file_system(folder: Path) -> tuple[Path, os.statvfs_result]:
+    # is_dir takes "not there" for False, but raises for a folder that may not be entered and for a stale NFS mount.
+    place = next(each for each in (folder, *folder.parents) if each.is_dir())
+    return place, os.statvfs(place)
+
+
 def _probe_within_limit(place: Path) -> tuple[float | None, str]:
-    result: list[tuple[float | None, str]] = []
-    thread = threading.Thread(target=lambda: result.append(_write_speed(place)), daemon=True)
-    thread.start()
-    thread.join(PROBE_LIMIT)
-    return result[0] if result else (None, "")
+    try:
+        return within(PROBE_LIMIT, lambda: _write_speed(place))
+    except TimeoutError:
+        return None, ""
 
 
 def _write_speed(place: Path) -> tuple[float | None, str]:

@@ -16,6 +16,10 @@ GPU_MEMORY_USED = 1024
 DEAD_XIDS = frozenset({48, 64, 74, 79, 95, 119, 120, 140})
 """Memory that could not be remapped, NVLink, fallen off the bus, uncontained memory error, firmware that hangs
 (NVIDIA: XID errors, the catalogue): the GPU is not fit until it is reset or replaced."""
+XID_CURES = {
+    Level.RED: "sudo nvidia-smi -r, or start the machine anew; if it comes again, have the GPU replaced",
+    Level.YELLOW: "look the number up in NVIDIA's Xid table: many are a fault of the program that ran",
+}
 MANY_XIDS = 8
 OLDEST_COMPOSE = (2, 24)
 """compose.yaml uses `env_file: required: false`."""
@@ -35,8 +39,11 @@ def check_gpus(facts: Facts) -> tuple[Finding, ...]:
         told += _gpu_peers(seen)
     for bus, number in seen.xids[:MANY_XIDS]:
         level = Level.RED if number in DEAD_XIDS else Level.YELLOW
-        sentence = f"The driver has logged Xid {number} for the GPU at {bus} since this machine started."
-        told.append((level, sentence, "dmesg | grep Xid   # the number in NVIDIA's Xid table; then reset the GPU"))
+        sentence = (
+            f"The driver has logged Xid {number} for the GPU at {bus} since this machine started: what was cured since "
+            "stays in its log until the next start."
+        )
+        told.append((level, sentence, f"dmesg -T | grep Xid   # when; then {XID_CURES[level]}"))
     if seen.failure:
         # Device nodes are here, and the tool that comes with them does not work.
         told.append((Level.YELLOW, f"GPUs are here, but their state is unknown: {seen.failure}.", "nvidia-smi"))
@@ -95,7 +102,7 @@ def _gpu_peers(seen: GpuLook) -> Iterator[Told]:
 
 def check_limits(facts: Facts) -> tuple[Finding, ...]:
     limits = facts.decision("limits")
-    return (green("limits", limits.value) if limits else skipped("limits", "not decided"),)
+    return (green("limits", f"{limits.value}, {limits.reason}") if limits else skipped("limits", "not decided"),)
 
 
 def check_disk(facts: Facts) -> tuple[Finding, ...]:
@@ -105,7 +112,7 @@ def check_disk(facts: Facts) -> tuple[Finding, ...]:
         return (skipped("disk", "the checkpoint folder is not decided"),)
     if disk.failure:
         sentence = f"{disk.folder}, where checkpoints go, cannot be written: {disk.failure}."
-        cure = f"df -h {disk.folder}; ls -ld {disk.folder}   # it must be writable for user {facts.host.uid}"
+        cure = f"df -h {disk.folder}; namei -l {disk.folder}   # it must be writable for user {facts.host.uid}"
         return (Finding(check="disk", level=Level.RED, sentence=sentence, cure=cure),)
     found = []
     if disk.free < FREE_YELLOW:

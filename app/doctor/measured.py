@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from app.doctor.findings import Finding
+from app.doctor.findings import Finding, Level, worst
 from app.doctor.meter import Speed
 from app.doctor.transport import Collective
 
@@ -59,3 +59,9 @@ class Measured:
     """Whose files each node sees in its checkpoint folder."""
     collectives: dict[int, Collective] = field(default_factory=dict)
     no_collective: str = ""
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether torchrun would only be waited for: nodes are missing or cut off, or its port is known to be taken."""
+        own = [each for node in self.nodes.values() for each in node.findings if each.check == "ports"]
+        return bool(self.missing or self.lost or self.blocked or self.doubles) or worst(own) == Level.RED

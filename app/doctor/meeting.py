@@ -302,6 +302,8 @@ class Meeting:
             {rank: self._ask(rank, "look", {"nonce": nonce, "upto": max(wrote)}) for rank in wrote}
         )
         for rank, answer in looked.items():
+            if not integer(answer, "looked", 0, 1):
+                continue
             seen = frozenset(integer(one, "rank", 0, 1 << 20) for one in items(answer, "seen", 1 << 14))
             self.measured.seen[rank] = seen & set(wrote) | {rank}
         await self._ask_all({rank: self._ask(rank, "tidy", {}) for rank in sorted(self.seats)})
@@ -309,7 +311,7 @@ class Meeting:
     async def _all_reduce(self) -> None:
         """A short real collective through torchrun, only where all nodes are here and reach each other."""
         measured = self.measured
-        if measured.missing or measured.lost or measured.blocked or measured.doubles:
+        if measured.hopeless:
             measured.no_collective = "not tried: first cure what is red"
             return
         await self._tell("all-reduce through torchrun")

@@ -125,7 +125,7 @@ def measure(own: str, peer: Peer) -> Speed:
 def full_size(own: str, peer: Peer, mtu: int) -> str:
     """Whether packets of `mtu` bytes reach the peer: `passes`, `lost`, or `unknown` where not even small ones do."""
     family = _family(own)
-    size = min(mtu - HEADERS[family], LARGEST)
+    size = min(mtu - headers(own), LARGEST)
     with socket.socket(family, socket.SOCK_DGRAM) as wire:
         wire.bind((own, 0))
         level, option = (
@@ -211,6 +211,11 @@ def _line(wire: socket.socket) -> bytes:
             raise ConnectionResetError("the connection closed")
         line += byte
     return line.rstrip(b"\n")
+
+
+def headers(address: str) -> int:
+    """Bytes of IP and UDP before the payload of a packet to `address`."""
+    return HEADERS[_family(address)]
 
 
 def _family(address: str) -> socket.AddressFamily:

@@ -8,7 +8,6 @@ from app.doctor.look import Look
 from app.launch.host.addresses import is_loopback
 from app.launch.host.nics import Nic
 from app.launch.plan import Plan
-from app.launch.plan.hygiene import matching
 from app.launch.plan.network import describe
 
 ERROR_SHARE = 1e-6
@@ -27,44 +26,14 @@ RDMA_LIMITS: Mapping[str, tuple[int, str]] = {
 
 
 def check_network(facts: Facts) -> tuple[Finding, ...]:
-    """The interface that this node uses: state, speed, duplex, errors, flaps; and those that the user named instead."""
-    nic, plan = facts.nic, facts.plan
-    if not nic or not plan:
+    """The interface that this node uses: state, speed, duplex, errors, flaps. The plan warns of one named instead."""
+    nic = facts.nic
+    if not nic:
         return (skipped("network", "no interface chosen, see the other findings"),)
-    found = list(_named_interfaces(facts, plan))
+    found = list[Finding]()
     for each in [nic, *(below for below in facts.host.nics if below.name in nic.lower)]:
         found += _nic_health(each, facts.look)
     return tuple(found) or (green("network", f"{nic.name}: {', '.join(describe(nic, facts.host))}, no errors"),)
-
-
-def _named_interfaces(facts: Facts, plan: Plan) -> list[Finding]:
-    """NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME as they will be exported: do they hold this node's address?"""
-    found = []
-    names = [nic.name for nic in facts.host.nics]
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        used = facts.decision(variable)
-        chosen = [] if used is None else matching(used.value, names)
-        if variable.startswith("GLOO") and used is not None:
-            chosen = [name for name in used.value.split(",") if name in names]
-        if not used or not chosen or plan.interface in chosen:
-            continue
-        wrong = next(nic for nic in facts.host.nics if nic.name == chosen[0])
-        dead = wrong.kind in ("loopback", "container") or not wrong.up or not wrong.addresses
-        state = f"is {wrong.operstate}" if not wrong.up else f"has {_addresses(wrong)}"
-        found.append(
-            Finding(
-                check="network",
-                level=Level.RED if dead else Level.YELLOW,
-                sentence=f"{variable}={used.value} ({used.source}): {wrong.name} {state}, not this node's address "
-                f"{plan.address}, which is on {plan.interface}. The other nodes would be sent there.",
-                cure=f"remove {variable} ({used.source}): it is derived on each node",
-            )
-        )
-    return found
-
-
-def _addresses(nic: Nic) -> str:
-    return ", ".join(address.text for address in nic.addresses[:2]) or "no address"
 
 
 def _nic_health(nic: Nic, look: Look) -> list[Finding]:
@@ -93,7 +62,10 @@ def check_names(facts: Facts) -> tuple[Finding, ...]:
         return (skipped("names", "the host name was not looked up"),)
     if not answer.addresses:
         sentence = f"This machine's name {facts.host.hostname} has no address ({answer.failure}): torch looks it up."
-        cure = f"echo '127.0.1.1 {facts.host.hostname}' | sudo tee -a /etc/hosts"
+        # Not 127.0.1.1, as distributions have it: plain Gloo sends the other nodes to whatever the name stands for.
+        address = facts.plan.address if facts.plan else "ADDRESS"
+        which = "" if facts.plan else "   # this machine's address in the nodes' network"
+        cure = f"echo '{address} {facts.host.hostname}' | sudo tee -a /etc/hosts{which}"
         return (Finding(check="names", level=Level.YELLOW, sentence=sentence, cure=cure),)
     told = f"{facts.host.hostname} is {', '.join(answer.addresses[:2])}"
     if all(is_loopback(address) for address in answer.addresses):
@@ -106,14 +78,28 @@ def check_ports(facts: Facts) -> tuple[Finding, ...]:
     plan = facts.plan
     if not plan:
         return (skipped("ports", "the ports are not decided, see the other findings"),)
+    if plan.node_rank:
+        return (green("ports", f"only node 0 listens on {plan.master_port} and {plan.control_port}"),)
+    wanted = {"MASTER_PORT": plan.master_port}
+    if len(plan.nodes) > 1:
+        wanted["CONTROL_PORT"] = plan.control_port
     found = []
-    for name, port in (("MASTER_PORT", plan.master_port), ("CONTROL_PORT", plan.control_port)):
+    for name, port in wanted.items():
         takers = {address for address, taken in facts.look.listening if taken == port}
-        if plan.node_rank == 0 and takers & {plan.address, "0.0.0.0", "::"}:  # noqa: S104 - compared, not listened on
-            sentence = f"{name} {port} is taken on {' and '.join(sorted(takers))}: another job or service has it."
+        if any(_in_the_way(name, taker, plan) for taker in takers):
+            sentence = f"{name} {port} is taken on {' and '.join(sorted(takers))} by another job or service."
             cure = f"sudo ss -ltnp 'sport = :{port}'   # then stop it, or set another MASTER_PORT on all nodes"
             found.append(Finding(check="ports", level=Level.RED, sentence=sentence, cure=cure))
-    return tuple(found) or (green("ports", f"{plan.master_port} and {plan.control_port} are free"),)
+    free = " and ".join(str(port) for port in wanted.values())
+    return tuple(found) or (green("ports", f"{free} {'are' if len(wanted) > 1 else 'is'} free"),)
+
+
+def _in_the_way(name: str, taker: str, plan: Plan) -> bool:
+    """CONTROL_PORT is listened on at this node's address only; torchrun's store takes MASTER_PORT on all of IPv6 and
+    IPv4, or else on all of IPv4 (c10d/TCPStoreLibUvBackend.cpp)."""
+    if taker in (plan.address, "0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
+        return True
+    return name == "MASTER_PORT" and (":" not in taker or ":" in plan.address)
 
 
 def check_rdma(facts: Facts) -> tuple[Finding, ...]:

@@ -27,12 +27,18 @@ class Placing:
 
 PLACINGS = (
     Placing(check="network", pattern=r"no interface here|matches no interface|Gloo knows no \^", level=Level.RED),
+    Placing(check="network", pattern=r"would be sent to \S+ in vain", level=Level.RED),
+    Placing(check="network", pattern=r"nodes would be sent to"),
+    Placing(check="network", pattern=r"its link is", level=Level.RED),
     Placing(check="rdma", pattern=r"cannot use it, because|no port is usable|matches no RDMA device", level=Level.RED),
     Placing(check="rdma", pattern=r"nvidia_peermem", cure="sudo modprobe nvidia-peermem"),
     Placing(check="rdma", pattern=r"^NCCL_IB_|of RDMA on this machine|has no RoCE v2 address"),
     Placing(check="limits", pattern=r"^Shared memory", cure="SHM_SIZE=8gb in .env"),
     Placing(check="limits", pattern=r"files and connections may be open|memory limit is|processes share \d"),
-    Placing(check="network", pattern=r"MTU \d|is a tunnel|its link is|has several addresses|Gb/s\) carries"),
+    Placing(
+        check="network",
+        pattern=r"MTU \d|is a tunnel|answers for the other's address|has several addresses|Gb/s\) carries",
+    ),
     Placing(check="gpus", pattern=r"NVIDIA GPU|built without CUDA|^NCCL_(P2P|NVLS|CUMEM)_"),
     Placing(check="names", pattern=r"a line in /etc/hosts"),
     Placing(check="ports", pattern=r"^(MASTER|CONTROL)_PORT="),

@@ -10,6 +10,10 @@ from app.doctor.meter import Peer
 from app.doctor.transport import Collective, NcclLog
 from app.launch.gang.wire import Message, Wire, WireError, integer, items, text
 
+LONGEST_FACT = 20_000
+"""As long as the list of packages may be (`app.launch.host`); a line of the wire has room for it. A list that is cut
+at different places on two nodes would differ in packages that do not."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Seat:
@@ -28,9 +32,6 @@ class Seat:
 
 def read_seat(wire: Wire, message: Message) -> Seat:
     """Raises WireError."""
-    told = message.get("facts")
-    if not isinstance(told, dict) or len(told) > 200:
-        raise WireError("facts is not an object")
     node = Node(
         rank=integer(message, "rank", 0, 1 << 16),
         # Where the connection came from, which nobody can make up; node 0 itself comes by a pair of sockets.
@@ -40,7 +41,7 @@ def read_seat(wire: Wire, message: Message) -> Seat:
         mtu=integer(message, "mtu", 0, 1 << 20),
         speed=integer(message, "speed", 0, 1 << 30),
         transport=text(message, "transport", 40),
-        facts={str(name)[:100]: text(told, name, 2000) for name in told},
+        facts=read_facts(message),
         findings=read_findings(message),
     )
     ports = {name: integer(message, name, 1, 65535) for name in ("tcp", "udp")}
@@ -52,6 +53,18 @@ def read_seat(wire: Wire, message: Message) -> Seat:
         key=text(message, "key", 64),
         meter={"address": node.address, "key": text(message, "meter_key", 64), **ports},
     )
+
+
+def read_facts(message: Message) -> dict[str, str]:
+    """Raises WireError."""
+    told = message.get("facts")
+    if not isinstance(told, dict) or len(told) > 200:
+        raise WireError("facts is not an object")
+    return {str(name)[:100]: text(told, name, LONGEST_FACT) for name in told}
+
+
+def told_facts(facts: Mapping[str, str]) -> dict[str, str]:
+    return {name: value[:LONGEST_FACT] for name, value in facts.items()}
 
 
 def read_findings(message: Message) -> tuple[Finding, ...]:
@@ -76,6 +89,7 @@ def read_collective(message: Message) -> Collective:
     log = NcclLog(
         network=text(message, "network", 60),
         devices=tuple(names),
+        inside=tuple(text(one, "name", 20) for one in items(message, "inside", 4)),
         channels=integer(message, "channels", 0, 1 << 20),
         direct=integer(message, "direct", 0, 1 << 20),
         version=text(message, "version", 40),
@@ -84,6 +98,7 @@ def read_collective(message: Message) -> Collective:
         failure=text(message, "failure", 1000),
         backend=text(message, "backend", 20),
         ranks=integer(message, "ranks", 0, 1 << 20),
+        alone=bool(integer(message, "alone", 0, 1)),
         bus_bandwidth=float(integer(message, "bandwidth", 0, 1 << 50)),
         interface=text(message, "interface", 64),
         carrier=text(message, "carrier", 64),
@@ -100,6 +115,7 @@ def told_collective(found: Collective) -> dict[str, object]:
         "failure": found.failure,
         "backend": found.backend,
         "ranks": found.ranks,
+        "alone": int(found.alone),
         "bandwidth": round(found.bus_bandwidth),
         "interface": found.interface,
         "carrier": found.carrier,
@@ -108,6 +124,7 @@ def told_collective(found: Collective) -> dict[str, object]:
         "active_ports": found.active_ports,
         "network": log.network,
         "devices": [{"name": name} for name in log.devices[:64]],
+        "inside": [{"name": name} for name in log.inside],
         "channels": log.channels,
         "direct": log.direct,
         "version": log.version,

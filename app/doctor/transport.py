@@ -8,10 +8,13 @@ from app.doctor.findings import Finding, Level, green
 
 VIA = re.compile(r"via NET/([^/\s(]+(?: [^/\s(]+)*)/(\d+)(?:\([^)]*\))?((?:/\w+)*)")
 """`Channel 00/0 : 0[0] -> 8[0] [send] via NET/IB/0/GDRDMA` (nccl/src/transport/net.cc)."""
+INSIDE = re.compile(r" via (P2P|SHM)/")
+"""`Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM/read`, `via SHM/direct/direct` (nccl/src/transport/p2p.cc, shm.cc)."""
 NETWORK = re.compile(r"NCCL INFO Using network (.+?)\s*$", re.MULTILINE)
 DEVICES = re.compile(r"NCCL INFO NET/(?:IB|Socket) : Using (.+?)(?: ?\[RO\])?(?: ?; OOB .*)?\s*$", re.MULTILINE)
 VERSION = re.compile(r"NCCL version (\d+(?:\.\d+)+)")
 SOCKETS = ("Socket",)
+WAYS = {"P2P": "GPUs read each other's memory (P2P)", "SHM": "through the processor's memory (SHM)"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +25,8 @@ class NcclLog:
     """`IB` (which is RoCE too), `Socket`, or a plugin's name (`IBext`, `AWS Libfabric`)."""
     devices: tuple[str, ...] = ()
     """As NCCL names them: `mlx5_0:1/IB`, `eth0:10.0.0.1<0>`."""
+    inside: tuple[str, ...] = ()
+    """How GPUs of one node reach each other: `P2P`, `SHM`."""
     channels: int = 0
     """Connections to other nodes."""
     direct: int = 0
@@ -39,6 +44,7 @@ def read_nccl(log: str) -> NcclLog:
         # What the channels say counts more than what was announced: some go through shared memory or NVLink instead.
         network=networks[-1] if networks else "",
         devices=tuple(dict.fromkeys(device for devices in device_lists for device in devices)),
+        inside=tuple(sorted({*INSIDE.findall(log)})),
         channels=len(channels),
         direct=sum("/GDRDMA" in rest for _, _, rest in channels),
         version=version[1] if version else "",
@@ -53,6 +59,8 @@ class Collective:
     """Why it did not work; "" if it did, with right results."""
     backend: str = "gloo"
     ranks: int = 0
+    alone: bool = False
+    """All ranks are on one node: nothing goes over a network that could be judged."""
     bus_bandwidth: float = 0.0
     """Bytes per second, as nccl-tests defines it."""
     interface: str = ""
@@ -73,6 +81,10 @@ def judge_transport(found: Collective) -> Finding:
         cure = "docker compose run --rm trainer explain; docs/troubleshooting.md has the texts of known errors"
         sentence = f"The all-reduce failed: {found.failure}"
         return Finding(check="all-reduce", level=Level.RED, sentence=sentence, cure=cure)
+    how = f"{found.backend} on {found.ranks} ranks, {8 * found.bus_bandwidth / 1e9:.1f} Gb/s bus bandwidth"
+    if found.alone:
+        ways = " and ".join(WAYS[way] for way in found.log.inside if way in WAYS)
+        return green("all-reduce", f"{how}, inside this machine{f': {ways}' if ways else ''}")
     if found.backend == "nccl":
         wrong = _nccl_trouble(found)
         if wrong:
@@ -81,7 +93,6 @@ def judge_transport(found: Collective) -> Finding:
         sentence = f"The all-reduce went over {found.carrier}, not over {found.interface} as planned."
         cure = "remove GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME from .env; check `ip route` on this node"
         return Finding(check="all-reduce", level=Level.YELLOW, sentence=sentence, cure=cure)
-    how = f"{found.backend} on {found.ranks} ranks, {8 * found.bus_bandwidth / 1e9:.1f} Gb/s bus bandwidth"
     return green("all-reduce", f"{how}, through {_used(found)}")
 
 

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import tarfile
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ TABLE = os.environ.get("BAD_DAY_TABLE", "")
 """The page to write; without it the cells are only printed, and plain torchrun is not run."""
 BEGIN, END = "<!-- bad days: written by `make bad-days` -->", "<!-- end of the bad days -->"
 HEAD = "| what is wrong | plain torchrun prints | after | we print | after |\n|---|---|---|---|---|"
-LONGEST = 230
+LONGEST = 340
+"""Characters of a cell: the longest of our sentences with its cure."""
 SCRIPTS = PROJECT / "tests/scripts"
 FULL = 'volumes: {runs: {driver_opts: {type: tmpfs, device: tmpfs, o: "size=24m,uid=1000"}}}\n'
 """One more compose file: a disk of 24 MB for everything that a node writes."""
@@ -123,7 +125,7 @@ def told(said: Sequence[str]) -> str:
 def code(said: str) -> str:
     """A cell with one line of output."""
     line = re.sub(r"\s+", " ", said).strip().replace("|", "/").replace("`", "'")
-    return f"`{line[:LONGEST]}{'...' * (len(line) > LONGEST)}`"
+    return f"`{textwrap.shorten(line, LONGEST, placeholder=' ...')}`"
 
 
 def _fill(scenario: str, **cells: str) -> None:

@@ -94,7 +94,7 @@ def test_a_closed_control_port(cluster2: Cluster, table: Table, *, reject: bool,
     kind = "rejects" if reject else "drops"
     pattern = rf"not here within \d s|node 0, {first.address} port 29401 did not answer within \d+ s.*{why}"
     refused(table, f"a firewall {kind} CONTROL_PORT (START_TIMEOUT=6)", stacks, since, pattern, 3)
-    assert f"iptables -I INPUT -p tcp -s {second.address} -j ACCEPT" in stacks[1].logs()
+    assert f"sudo iptables -I INPUT -p tcp -s {second.address} -j ACCEPT" in stacks[1].logs()
 
 
 def test_a_firewall_that_opens_nothing_but_the_two_ports(cluster2: Cluster, table: Table) -> None:
@@ -107,7 +107,7 @@ def test_a_firewall_that_opens_nothing_but_the_two_ports(cluster2: Cluster, tabl
     stacks = [up(node, cluster2.addresses) for node in (first, second)]
     pattern = rf"node 0 \({first.address}\) to node 1 \({second.address}\), port \d+ and \d+: no answer"
     line = refused(table, "only MASTER_PORT and CONTROL_PORT are open", stacks, since, pattern, 3, bad_day="one way")
-    assert f"on node 1: iptables -I INPUT -p tcp -s {first.address} -d {second.address} -j ACCEPT" in line
+    assert f"on node 1: sudo iptables -I INPUT -p tcp -s {first.address} -d {second.address} -j ACCEPT" in line
 
 
 def test_a_wrong_token_and_another_job_do_not_disturb_the_node_that_waits(cluster2: Cluster, table: Table) -> None:

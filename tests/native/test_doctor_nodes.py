@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -110,10 +111,17 @@ def test_one_node_alone_ends_within_two_seconds_and_never_loads_torch(doctors: D
     assert [node["rank"] for node in content["nodes"]] == [1]
 
 
+def test_one_node_of_several_workers_reduces_by_itself(doctors: Doctors) -> None:
+    one = doctors.start(0, nodes=1, NPROC_PER_NODE="2")
+    assert one.end(60) == 0
+    assert not bad(one)
+    assert re.search(r"all-reduce ok: gloo on 2 ranks, [\d.]+ Gb/s bus bandwidth, inside this machine", one.text)
+
+
 def test_json_alone_stands_on_standard_output(doctors: Doctors) -> None:
     done = subprocess.run(
         [sys.executable, str(PROJECT / "entrypoint.py"), "doctor", "--json"],
-        env={"PATH": os.environ["PATH"]},
+        env={"PATH": os.environ["PATH"], "MASTER_PORT": doctors.port, "NPROC_PER_NODE": "1"},
         cwd=doctors.folder,
         capture_output=True,
         text=True,
@@ -126,8 +134,18 @@ def test_a_node_that_does_not_come_is_waited_for_by_name_and_ends_as_a_red_row(d
     one = doctors.start(0, "--wait", "4")
     assert one.end(30) == 1
     assert "waiting for node 1 (127.0.0.2): connection refused" in one.text
-    assert [line for line in bad(one) if line.startswith("node 1 (127.0.0.2): met FAIL: This node never came")]
+    assert [line for line in bad(one) if line.startswith("node 1 (127.0.0.2): present FAIL: This node never came")]
     assert "node 0 (127.0.0.1): all-reduce -: not tried" in one.text
+
+
+def test_a_taken_port_is_told_at_once_and_torchrun_is_not_tried_on_it(doctors: Doctors) -> None:
+    with socket.create_server(("127.0.0.1", int(doctors.port))):
+        both = [doctors.start(rank) for rank in (0, 1)]
+        started = time.monotonic()
+        assert [one.end(40) for one in both] == [1, 1]
+    assert time.monotonic() - started < 30  # torchrun's own end took 45 s
+    assert f"ports FAIL: MASTER_PORT {doctors.port} is taken on 127.0.0.1" in both[0].text
+    assert "node 0 (127.0.0.1): all-reduce -: not tried" in both[0].text
 
 
 def test_two_nodes_with_one_rank_are_told_to_both_and_on_node_0(doctors: Doctors) -> None:
@@ -137,7 +155,7 @@ def test_two_nodes_with_one_rank_are_told_to_both_and_on_node_0(doctors: Doctors
     told = "Two nodes say they are node 1: 127.0.0.2 (host"
     assert told in first.text
     assert told in second.text + third.text
-    assert "node 2 (127.0.0.3): met FAIL" in first.text
+    assert "node 2 (127.0.0.3): present FAIL" in first.text
 
 
 def test_another_token_is_refused_at_once_and_named_on_both_sides(doctors: Doctors) -> None:
@@ -156,7 +174,7 @@ def test_a_node_that_is_killed_while_others_measure_is_a_red_row(doctors: Doctor
     all_three[2].signal(signal.SIGKILL)
     assert [one.end(60) for one in all_three[:2]] == [1, 1]
     assert table(all_three[0]) == table(all_three[1])
-    assert "node 2 (127.0.0.3): met FAIL: This node came and went away again" in all_three[0].text
+    assert "node 2 (127.0.0.3): present FAIL: This node came and went away again" in all_three[0].text
 
 
 def test_when_node_0_is_killed_the_others_end_and_say_so(doctors: Doctors) -> None:
@@ -165,7 +183,7 @@ def test_when_node_0_is_killed_the_others_end_and_say_so(doctors: Doctors) -> No
     first.signal(signal.SIGKILL)
     first.process.wait(10)
     assert second.end(40) == 1
-    assert "node 0 (127.0.0.1): met FAIL: node 0 was lost" in second.text
+    assert "node 0 (127.0.0.1): present FAIL: node 0 was lost" in second.text
 
 
 def test_a_doctor_that_was_stopped_may_come_again_before_the_last_has_come(doctors: Doctors) -> None:

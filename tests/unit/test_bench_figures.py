@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import sys
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -14,8 +15,8 @@ from app.bench.__main__ import main, options, size
 from app.bench.chart import BOTTOM, COLOURS, LEFT, LINK, RIGHT, TOP, bandwidth_chart
 from app.bench.figures import Findings, Link, Measure, PairSpeed, readable_rate, readable_size
 from app.bench.link import read_link
-from app.bench.report import as_json, keep, render
-from app.bench.verdict import changes, key_figures, of_link, slow_parts
+from app.bench.report import as_json, keep, publish, render
+from app.bench.verdict import changes, key_figures, of_link, slow_pairs, slow_parts
 
 NAMES = ("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4")
 FULL, TENTH = 1.2e9, 1.2e8
@@ -72,7 +73,7 @@ def test_the_bus_bandwidth_is_that_of_nccl_tests(collective: str, factor: float)
 
 @pytest.mark.parametrize("nodes", [2, 3, 4])
 def test_a_healthy_cluster_has_no_slow_part(nodes: int) -> None:
-    assert slow_parts(pairs(nodes), NAMES[:nodes]) == ()
+    assert slow_parts(findings(speeds=pairs(nodes), nodes=nodes)) == ()
 
 
 @pytest.mark.parametrize("nodes", [3, 4])
@@ -84,22 +85,75 @@ def test_a_slow_node_is_named_with_its_direction(nodes: int, way: str) -> None:
             for source, target in permutations(range(nodes), 2)
             if (source == node and "sends" in way) or (target == node and "receives" in way)
         }
-        (sentence,) = slow_parts(pairs(nodes, slow), NAMES[:nodes])
+        (sentence,) = slow_parts(findings(speeds=pairs(nodes, slow), nodes=nodes))
         assert sentence.startswith(f"node {node} ({NAMES[node]}) {way} slowly: 0.12 GB/s with every other node")
 
 
 def test_a_single_slow_path_is_named_by_both_ends() -> None:
-    (sentence,) = slow_parts(pairs(4, {(1, 3): TENTH}), NAMES)
+    (sentence,) = slow_parts(findings(speeds=pairs(4, {(1, 3): TENTH}), nodes=4))
     assert sentence.startswith("From node 1 (10.0.0.2) to node 3 (10.0.0.4): 0.12 GB/s")
 
 
 def test_two_nodes_cannot_be_told_apart_so_the_path_is_named() -> None:
-    (sentence,) = slow_parts(pairs(2, {(0, 1): TENTH}), NAMES[:2])
+    (sentence,) = slow_parts(findings(speeds=pairs(2, {(0, 1): TENTH})))
     assert sentence.startswith("From node 0 (10.0.0.1) to node 1 (10.0.0.2)")
 
 
+def test_two_nodes_on_a_link_at_a_twelfth_of_its_rate_are_no_healthy_cluster_nor_a_baseline(tmp_path: Path) -> None:
+    both = {(0, 1): 1e8, (1, 0): 1.05e8}
+    found = findings(measure("all_reduce", 0.001), speeds=pairs(2, both))
+    sentences = slow_parts(found)
+    assert sentences[0].startswith(
+        "From node 0 (10.0.0.1) to node 1 (10.0.0.2): 0.10 GB/s, 8 % of the link's 1.25 GB/s."
+    )
+    assert sentences[1].startswith(
+        "From node 1 (10.0.0.2) to node 0 (10.0.0.1): 0.10 GB/s, 8 % of the link's 1.25 GB/s."
+    )
+    assert "SLOW: From node 0" in render(found)
+    assert "not kept as a baseline" in keep(found, tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "link", "reached", "told"),
+    [
+        ("gloo", 1.25e9, 0.2e9, False),  # doctor asks 3 Gb/s of a fast link; Gloo on busy CPUs half of that
+        ("gloo", 1.25e9, 0.18e9, True),
+        ("gloo", 125e6, 60e6, False),
+        ("gloo", 125e6, 30e6, True),
+        ("nccl", 50e9, 0.4e9, False),
+        ("nccl", 50e9, 0.3e9, True),
+        ("gloo", None, 1e6, False),
+    ],
+)
+def test_no_more_is_asked_of_a_link_than_one_stream_gives(
+    backend: str, link: float | None, reached: float, told: bool
+) -> None:
+    alike = findings(speeds=pairs(2, {(0, 1): reached, (1, 0): reached}))
+    found = replace(alike, backend=backend, links=(Link(name="a", rate=link), Link(name="b", rate=link)))
+    assert bool(slow_parts(found)) == told
+
+
+@pytest.mark.parametrize(("backend", "told"), [("gloo", False), ("nccl", True)])
+def test_busy_cpus_are_no_slow_path_of_gloo(backend: str, told: bool) -> None:
+    # Measured on 4 equal nodes on 2 busy cores, in MB/s.
+    rates = (690, 755, 875, 919, 994, 1361, 1374, 1582, 1835, 1885, 2032, 2168)
+    speeds = pairs(4, {edge: 1e6 * rate for edge, rate in zip(permutations(range(4), 2), rates, strict=True)})
+    assert bool(slow_parts(replace(findings(speeds=speeds, nodes=4), backend=backend))) == told
+
+
+def test_a_whole_cluster_below_its_links_is_one_sentence() -> None:
+    (sentence,) = slow_parts(findings(speeds=pairs(4, dict.fromkeys(permutations(range(4), 2), 5e7)), nodes=4))
+    assert sentence.startswith("12 of 12 paths stay far below what their links promise, the slowest from node 0 (")
+
+
+def test_pairs_below_their_link_are_measured_again() -> None:
+    links = (Link(name="eth0", rate=1.25e9),) * 2
+    assert len(slow_pairs(pairs(2, {(0, 1): 1e8, (1, 0): 1e8}), links, "gloo")) == 2
+    assert slow_pairs(pairs(2), links, "gloo") == ()
+
+
 def test_one_node_has_no_pairs_and_no_slow_part() -> None:
-    assert slow_parts((), NAMES[:1]) == ()
+    assert slow_parts(findings(nodes=1)) == ()
 
 
 def test_changes_beyond_a_quarter_are_told_worst_first_and_smaller_ones_are_not() -> None:
@@ -136,6 +190,32 @@ def test_a_bad_result_is_never_the_baseline(tmp_path: Path, bad: str) -> None:
     told = keep(findings(measure("all_reduce", 0.001, correct=bad != "wrong"), speeds=speeds), tmp_path)
     assert "not kept as a baseline" in told[0]
     assert not list(tmp_path.glob("baseline*"))
+
+
+def test_the_table_is_printed_although_the_run_folder_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    publish(findings(measure("all_reduce", 0.001)), tmp_path / "runs/bench")
+    told = capsys.readouterr().out
+    assert "all_reduce          1 MiB" in told
+    assert "The figures above are not kept" in told.splitlines()[-1]
+
+
+def test_without_pillow_there_is_no_picture_but_all_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "app.bench.chart", raising=False)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    told = keep(findings(measure("all_reduce", 0.001)), tmp_path)
+    assert "Kept as the baseline" in told[0]
+    assert "; no bandwidth.png (" in told[1]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["baseline-2x4-gloo-cpu.json", "result.json"]
+
+
+def test_another_kind_of_gpu_has_a_baseline_of_its_own(tmp_path: Path) -> None:
+    for device in ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"):
+        assert (
+            "Kept as the baseline" in keep(replace(findings(measure("all_reduce", 0.001)), device=device), tmp_path)[0]
+        )
 
 
 def test_another_number_of_ranks_has_a_baseline_of_its_own(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from app.doctor.facts import Facts
 from app.doctor.findings import CHECKS, Finding, Level
 from app.doctor.gpus import GpuHealth, GpuLook
 from app.doctor.look import Disk, Look, NicHealth, look
-from app.doctor.planned import PLACINGS
+from app.doctor.planned import PLACINGS, warnings
 from app.launch.host.names import Answer
-from app.launch.plan import draft
+from app.launch.plan import Draft, draft
 from tests.machines.facts import host_of, settings_of
 from tests.machines.library import MACHINES
 
@@ -69,7 +69,7 @@ def test_a_warning_of_the_plan_stands_at_its_check(
         ("laptop", {"HARDWARE": "nvidia"}, "gpus", Level.RED),
         ("laptop", {"GLOO_SOCKET_IFNAME": "ens99"}, "network", Level.RED),
         ("laptop", {"GLOO_SOCKET_IFNAME": "docker0"}, "network", Level.RED),
-        ("laptop", {"NCCL_SOCKET_IFNAME": "lo"}, "network", Level.RED),
+        ("classic_b", {"NCCL_SOCKET_IFNAME": "lo"}, "network", Level.RED),
         ("classic_a", {"GLOO_SOCKET_IFNAME": "eno1"}, "network", Level.YELLOW),
         ("classic_a", {"NCCL_IB_DISABLE": "1"}, "rdma", Level.YELLOW),
         ("classic_a", {"NCCL_IB_HCA": "mlx4"}, "rdma", Level.RED),
@@ -88,9 +88,12 @@ def test_a_wrong_setting_is_found_by_the_check_it_concerns(
 
 
 def test_the_interface_of_another_network_is_named_with_both_addresses(tmp_path: Path) -> None:
-    finding = bad(check_node(facts_of("classic_a", tmp_path, GLOO_SOCKET_IFNAME="eno1")))["network"]
-    assert "eno1 has 10.10.0.11, not this node's address 192.168.5.228, which is on ens6f1np1" in finding.sentence
-    assert finding.cure.startswith("remove GLOO_SOCKET_IFNAME (environment)")
+    sentence = bad(check_node(facts_of("classic_a", tmp_path, GLOO_SOCKET_IFNAME="eno1")))["network"].sentence
+    assert sentence.startswith("GLOO_SOCKET_IFNAME=eno1 (environment) is kept, but eno1 has 10.10.0.11, and this")
+    assert (
+        "address 192.168.5.228 is on ens6f1np1: the other nodes would be sent to eno1, in another network" in sentence
+    )
+    assert sentence.endswith("Remove it: it is derived on each node.")
 
 
 def test_small_shared_memory_is_a_limit_with_the_setting_that_cures_it(tmp_path: Path) -> None:
@@ -144,14 +147,21 @@ def test_a_host_name_without_address_is_told_and_one_on_loopback_is_not_alarmed(
     facts = facts_of("laptop", tmp_path)
     none = replace(facts.host, answers={"laptop": Answer(failure="Name or service not known")})
     loopback = replace(facts.host, answers={"laptop": Answer(addresses=("127.0.1.1",))})
-    assert "laptop has no address" in bad(check_node(replace(facts, host=none)))["names"].sentence
+    nameless = bad(check_node(replace(facts, host=none)))["names"]
+    assert "laptop has no address" in nameless.sentence
+    assert nameless.cure == "echo '192.168.178.23 laptop' | sudo tee -a /etc/hosts"
     told = [each for each in check_node(replace(facts, host=loopback)) if each.check == "names"]
     assert told[0].level == Level.GREEN
     assert "127.0.1.1" in told[0].sentence
 
 
-@pytest.mark.parametrize(("address", "taken"), [("0.0.0.0", True), ("192.168.178.23", True), ("127.0.0.1", False)])
-def test_a_port_is_taken_when_somebody_listens_where_node_0_will(address: str, taken: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("address", "taken"),
+    [("0.0.0.0", True), ("192.168.178.23", True), ("127.0.0.1", True), ("::", True), ("::1", False)],
+)
+def test_a_master_port_is_taken_when_somebody_listens_on_any_address_that_torchruns_store_needs(
+    address: str, taken: bool, tmp_path: Path
+) -> None:
     facts = facts_of("laptop", tmp_path)
     busy = replace(facts, look=replace(facts.look, listening=frozenset({(address, 29400)})))
     found = bad(check_node(busy))
@@ -159,10 +169,26 @@ def test_a_port_is_taken_when_somebody_listens_where_node_0_will(address: str, t
     assert not taken or "sport = :29400" in found["ports"].cure
 
 
+def test_a_control_port_is_taken_where_node_0_will_listen_and_nowhere_else(tmp_path: Path) -> None:
+    facts = facts_of("laptop", tmp_path)
+    for address, taken in {"192.168.178.23": True, "0.0.0.0": True, "127.0.0.1": False}.items():
+        busy = replace(facts, look=replace(facts.look, listening=frozenset({(address, 29401)})))
+        assert ("ports" in bad(check_node(busy))) == taken, address
+
+
+def test_a_node_alone_needs_no_control_port(tmp_path: Path) -> None:
+    facts = facts_of("laptop", tmp_path, NODES="192.168.178.23")
+    busy = replace(facts, look=replace(facts.look, listening=frozenset({("0.0.0.0", 29401)})))
+    told = next(each for each in check_node(busy) if each.check == "ports")
+    assert (told.level, told.sentence) == (Level.GREEN, "29400 is free")
+
+
 def test_the_port_of_node_0_may_be_taken_on_other_nodes(tmp_path: Path) -> None:
     facts = facts_of("classic_b", tmp_path)
     busy = replace(facts, look=replace(facts.look, listening=frozenset({("0.0.0.0", 29400)})))
     assert not bad(check_node(busy))
+    told = next(each.sentence for each in check_node(busy) if each.check == "ports")
+    assert told == "only node 0 listens on 29400 and 29401"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +236,10 @@ def test_the_state_of_gpus_is_judged(tmp_path: Path) -> None:
     assert len(told) == len(expected)
     for words in expected:
         assert any(words in sentence for sentence in told), words
-    assert [each.level for each in found if "Xid" in each.sentence] == [Level.RED, Level.YELLOW]
+    xids = [each for each in found if "Xid" in each.sentence]
+    assert [each.level for each in xids] == [Level.RED, Level.YELLOW]
+    assert "since this machine started" in xids[0].sentence
+    assert "nvidia-smi -r" in xids[0].cure
 
 
 @pytest.mark.parametrize(
@@ -233,6 +262,12 @@ def test_the_engine_is_judged_where_it_can_be_seen(
     assert words in engine.sentence
 
 
+def test_the_limits_that_were_looked_at_are_told(tmp_path: Path) -> None:
+    told = next(each for each in check_node(facts_of("laptop", tmp_path)) if each.check == "limits")
+    assert told.sentence.startswith("8 CPUs, memory ")
+    assert "shared memory" in told.sentence
+
+
 def test_a_slow_clock_source_is_told(tmp_path: Path) -> None:
     facts = facts_of("laptop", tmp_path)
     assert "hpet" in bad(check_node(replace(facts, look=replace(facts.look, clock_source="hpet"))))["clock"].sentence
@@ -243,6 +278,22 @@ def test_what_was_not_checked_is_never_green(tmp_path: Path) -> None:
     levels = {each.check: each.level for each in check_node(replace(facts, look=Look()))}
     for check in ("network", "ports", "rdma", "gpus", "disk", "clock"):
         assert levels[check] == Level.SKIPPED, check
+
+
+@pytest.mark.parametrize(
+    ("warning", "check", "level"),
+    [
+        ("eth0 carries 10.0.0.1, but its link is down: check its cable and switch.", "network", Level.RED),
+        (
+            "eth0 and eth1 are both in 10.0.0.0/24, and each answers for the other's address, so",
+            "network",
+            Level.YELLOW,
+        ),
+    ],
+)
+def test_a_warning_about_the_interface_stands_at_the_network(warning: str, check: str, level: Level) -> None:
+    (finding,) = warnings(Draft(plan=None, problems=(), decisions=(), warnings=(warning,)))
+    assert (finding.check, finding.level) == (check, level)
 
 
 def test_every_placing_names_a_check_of_the_table() -> None:

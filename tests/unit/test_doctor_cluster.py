@@ -1,14 +1,16 @@
 """What is concluded from what the nodes measured together."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from app.doctor.cluster import judge
-from app.doctor.findings import Finding, Level, Row, green
+from app.doctor.findings import Finding, Level, Row, green, red
 from app.doctor.measured import Measured, Node
 from app.doctor.meeting import steps
 from app.doctor.meter import Speed
+from app.doctor.talk import read_facts, told_facts
 from app.doctor.transport import Collective
 
 GBIT = 125e6
@@ -58,7 +60,12 @@ def test_a_sound_cluster_is_green_in_every_cell(count: int) -> None:
     assert len(rows) == count
     for row in rows:
         checks = {each.check for each in row.findings if each.level == Level.GREEN}
-        assert checks == {"rank", "met", "agree", "reach", "mtu", "speed", "shared", "all-reduce"}
+        assert checks == {"rank", "present", "agree", "reach", "mtu", "speed", "shared", "all-reduce"}
+
+
+def test_a_cluster_of_one_node_is_judged_by_its_collective_alone() -> None:
+    (row,) = judge(cluster(1))
+    assert [each.check for each in row.findings] == ["rank", "all-reduce"]
 
 
 def test_a_node_that_did_not_come_is_a_red_row_with_its_address() -> None:
@@ -69,15 +76,28 @@ def test_a_node_that_did_not_come_is_a_red_row_with_its_address() -> None:
     measured.tried, measured.offsets, measured.no_collective = set(), {}, "not tried"
     rows = judge(measured)
     assert rows[1].name == "node 1 (10.0.0.2)"
-    assert bad(rows).keys() == {(1, "met")}
+    assert bad(rows).keys() == {(1, "present")}
     skipped = {each.check for each in rows[0].findings if each.level == Level.SKIPPED}
     assert {"reach", "mtu", "all-reduce"} <= skipped
+
+
+def test_one_node_and_several_are_told_in_singular_and_plural() -> None:
+    for count, words in {2: "node 1 connects to it", 3: "nodes 1, 2 connect to it"}.items():
+        told = [each.sentence for each in judge(cluster(count))[0].findings if each.check == "reach"]
+        assert told == [f"{words} on random ports"]
+
+
+def test_no_collective_is_tried_where_a_port_is_known_to_be_taken() -> None:
+    measured = cluster(2)
+    assert not measured.hopeless
+    measured.nodes[0] = node(0, findings=(red("ports", "MASTER_PORT 29400 is taken on 0.0.0.0."),))
+    assert measured.hopeless
 
 
 def test_a_node_that_went_away_is_red() -> None:
     measured = cluster(3)
     measured.lost = {2: "its connection closed"}
-    assert "went away again: its connection closed" in bad(judge(measured))[2, "met"].sentence
+    assert "went away again: its connection closed" in bad(judge(measured))[2, "present"].sentence
 
 
 def test_a_setting_that_differs_is_red_at_the_node_that_differs_and_names_both_values() -> None:
@@ -96,6 +116,28 @@ def test_a_difference_that_may_be_meant_is_yellow() -> None:
     assert bad(judge(measured))[1, "agree"].level == Level.YELLOW
 
 
+def test_of_two_hundred_packages_the_one_that_differs_is_named_and_no_other() -> None:
+    measured = cluster(2)
+    names = [f"some_package_{number:03}-1.{number}" for number in range(200)]
+    # One more near the beginning shifts all that follow.
+    for rank, installed in enumerate((names, [names[0], "some_package_000a-3.0", *names[1:]])):
+        heard = json.loads(json.dumps({"kind": "hello", "facts": told_facts({"packages": " ".join(installed)})}))
+        measured.nodes[rank] = node(rank, facts=read_facts(heard))
+    assert bad(judge(measured))[1, "agree"].sentence == (
+        "Nodes differ: package some_package_000a - (node 0) 3.0 (node 1)"
+    )
+
+
+def test_packages_that_are_too_many_to_name_are_counted_beside_them_and_not_in_the_cure() -> None:
+    measured = cluster(2)
+    for rank in (0, 1):
+        packages = " ".join(f"p{number}-{rank}" for number in range(20))
+        measured.nodes[rank] = node(rank, facts={"packages": packages})
+    finding = bad(judge(measured))[1, "agree"]
+    assert finding.sentence.endswith("; and 8 more")
+    assert finding.cure.startswith("Use the same image on all nodes")
+
+
 def test_a_blocked_port_stands_at_the_node_that_lets_nobody_in() -> None:
     measured = cluster(2)
     measured.blocked = {(0, 1, "no answer"): [40001, 40002]}
@@ -104,6 +146,8 @@ def test_a_blocked_port_stands_at_the_node_that_lets_nobody_in() -> None:
     assert "node 0 (10.0.0.1) cannot connect to it, port 40001 and 40002" in found[1, "reach"].sentence
     assert "random ports" in found[1, "reach"].sentence
     assert "-s 10.0.0.1 -d 10.0.0.2" in found[1, "reach"].cure
+    measured.nodes = {rank: node(rank, address=f"2001:db8::{rank}") for rank in measured.nodes}
+    assert bad(judge(measured))[1, "reach"].cure.startswith("sudo ip6tables -I INPUT -p tcp -s 2001:db8::0")
 
 
 @pytest.mark.parametrize(("transport", "level"), [("sockets", Level.YELLOW), ("RoCE", Level.RED)])
@@ -113,7 +157,7 @@ def test_an_odd_mtu_is_told_and_red_where_roce_depends_on_it(transport: str, lev
     found = bad(judge(measured))
     assert found.keys() == {(2, "mtu")}
     assert found[2, "mtu"].level == level
-    assert "eth2 has MTU 1500, but 9000 on node 0, 1" in found[2, "mtu"].sentence
+    assert "eth2 has MTU 1500, but 9000 on nodes 0, 1" in found[2, "mtu"].sentence
 
 
 def test_full_size_packets_that_are_lost_on_the_way_are_red_at_the_receiver() -> None:
@@ -122,6 +166,9 @@ def test_full_size_packets_that_are_lost_on_the_way_are_red_at_the_receiver() ->
     found = bad(judge(measured))
     assert found.keys() == {(1, "mtu")}
     assert "Packets of 9000 bytes from node 0 (10.0.0.1) are lost" in found[1, "mtu"].sentence
+    assert "-s 8972 10.0.0.2" in found[1, "mtu"].cure
+    measured.nodes[1] = replace(measured.nodes[1], address="2001:db8::2")
+    assert "-s 8952 2001:db8::2" in bad(judge(measured))[1, "mtu"].cure
 
 
 def test_where_udp_does_not_pass_the_size_is_not_called_green() -> None:

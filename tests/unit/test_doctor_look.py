@@ -1,6 +1,7 @@
 """Doctor's own live facts, read from made-up kernel files and from this machine's own disk."""
 
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -88,9 +89,31 @@ def test_a_disk_that_refuses_to_be_written_says_why(monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_a_write_that_hangs_does_not_hold_up_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import threading
+def test_a_checkpoint_folder_below_one_that_may_not_be_entered_is_told_and_raises_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Root, who runs these tests in a container, may enter every folder.
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
 
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    folder = tmp_path / "of another user/checkpoints"
+    assert look_at_disk(folder) == Disk(folder=str(folder), failure="Permission denied")
+
+
+def test_a_file_system_that_does_not_answer_does_not_hold_up_doctor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    never = threading.Event()
+    monkeypatch.setattr("app.doctor.look.STAT_LIMIT", 0.05)
+    monkeypatch.setattr("app.doctor.look.os.statvfs", lambda _place: never.wait(20))
+    try:
+        assert look_at_disk(tmp_path).failure.startswith("no answer within")
+    finally:
+        never.set()
+
+
+def test_a_write_that_hangs_does_not_hold_up_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     never = threading.Event()
     monkeypatch.setattr("app.doctor.look.PROBE_LIMIT", 0.05)
     monkeypatch.setattr("app.doctor.look.os.fsync", lambda _descriptor: never.wait(20))

@@ -1,10 +1,12 @@
 """NCCL's own log read and judged. Texts are from public reports, each with its place; none comes from a GPU of ours."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from app.doctor.findings import Level
+from app.doctor.talk import read_collective, told_collective
 from app.doctor.transport import Collective, NcclLog, carrier, judge_transport, read_nccl
 
 # https://github.com/NVIDIA/nccl/issues/1925 (NCCL 2.28)
@@ -75,7 +77,7 @@ OLD_SOCKET = "c6ad99331184:117277:117384 [0] NCCL INFO Ring 00 : 15 -> 0 [receiv
                 direct=2,
             ),
         ),
-        (WITHOUT_GDR, NcclLog(network="IB", channels=2)),
+        (WITHOUT_GDR, NcclLog(network="IB", inside=("P2P",), channels=2)),
         (OLD_GDR, NcclLog(network="IB", channels=2, direct=2)),
         (FALLBACK, NcclLog(network="Socket", devices=("ens7:10.128.0.31<0>",), version="2.19.3")),
         (TWO_SOCKETS, NcclLog(network="Socket", devices=("ibs85f0:192.168.1.14<0>", "ib0:192.168.1.15<0>"))),
@@ -141,3 +143,20 @@ def test_the_carrier_is_the_interface_that_moved_the_payload() -> None:
     assert carrier(before, after, 1000) == "eth0"
     assert carrier(before, after, 10_000) == ""
     assert carrier({}, {}, 1) == ""
+
+
+def test_on_one_node_no_network_is_judged_and_the_way_between_its_gpus_is_told() -> None:
+    # NCCL names the network that it would use although nothing goes over it.
+    log = NcclLog(network="Socket", inside=("P2P",))
+    finding = judge_transport(
+        Collective(backend="nccl", ranks=8, alone=True, active_ports=8, interface="eth0", log=log)
+    )
+    assert finding.level == Level.GREEN
+    assert finding.sentence.endswith("inside this machine: GPUs read each other's memory (P2P)")
+    assert read_nccl("a:1:2 [0] NCCL INFO Channel 00 : 0[0] -> 1[1] via SHM/direct/direct\n").inside == ("SHM",)
+
+
+def test_what_a_node_tells_of_its_collective_is_what_is_heard() -> None:
+    log = NcclLog(network="IB", devices=("mlx5_0:1/IB",), inside=("P2P", "SHM"), channels=4, direct=2, version="2.28.3")
+    found = Collective(backend="nccl", ranks=8, alone=True, bus_bandwidth=1e9, interface="ib0", active_ports=1, log=log)
+    assert read_collective(json.loads(json.dumps({"kind": "all-reduce-done", **told_collective(found)}))) == found

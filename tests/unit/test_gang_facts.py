@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.launch.gang.facts import differences, module_digest
-from app.launch.gang.reach import ALL_PAIRS, targets
+from app.launch.gang.reach import ALL_PAIRS, let_in, targets
 
 BASE = {"torch": "2.13.0", "NPROC_PER_NODE": "2", "mtu": "1500", "python": "3.12"}
 
@@ -20,7 +20,9 @@ def test_a_torch_that_differs_is_refused_with_the_nodes_and_the_cure() -> None:
     assert doubtful == ""
 
 
-@pytest.mark.parametrize("name", ["mtu", "python", "hcas", "link layer", "cuda driver", "NCCL_ALGO", "STOP_GRACE"])
+@pytest.mark.parametrize(
+    "name", ["mtu", "python", "gpus", "hcas", "link layer", "cuda driver", "NCCL_ALGO", "STOP_GRACE"]
+)
 def test_what_may_differ_for_a_good_reason_is_a_warning(name: str) -> None:
     wrong, doubtful = differences({0: {**BASE, name: "a"}, 1: BASE})
     assert wrong == ""
@@ -60,6 +62,11 @@ def test_the_digest_of_a_package_changes_with_any_of_its_files(tmp_path: Path) -
     assert first
     assert module_digest(("-m", "mine.train"), [str(tmp_path)]) != first
     assert module_digest(("-m", "mine.absent"), [str(tmp_path)]) == ""
+
+
+def test_the_rule_that_lets_a_node_in_is_of_its_addresses_kind() -> None:
+    assert let_in("10.0.0.1", "10.0.0.2") == "sudo iptables -I INPUT -p tcp -s 10.0.0.1 -d 10.0.0.2 -j ACCEPT"
+    assert let_in("2001:db8::1") == "sudo ip6tables -I INPUT -p tcp -s 2001:db8::1 -j ACCEPT"
 
 
 def test_small_clusters_try_every_pair_both_ways() -> None:

@@ -1,11 +1,13 @@
 """Copied values, misspelt names, stray PET_*: kept or removed, and always told."""
 
+from dataclasses import replace
+
 import pytest
 
 from app.launch.host.rdma import RdmaPort
 from app.launch.plan.hygiene import COSTS, matching
 from app.launch.plan.typos import known_variables, misspelt
-from tests.unit.launch_facts import card, decide, given, machine, planned, warned
+from tests.unit.launch_facts import DOCKER, card, decide, given, machine, planned, warned
 
 HOST = machine(card("eth0", "10.0.0.1/24"))
 HARMFUL = {
@@ -51,6 +53,48 @@ def test_nccls_syntax_in_gloos_variable_is_told(value: str, why: str) -> None:
 def test_an_interface_pattern_that_matches_nothing_is_told() -> None:
     assert "matches no interface here (lo, eth0)" in warned(HOST, NCCL_SOCKET_IFNAME="=eth1")
     assert warned(HOST, NCCL_SOCKET_IFNAME="^docker") == ""
+
+
+ON_TWO = {"NODES": "10.0.0.1,10.0.0.2"}
+FAST = card("fast0", "10.9.0.1/24", speed=100_000)
+SLOW = card("slow0", "10.8.0.1/24", speed=1000)
+TWIN = replace(card("eth1", "10.0.0.9/24", speed=1000), arp_ignore=1)
+MANY = machine(
+    card("eth0", "10.0.0.1/24", speed=10_000), FAST, SLOW, TWIN, card("eth2", up=False), card("eth3"), DOCKER
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        (
+            "lo",
+            "lo has 127.0.0.1, ::1, and this node's address 10.0.0.1 is on eth0: the other nodes would be sent to lo",
+        ),
+        ("docker0", "docker0 has 172.17.0.1, and"),
+        ("eth2", "eth2 is down, and"),
+        ("eth3", "eth3 has no address, and"),
+        (
+            "slow0",
+            "slow0 has 10.8.0.1, and this node's address 10.0.0.1 is on eth0: the other nodes would be sent to slow0",
+        ),
+    ],
+)
+def test_an_interface_that_does_not_lead_to_this_node_is_told(name: str, why: str) -> None:
+    text = warned(MANY, **ON_TWO, GLOO_SOCKET_IFNAME=name)
+    assert text.startswith(f"GLOO_SOCKET_IFNAME={name} (environment) is kept, but {why}")
+    assert ("to slow0, in another network. Remove it" if name == "slow0" else f"to {name} in vain. Remove it") in text
+
+
+@pytest.mark.parametrize("name", ["eth0", "eth0,eth1", "eth1", "fast0"])
+def test_an_interface_that_may_be_meant_is_not_warned_about(name: str) -> None:
+    # The same network by another card, and a faster network that NODES does not list.
+    assert warned(MANY, **ON_TWO, GLOO_SOCKET_IFNAME=name) == ""
+
+
+def test_on_one_node_any_interface_serves_and_without_gpus_nobody_reads_nccls() -> None:
+    assert warned(MANY, NODES="10.0.0.1", GLOO_SOCKET_IFNAME="lo") == ""
+    assert warned(MANY, **ON_TWO, NCCL_SOCKET_IFNAME="=lo") == ""
 
 
 @pytest.mark.parametrize(

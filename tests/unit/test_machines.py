@@ -146,6 +146,11 @@ def test_nothing_is_said_of_ports_and_addresses_that_nccl_will_not_choose(tmp_pa
     assert "RoCE GID" not in own
 
 
+def test_gpus_of_another_kind_are_a_fact_that_nodes_compare(tmp_path: Path) -> None:
+    gpus = {name: dict(plan_of(drafted(name, tmp_path / name)).equal).get("gpus") for name in ("classic_a", "laptop")}
+    assert gpus == {"classic_a": "2 x NVIDIA A100-PCIE-40GB", "laptop": None}
+
+
 def test_nodes_that_would_mix_infiniband_and_sockets_do_not_agree(tmp_path: Path) -> None:
     with_it = plan_of(drafted("ib_port_down", tmp_path / "a"))
     without = plan_of(drafted("ib_without_device_nodes", tmp_path / "b"))

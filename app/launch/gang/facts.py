@@ -11,7 +11,7 @@ from app.launch.plan import Plan
 
 Facts = Mapping[str, str]
 
-TOLERATED = {"cuda driver", "hcas", "link layer", "mtu", "python", "torchrun-compose"}
+TOLERATED = {"cuda driver", "gpus", "hcas", "link layer", "mtu", "python", "torchrun-compose"}
 """Facts that may differ for a good reason: said, not refused. So may times, whatever tunes NCCL, and packages."""
 MOST_LINES, MOST_VALUES = 12, 8
 """Of a table: two images can differ in hundreds of packages, 1,000 nodes in as many values of one fact."""
@@ -104,11 +104,12 @@ def _by_value(facts: Mapping[int, Facts], name: str) -> list[str]:
     holders: dict[str, list[int]] = {}
     for rank, known in sorted(facts.items()):
         holders.setdefault(known.get(name, "-")[:80], []).append(rank)
-    told = [f"{value} ({_nodes(ranks)})" for value, ranks in [*holders.items()][:MOST_VALUES]]
+    told = [f"{value} ({told_nodes(ranks)})" for value, ranks in [*holders.items()][:MOST_VALUES]]
     return told + [f"and {len(holders) - MOST_VALUES} other values"] * (len(holders) > MOST_VALUES)
 
 
-def _nodes(ranks: Sequence[int]) -> str:
+def told_nodes(ranks: Sequence[int]) -> str:
+    """`node 3`, `nodes 0, 1`, at most six of them."""
     shown = ", ".join(map(str, ranks[:6])) + (f" and {len(ranks) - 6} more" if len(ranks) > 6 else "")
     return f"node {shown}" if len(ranks) == 1 else f"nodes {shown}"
 

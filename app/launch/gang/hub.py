@@ -282,7 +282,7 @@ class Hub:
     def _blocked(self, seats: Mapping[int, Seat], rank: int, peer: int, why: str, ports: Sequence[int]) -> str:
         source, target = (self.seats.address(seats[one].hello) for one in (rank, peer))
         named = [f"{port} (MASTER_PORT)" if port == self.plan.master_port else str(port) for port in ports]
-        rule = f"iptables -I INPUT -p tcp -s {source} -d {target} -j ACCEPT"
+        rule = reach.let_in(source, target)
         cure = "NCCL and Gloo use random ports, so open all ports between the nodes" if len(named) > 1 else "Open it"
         told = f"  {self.seats.name(rank)} to {self.seats.name(peer)}, port {' and '.join(named)}: {why}"
         return told if why.startswith("connects") else f"{told}. {cure}; on node {peer}: {rule}"

@@ -165,7 +165,7 @@ class Member:
             told = f"{node0} was lost and not back within {waited:.0f} s (REJOIN_TIMEOUT): {why}"
             return Verdict(code=ExitCode.LOST, text=told)
         told = f"{node0} did not answer within {waited:.0f} s (START_TIMEOUT): {why}"
-        cure = f"Start it there, and let this node in: iptables -I INPUT -p tcp -s {self.plan.address} -j ACCEPT"
+        cure = f"Start it there, and let this node in: {reach.let_in(self.plan.address)}"
         return Verdict(code=ExitCode.UNREACHABLE, text=f"{told}. {cure}")
 
     def _taken(self, why: str) -> Verdict:

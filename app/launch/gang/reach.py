@@ -77,6 +77,13 @@ def try_port(port: int) -> None:
         pass
 
 
+def let_in(source: str, target: str = "") -> str:
+    """The command, for the machine with the address `target`, that lets TCP from `source` in."""
+    tool = "ip6tables" if ":" in source else "iptables"
+    towards = f" -d {target}" if target else ""
+    return f"sudo {tool} -I INPUT -p tcp -s {source}{towards} -j ACCEPT"
+
+
 def targets(index: int, count: int) -> list[int]:
     """Which of `count` nodes the node at `index` dials.
 

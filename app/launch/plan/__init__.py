@@ -11,7 +11,7 @@ from app.launch.host import Host, probe
 from app.launch.plan.classic import decide_classic
 from app.launch.plan.equal import must_be_equal
 from app.launch.plan.exports import Exports, common_exports, environment, keep_others, removals
-from app.launch.plan.hygiene import warn_costs, warn_typos
+from app.launch.plan.hygiene import warn_costs, warn_elsewhere, warn_typos
 from app.launch.plan.ledger import Decision, Ledger, count, shown
 from app.launch.plan.membership import Membership, names_to_resolve
 from app.launch.plan.needs import check_needs
@@ -134,6 +134,8 @@ def draft(settings: Settings, host: Host) -> Draft:
     env = environment(settings, exports)
     removed = removals(settings, env, ledger)
     warn_costs(settings, host, ledger)
+    if member is not None:
+        warn_elsewhere(settings, host, member, workers.backend, ledger)
     warn_typos(settings, ledger)
     plan = None
     if member is not None and not ledger.problems:

@@ -1,5 +1,7 @@
 """What must be the same on all nodes, for the roll call to compare."""
 
+from collections import Counter
+
 from app.launch.host import Host
 from app.launch.plan.membership import Membership
 from app.launch.plan.script import Script
@@ -48,6 +50,8 @@ def must_be_equal(
     if workers.backend == "nccl":
         # NCCL fails, or falls back, when one node talks InfiniBand and another RoCE or sockets.
         found["transport of NCCL"] = transport
+        models = Counter(gpu.name for gpu in host.gpus.visible)
+        found["gpus"] = ", ".join(f"{number} x {name}" for name, number in sorted(models.items()))
     found["TRAIN_SCRIPT"] = " ".join(script.command)
     found |= {
         f"content of {path}": seen.digest for path, seen in host.files.items() if path in script.command and seen.digest

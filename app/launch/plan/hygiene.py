@@ -3,7 +3,12 @@
 from collections.abc import Callable
 
 from app.launch.host import Host
+from app.launch.host.addresses import is_link_local
+from app.launch.host.nics import Nic
 from app.launch.plan.ledger import Ledger, shown
+from app.launch.plan.local import Own
+from app.launch.plan.membership import Membership
+from app.launch.plan.needs import speed_of
 from app.launch.plan.typos import misspelt
 from app.launch.settings import Settings
 
@@ -104,6 +109,50 @@ def warn_costs(settings: Settings, host: Host, ledger: Ledger) -> None:
     _check_gloo_interface(settings, host, ledger)
     _check_nccl_interface(settings, host, ledger)
     _check_rdma_unused(settings, host, ledger)
+
+
+def warn_elsewhere(settings: Settings, host: Host, member: Membership, backend: str, ledger: Ledger) -> None:
+    """A named interface that does not carry this node's address: the other nodes are sent to what it carries."""
+    if len(member.nodes) < 2:
+        return
+    for variable in ("GLOO_SOCKET_IFNAME", *(("NCCL_SOCKET_IFNAME",) if backend == "nccl" else ())):
+        value = settings.values.get(variable)
+        chosen = [] if value is None else _named(variable, value.text, host)
+        own = next((nic for nic in host.nics if nic.name == member.own.interface), None)
+        if value is None or own is None or not chosen or own in chosen:
+            continue
+        cost = _elsewhere(chosen[0], own, member.own, host)
+        if cost:
+            ledger.warn(
+                f"{shown(variable, value)} is kept, but {_carries(chosen[0])}, and this node's address "
+                f"{member.own.address} is on {own.name}: the other nodes would be sent to {chosen[0].name}{cost}. "
+                "Remove it: it is derived on each node."
+            )
+
+
+def _named(variable: str, text: str, host: Host) -> list[Nic]:
+    names = [nic.name for nic in host.nics]
+    hits = text.split(",") if variable.startswith("GLOO") else matching(text, names)
+    return [nic for nic in host.nics if nic.name in hits]
+
+
+def _elsewhere(chosen: Nic, own: Nic, mine: Own, host: Host) -> str:
+    """What that costs, as the end of a sentence. "" where it may be meant: another card in this node's network, or one
+    of another network that is at least as fast, such as a fabric beside the network that NODES lists."""
+    addresses = [each for each in chosen.addresses if not is_link_local(each.text)]
+    if chosen.kind in ("loopback", "container") or not chosen.up or not addresses:
+        return " in vain"
+    network = next((each.network for each in own.addresses if each.text == mine.address), None)
+    theirs, ours = speed_of(chosen, host), speed_of(own, host)
+    if network in [each.network for each in addresses] or (theirs and ours and theirs >= ours):
+        return ""
+    return ", in another network"
+
+
+def _carries(nic: Nic) -> str:
+    if not nic.up:
+        return f"{nic.name} is {nic.operstate}"
+    return f"{nic.name} has {', '.join(address.text for address in nic.addresses[:2]) or 'no address'}"
 
 
 def warn_typos(settings: Settings, ledger: Ledger) -> None:

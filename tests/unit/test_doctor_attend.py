@@ -1,0 +1,47 @@
+"""A node's answers at the meeting, where its own disk is in the way."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from app.doctor.attend import Attendant
+from app.doctor.facts import Facts
+from app.doctor.look import Disk
+from app.doctor.transport import Collective
+from app.launch.gang import reach
+from app.launch.gang.wire import Message
+from app.launch.plan import Plan
+from tests.unit.test_doctor_checks import facts_of
+
+
+def node(facts: Facts, folder: Path) -> Attendant:
+    """A node whose checkpoints go below `folder`."""
+    facts = replace(facts, look=replace(facts.look, disk=Disk(folder=str(folder))))
+    assert facts.plan is not None
+    plan = replace(facts.plan, checkpoint_dir=folder / "checkpoints")
+    one = Attendant(facts=facts, plan=plan, token=b"", findings=(), say=print, reduce=full_disk)
+    one._answering = reach.Answering("key")
+    return one
+
+
+def answer(one: Attendant, kind: str, **fields: object) -> Mapping[str, object]:
+    message: Message = {"kind": kind, **fields}
+    return asyncio.run(one._answer(kind, message))
+
+
+async def full_disk(_facts: Facts, _plan: Plan, _run_id: str, _place: int, _nnodes: int) -> Collective:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_checkpoint_folder_that_went_away_is_not_looked_at_and_ends_nothing(tmp_path: Path) -> None:
+    facts = facts_of("laptop", tmp_path)
+    gone, here = node(facts, tmp_path / "gone"), node(facts, tmp_path)
+    assert answer(gone, "leave", nonce="abc") == {"wrote": 0}
+    assert answer(gone, "look", nonce="abc", upto=1) == {"looked": 0, "seen": []}
+    assert answer(here, "look", nonce="abc", upto=1) == {"looked": 1, "seen": []}
+
+
+def test_an_all_reduce_that_cannot_start_for_want_of_disk_is_its_failure_and_nobody_elses(tmp_path: Path) -> None:
+    told = answer(node(facts_of("laptop", tmp_path), tmp_path), "all-reduce", run_id="a", place=0, nnodes=1)
+    assert told["failure"] == "this node could not start it: No space left on device."
