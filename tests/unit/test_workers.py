@@ -115,7 +115,7 @@ def test_folders_follow_the_run_unless_they_are_set() -> None:
     host = machine(cwd=Path("/here"))
     plan = planned(host, RUN_NAME="r1")
     assert (plan.run_dir, plan.checkpoint_dir) == (Path("/here/runs/r1"), Path("/here/runs/r1/checkpoints"))
-    assert plan.env["TORCH_FR_DUMP_TEMP_FILE"] == "/here/runs/r1/logs/flight_recorder_rank_"
+    assert plan.env["TORCH_FR_DUMP_TEMP_FILE"] == "/here/runs/r1/logs/node0/flight_recorder_rank_"
     own = planned(host, RUNS_ROOT="/runs", CHECKPOINT_DIR="/nfs/c")
     assert (own.run_dir, own.env["CHECKPOINT_DIR"]) == (Path("/runs/default"), "/nfs/c")
 

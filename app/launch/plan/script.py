@@ -51,6 +51,11 @@ def files_to_look_at(settings: Settings) -> tuple[str, ...]:
     return (*script, *filter(None, [settings.text("CLUSTER_TOKEN_FILE")]))
 
 
+def log_dir(run_dir: Path, node_rank: int) -> Path:
+    """What torchrun and the workers of one node leave."""
+    return run_dir / "logs" / f"node{node_rank}"
+
+
 def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
     """Command and folders; a script that is not there is a problem."""
     command, source = requested(settings)
