@@ -19,7 +19,7 @@ from app.launch.gang.hub import LAST_WORD, LINGER, Hub
 from app.launch.gang.member import Member, Place, Surroundings
 from app.launch.gang.verdict import Verdict
 from app.launch.gang.wire import MAX_LINE, Wire, listen
-from app.launch.hang import read_stalls, watched
+from app.launch.hang import forget_signs, read_stalls, watched
 from app.launch.health import keep_state
 from app.launch.history import keep_round
 from app.launch.host.ports import holder
@@ -176,6 +176,7 @@ async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) 
         if presiding:
             presiding.cancel()
         path.unlink(missing_ok=True)
+        forget_signs()
         if server:
             server.close()
         torchrun.sweep()
