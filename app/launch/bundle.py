@@ -51,6 +51,8 @@ REMOVED = "[removed]"
 TEXTS = ("report/*/report.*", "report/*/stalls/*.json", "logs/*/*.error.json", "logs/*/rounds.jsonl", "logs/*/*/*/*/*")
 RECORDS = "logs/*/flight_recorder_rank_*"
 LARGEST_RECORD = 16 << 20
+CLOCKS_DIFFER = 5.0
+"""Seconds, of a file server's clock and this node's."""
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | None) -> int:
@@ -94,7 +96,7 @@ def told(run_dir: Path) -> str:
         texts.append(report.read_text(encoding="utf-8").rstrip())
         rounds = [each.stat().st_mtime for each in (run_dir / "logs" / folder.name).glob("*/attempt_0")]
         # A job that ends well removes the report.
-        if (last := max(rounds, default=0.0)) > report.stat().st_mtime:
+        if (last := max(rounds, default=0.0)) > report.stat().st_mtime + CLOCKS_DIFFER:
             began = datetime.fromtimestamp(last, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
             texts[-1] += f"\nsince then: a round began here at {began} that runs still, was stopped, or was killed"
     if not texts:

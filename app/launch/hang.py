@@ -124,7 +124,8 @@ def verdict(nodes: Mapping[str, Sequence[Stall]]) -> str:
     behind = [stall for stall in stalls if stall.sequence < last.sequence and stall.group in (last.group, "")]
     names = dict.fromkeys(stall.collective for stall in ahead)
     if behind:
-        told = f"{_ranks(behind)} did not enter {last.entered}, where {_ranks(ahead)} wait{'s' * (len(ahead) == 1)} at {last.at}. "
+        wait = "waits" if len(ahead) == 1 else "wait"
+        told = f"{_ranks(behind)} did not enter {last.entered}, where {_ranks(ahead)} {wait} at {last.at}. "
         told += _few([f"rank {one.rank} on {where[one.rank]} is at {one.at}" for one in behind])
     elif len(names) > 1:
         groups = [[stall for stall in ahead if stall.collective == name] for name in names]

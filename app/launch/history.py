@@ -83,12 +83,13 @@ def _from_lines(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _complete(kept: Mapping[str, Any], copied: Round | None, folder: Path) -> Round:
     first = next(iter(kept["failures"]), None)
-    own = None
+    told = copied
     if first and first.local_rank >= 0:
         # torchrun copies the error of the earliest second, which may be another worker's.
         paths = folder.glob(f"{glob.escape(kept['run_id'])}_*/attempt_0/{first.local_rank}/error.json")
         own = next((each for path in paths if (each := _read(path, kept["run_id"]))), None)
-    told = own or copied
+        same = copied is not None and bool(first.text) and copied.message.startswith(first.text)
+        told = own or (copied if same else None)
     message = told.message if told else first.text if first else ""
     return Round(**{**kept, "message": message, "traceback": told.traceback if told else ""})
 

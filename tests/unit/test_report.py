@@ -137,6 +137,16 @@ def test_the_exception_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> 
     assert [(each.message, each.traceback) for each in report.rounds] == [("ValueError: bad batch", TRACE)]
 
 
+def test_a_worker_that_was_killed_is_not_given_the_exception_of_a_neighbour(tmp_path: Path) -> None:
+    plan, _ = planned(tmp_path)
+    closed = "RuntimeError: [pair.cc:553] Connection closed by peer [10.0.0.2]:39558"
+    error_file(plan.run_dir, "default-1-abc", closed)
+    keep_round(plan, "default-1-abc", Outcome(code=1, failures=(killed(3, 1), killed(2, 0, 1, closed))))
+    report = make_report(plan, 5, "verdict", {}, 0.0)
+    assert "first error here: rank 3 was ended by SIGKILL" in summary(report, FOLDER)
+    assert report.symptom == "killed-9"
+
+
 def test_nodes_that_share_a_folder_keep_their_logs_and_errors_apart(tmp_path: Path) -> None:
     first, _ = planned(tmp_path)
     second = replace(first, node_rank=1)
@@ -150,7 +160,9 @@ def test_nodes_that_share_a_folder_keep_their_logs_and_errors_apart(tmp_path: Pa
         write(folder / "default-1-abc_x/attempt_0/0/stderr.log", f"log of the {text}")
         content = {"message": {"message": f"ValueError: {text}", "extraInfo": {}}}
         write(Path(told), json.dumps(content))
-        keep_round(plan, "default-1-abc", Outcome(code=1, failures=(killed(plan.node_rank, 0, 1, text),)))
+        keep_round(
+            plan, "default-1-abc", Outcome(code=1, failures=(killed(plan.node_rank, 0, 1, f"ValueError: {text}"),))
+        )
     assert seen[0] == seen[1] != seen[2] == seen[3]
     for plan, text in ((first, "first"), (second, "second")):
         report = make_report(plan, 5, "verdict", {}, 0.0)
