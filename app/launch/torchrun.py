@@ -23,6 +23,9 @@ WORKER = Path(__file__).with_name("worker.py")
 PIPE = "TORCHRUN_COMPOSE_PIPE"
 KILL_AFTER = 3.0
 """Seconds that torchrun has to end by itself once its workers are killed."""
+SAY_WHY = 8.0
+"""Seconds instead of these after a failure: on a busy machine torchrun takes more than five to say what its worker died
+of, and killed before that it would count as the failure itself. The gang waits longer (Round.patience)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +149,7 @@ class Torchrun:
         await asyncio.sleep(KILL_AFTER if gently else 0)
         self.killing = True
         self._tell_workers(signal.SIGKILL)
-        await asyncio.sleep(KILL_AFTER)
+        await asyncio.sleep(KILL_AFTER if gently else SAY_WHY)
         self.kill()
 
     def kill(self) -> None:
