@@ -39,8 +39,6 @@ PATIENCE = 120.0
 class NoEngine:
     """FAKE torchrun that has ended well as soon as it is started: what comes after the start is not measured."""
 
-    killed = float("inf")
-
     async def watch(self, _failing: object) -> Outcome:
         return Outcome(code=0)
 

@@ -1,7 +1,6 @@
 """GPUs as doctor sees them: health, how they reach each other, and what keeps them from it."""
 
 import contextlib
-import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from app.launch.host import Host
 from app.launch.host.files import text
+from app.launch.host.xids import kernel_log, read_xids
 
 SMI_FIELDS = (
     "index",
@@ -30,7 +30,6 @@ REASONS = {
 ACS, ACS_REDIRECT = 0x000D, 0b1100
 """PCI Express: the extended capability Access Control Services, and in its control register the bits that send requests
 and completions between devices up to the root instead (lspci shows ReqRedir+ and CmpltRedir+)."""
-KERNEL_LOG_RECORD = 1 << 13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +76,7 @@ def look_at_gpus(root: Path, host: Host) -> GpuLook:
         iommu=_iommu(root, [gpu.bus for gpu in host.gpus.visible if gpu.bus]),
         apart=read_peers(peers),
         redirecting=tuple(sorted(bridge for bridge in bridges if _redirects(root, bridge))),
-        xids=read_xids(_kernel_log(root / "dev/kmsg")),
+        xids=read_xids(kernel_log(root / "dev/kmsg")),
     )
 
 
@@ -116,25 +115,6 @@ def read_peers(output: str) -> tuple[tuple[int, int, str], ...]:
         for other, word in enumerate(words)
         if one < other and word in REASONS
     )
-
-
-def read_xids(log: str) -> tuple[tuple[str, int], ...]:
-    """(PCI address, Xid) of each kind of error that the NVIDIA driver has logged, in order of appearance."""
-    found = re.findall(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)", log)
-    return tuple(dict.fromkeys((bus, int(number)) for bus, number in found))
-
-
-def _kernel_log(device: Path) -> str:
-    """The kernel's log, "" where it may not be read. One read gives one record (kernel: Documentation/ABI/testing/
-    dev-kmsg); EPIPE says that records were overwritten meanwhile."""
-    records = list[bytes]()
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-        log = os.open(device, os.O_RDONLY | os.O_NONBLOCK)
-        stack.callback(os.close, log)
-        while not records or records[-1]:
-            with contextlib.suppress(BrokenPipeError):
-                records.append(os.read(log, KERNEL_LOG_RECORD))
-    return b"".join(records).decode(errors="replace")
 
 
 def _iommu(root: Path, buses: Sequence[str]) -> dict[str, str]:

@@ -2,12 +2,19 @@
 
 import contextlib
 import json
+import os
+import shutil
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.launch.plan import Plan
 
+SLOWEST_LOOK = 5.0
+IDLE = 0.02
+"""As in stall.py."""
 NAMED = 4
 """Lines of a verdict that name ranks one by one; a large job has many."""
 
@@ -26,6 +33,8 @@ class Stall:
     group: str = ""
     sequence: int = -1
     """Its number in its group."""
+    run_id: str = ""
+    """Of its round, "" where that is not known."""
 
     @property
     def entered(self) -> str:
@@ -39,27 +48,77 @@ def folder(plan: Plan) -> Path:
 
 def watched(plan: Plan) -> dict[str, str]:
     """What the workers of a new round must know for stall.py to watch them; empties the folder for them."""
-    patience = min((seconds for seconds in (plan.hang_report, plan.hang_timeout) if seconds), default=0.0)
+    patience = _patience(plan)
     if not patience:
         return {}
-    for file in folder(plan).glob("rank*"):
+    for file in (*folder(plan).glob("rank*"), *signs().glob("rank*")):
         # What was told of an earlier round; one that cannot be removed must not keep this round from its start.
         with contextlib.suppress(OSError):
             file.unlink()
-    return {"TORCHRUN_COMPOSE_STALLS": f"{patience:g}:{folder(plan)}"}
+    with contextlib.suppress(OSError):
+        signs().mkdir(mode=0o700, exist_ok=True)
+    return {"TORCHRUN_COMPOSE_STALLS": f"{patience:g}:{folder(plan)}", "TORCHRUN_COMPOSE_LOOKS": str(signs())}
+
+
+def signs() -> Path:
+    """Where the ranks of this launcher leave a sign of life every few seconds: not on a disk, which may hang itself."""
+    return Path(tempfile.gettempdir()) / f"torchrun-compose-looks-{os.getpid()}"
+
+
+def forget_signs() -> None:
+    """At the end of this launcher."""
+    shutil.rmtree(signs(), ignore_errors=True)
+
+
+def _patience(plan: Plan) -> float:
+    return min((seconds for seconds in (plan.hang_report, plan.hang_timeout) if seconds), default=0.0)
 
 
 def read_stalls(plan: Plan) -> tuple[Stall, ...]:
     """This node's ranks if all of them stand still, in rank order; () as long as one moves. Never raises OSError."""
-    found = []
+    found = {}
     try:
         for file in folder(plan).glob("rank*.json"):
             fields = json.loads(file.read_text(encoding="utf-8"))
-            del fields["stack"]
-            found.append(Stall(**{**fields, "seconds": int(fields["seconds"])}))
+            known = {
+                name: fields[name]
+                for name in ("rank", "at", "collective", "group", "sequence", "run_id")
+                if name in fields
+            }
+            found[known["rank"]] = Stall(**known, seconds=int(fields["seconds"]))
+        # Whoever holds Python's lock cannot take its stall back.
+        found |= {rank: mute for rank, mute in _mute(_patience(plan)).items() if rank not in found}
     except (OSError, ValueError, KeyError, TypeError):
         return ()
-    return tuple(sorted(found, key=lambda stall: stall.rank)) if len(found) == plan.nproc else ()
+    return tuple(found[rank] for rank in sorted(found)) if len(found) == plan.nproc else ()
+
+
+def _mute(patience: float) -> dict[int, Stall]:
+    """Ranks that have left no sign of life for `patience` seconds and used no processor meanwhile. Raises OSError,
+    ValueError, and KeyError for a process that has gone."""
+    found = {}
+    for file in signs().glob("rank*") if patience else ():
+        if file.suffix:
+            continue
+        pid, at, used = file.read_text(encoding="ascii").split()
+        silence = time.monotonic() - float(at)
+        # A look takes a moment longer on a busy machine.
+        if (
+            silence < patience + 2 * min(SLOWEST_LOOK, patience / 4)
+            or _processor_time(int(pid)) - float(used) > IDLE * silence
+        ):
+            continue
+        rank = int(file.name.removeprefix("rank"))
+        found[rank] = Stall(rank=rank, seconds=int(silence), at="native code that holds Python's lock (no stack)")
+    return found
+
+
+def _processor_time(pid: int) -> float:
+    """Seconds that all threads of a process have used (kernel: Documentation/filesystems/proc.rst)."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    if fields[0] in "ZX":
+        raise ValueError("it has ended")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def verdict(nodes: Mapping[str, Sequence[Stall]]) -> str:
@@ -71,7 +130,8 @@ def verdict(nodes: Mapping[str, Sequence[Stall]]) -> str:
     behind = [stall for stall in stalls if stall.sequence < last.sequence and stall.group in (last.group, "")]
     names = dict.fromkeys(stall.collective for stall in ahead)
     if behind:
-        told = f"{_ranks(behind)} did not enter {last.entered}, where {_ranks(ahead)} wait at {last.at}. "
+        wait = "waits" if len(ahead) == 1 else "wait"
+        told = f"{_ranks(behind)} did not enter {last.entered}, where {_ranks(ahead)} {wait} at {last.at}. "
         told += _few([f"rank {one.rank} on {where[one.rank]} is at {one.at}" for one in behind])
     elif len(names) > 1:
         groups = [[stall for stall in ahead if stall.collective == name] for name in names]

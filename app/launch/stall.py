@@ -18,19 +18,36 @@ BUSY = 0.02
 """Share of a processor that the main thread uses when it works; one that waits for a socket uses hardly any."""
 SLOWEST_LOOK = 5.0
 STACK_BYTES, LINE_LENGTH = 20_000, 200
+ENTRIES = 20
+ENTRY = (
+    "record_id",
+    "profiling_name",
+    "process_group",
+    "collective_seq_id",
+    "p2p_seq_id",
+    "state",
+    "input_sizes",
+    "output_sizes",
+    "input_dtypes",
+    "time_created_ns",
+)
+"""What is kept of an entry of the flight recorder."""
 
 
-def watch(folder: str, patience: float) -> None:
+def watch(folder: str, patience: float, looks: str = "") -> None:
     """Writes FOLDER/rankN.json while the main thread has stood still for `patience` seconds, and removes it afterwards.
 
     The file holds `rank`, `seconds`, `at` (the script's own line), the last collective that this rank has entered as
-    torch's flight recorder has it (`collective`, `group`, `sequence`), and the `stack`.
+    torch's flight recorder has it (`collective`, `group`, `sequence`), the `stack`, and the `recorder`'s last entries.
+    LOOKS/rankN is written at every look: `pid`, a monotonic time, and the process's processor time. When it grows old,
+    native code keeps Python's lock from this thread.
     """
     path = os.path.join(folder, f"rank{os.environ['RANK']}.json")  # noqa: PTH118 - pathlib is not loaded at start-up
-    threading.Thread(target=_look_again, args=(path, patience), name="torchrun-compose", daemon=True).start()
+    look = os.path.join(looks, f"rank{os.environ['RANK']}") if looks else ""  # noqa: PTH118
+    threading.Thread(target=_look_again, args=(path, patience, look), name="torchrun-compose", daemon=True).start()
 
 
-def _look_again(path: str, patience: float) -> None:
+def _look_again(path: str, patience: float, look: str) -> None:
     main = threading.main_thread().ident or 0
     clock = time.pthread_getcpuclockid(main)
     pause = min(SLOWEST_LOOK, patience / 4)
@@ -50,16 +67,26 @@ def _look_again(path: str, patience: float) -> None:
         used = spent
         # A frame that is kept would keep the script's tensors.
         del frame
+        if look:
+            _leave_sign(look)
         time.sleep(pause)
+
+
+def _leave_sign(look: str) -> None:
+    with contextlib.suppress(OSError):
+        with open(look + ".new", "w", encoding="ascii") as file:  # noqa: PTH123
+            file.write(f"{os.getpid()} {time.monotonic()} {time.process_time()}")
+        os.replace(look + ".new", look)  # noqa: PTH105
 
 
 def _tell(path: str, seconds: float, frame: FrameType) -> bool:
     stack = "".join(traceback.format_stack(frame))[-STACK_BYTES:]
-    known = {"rank": int(os.environ["RANK"]), "seconds": seconds, "at": _own_line(frame), "stack": stack}
+    known = {"rank": int(os.environ["RANK"]), "run_id": os.environ.get("TORCHELASTIC_RUN_ID", "")}
+    known |= {"seconds": seconds, "at": _own_line(frame), "stack": stack}
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
         with open(path + ".new", "w", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-            json.dump({**known, **_last_collective()}, file)
+            json.dump({**known, **_last_collectives()}, file)
         os.replace(path + ".new", path)  # noqa: PTH105
     except OSError:
         return False
@@ -88,14 +115,15 @@ def _sequence() -> int:
         return -1
 
 
-def _last_collective() -> dict[str, object]:
+def _last_collectives() -> dict[str, object]:
     """The newest entry of torch's flight recorder (c10d/FlightRecorder.hpp; in torch 2.13 Gloo and NCCL
-    both write it); empty where there is none."""
+    both write it), and the last ones as they are; empty where there is none."""
     try:
-        record = json.loads(sys.modules["torch"]._C._distributed_c10d._dump_fr_trace_json())
-        entry = [each for each in record["entries"] if not each["is_p2p"]][-1]
-        name = str(entry["profiling_name"]).partition(":")[2].lstrip("_")
-        return {"collective": name, "group": str(entry["process_group"]), "sequence": int(entry["collective_seq_id"])}
+        entries = json.loads(sys.modules["torch"]._C._distributed_c10d._dump_fr_trace_json())["entries"]
+        last = [each for each in entries if not each["is_p2p"]][-1]
+        name = str(last["profiling_name"]).partition(":")[2].lstrip("_")
+        told = {"collective": name, "group": str(last["process_group"]), "sequence": int(last["collective_seq_id"])}
+        return {**told, "recorder": [{name: each.get(name) for name in ENTRY} for each in entries[-ENTRIES:]]}
     except Exception:  # As above.
         return {}
 

@@ -1,14 +1,13 @@
 """Runs one node's part of the job, from the roll call to the exit code: the one thing the entrypoint calls to run."""
 
 import asyncio
-import contextlib
 import os
 import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from app.launch import torchrun, traffic
 from app.launch.errors import UserError
@@ -19,12 +18,13 @@ from app.launch.gang.hub import LAST_WORD, LINGER, Hub
 from app.launch.gang.member import Member, Place, Surroundings
 from app.launch.gang.verdict import Verdict
 from app.launch.gang.wire import MAX_LINE, Wire, listen
-from app.launch.hang import watched
+from app.launch.hang import forget_signs, watched
 from app.launch.health import keep_state
+from app.launch.history import keep_round
 from app.launch.host.ports import holder
 from app.launch.looks import Looks
 from app.launch.plan import Plan
-from app.launch.report import make_report, read_counters, write_report
+from app.launch.report import forget_report, make_report, read_counters, write_report
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SHORTEST_TOKEN = 16
@@ -43,11 +43,10 @@ def supervise(plan: Plan) -> int:
     started, before = time.time(), read_counters()
 
     def tell(verdict: Verdict) -> None:
-        if verdict.code not in (ExitCode.DONE, ExitCode.STOPPED):
-            # A full disk must not hide the verdict.
-            with contextlib.suppress(OSError):
-                report = make_report(plan, int(verdict.code), verdict.text, before, started)
-                say(f"kept for `report`: {write_report(plan, report)}")
+        if verdict.code == ExitCode.DONE:
+            forget_report(plan)
+        elif verdict.code != ExitCode.STOPPED:
+            tell_report(plan, verdict, before, started)
         # The last line is what people read first.
         say(verdict.text)
 
@@ -59,6 +58,18 @@ def supervise(plan: Plan) -> int:
     if verdict.code not in (ExitCode.DONE, ExitCode.FAILED):
         write_final(int(verdict.code), verdict.text)
     return int(verdict.code)
+
+
+def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: float) -> None:
+    """Writes this node's report, and prints where it is and what the known error in it means. Never raises: whatever is
+    wrong with a report (a full disk, a bug), the verdict must be told."""
+    try:
+        report = make_report(plan, int(verdict.code), verdict.text, before, started)
+        if report.names_cause:
+            say(f"cause: {report.cause}\ncure: {report.cure}")
+        say(f"kept for `report`: {write_report(plan, report)}")
+    except Exception as error:
+        say(f"no report: {type(error).__name__}: {error}")
 
 
 def say(text: str) -> None:
@@ -86,7 +97,7 @@ def read_token(plan: Plan) -> bytes:
 def make_folders(plan: Plan) -> None:
     """The run's folder with its logs. Raises UserError."""
     try:
-        (plan.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        plan.log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"RUN_DIR={plan.run_dir} cannot be written: {error.strerror}.") from None
 
@@ -143,6 +154,7 @@ async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) 
         if presiding:
             presiding.cancel()
         path.unlink(missing_ok=True)
+        forget_signs()
         if server:
             server.close()
         torchrun.sweep()
@@ -197,4 +209,5 @@ def _launch(plan: Plan, place: Place) -> torchrun.Torchrun:
     )
     if place.round > 1:
         say(f"round {place.round}: node rank {place.node_rank} of {place.nnodes}")
-    return torchrun.Torchrun(command, {**torchrun.environment(plan, os.environ, run_id=place.run_id), **watched(plan)})
+    environment = {**torchrun.environment(plan, os.environ, run_id=place.run_id), **watched(plan)}
+    return torchrun.Torchrun(command, environment, lambda outcome: keep_round(plan, place.run_id, outcome))

@@ -30,7 +30,8 @@ class Symptom:
     rank: int
     """4 names the broken thing, 3 the cause, 2 several possible causes, 1 is a consequence, 0 a remark."""
     match: tuple[str, ...]
-    """Texts, each an alternative; `...` stands for anything on the line, a blank for any white space."""
+    """Texts, each an alternative; `...` stands for anything on the line, a blank for any white space, a leading `^` for
+    the beginning of a line."""
     sample: str
     """One real text of the error."""
     cause: str
@@ -103,7 +104,12 @@ def _first(symptom: Symptom, text: str) -> int | None:
 
 @cache
 def _patterns(symptom: Symptom) -> tuple[re.Pattern[str], ...]:
-    return tuple(re.compile(".*?".join(_literals(alternative))) for alternative in symptom.match)
+    return tuple(_pattern(alternative) for alternative in symptom.match)
+
+
+def _pattern(alternative: str) -> re.Pattern[str]:
+    words = ".*?".join(_literals(alternative.removeprefix("^")))
+    return re.compile(r"^(?:\[[^\]\n]*\]:?[ ]?)?" + words if alternative.startswith("^") else words, re.MULTILINE)
 
 
 def _literals(alternative: str) -> Iterator[str]:

@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.launch.gang.verdict import CASCADE
 from app.launch.plan import Plan
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ WORKER = Path(__file__).with_name("worker.py")
 PIPE = "TORCHRUN_COMPOSE_PIPE"
 KILL_AFTER = 3.0
 """Seconds that torchrun has to end by itself once its workers are killed."""
+SAY_WHY = 8.0
+"""Seconds instead of these after a failure: on a busy machine torchrun takes more than five to say what its worker died
+of, and killed before that it would count as the failure itself. The gang waits longer (Round.patience)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +35,11 @@ class Failure:
     rank: int
     exitcode: int
     """As subprocess has it: negative is the signal."""
-    text: str
+    text: str = ""
     """The exception's first line, or "" when it left none."""
-    time: float
+    time: float = 0.0
     """Seconds since the epoch, on the clock of its node."""
+    local_rank: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,9 @@ class Outcome:
 
     code: int
     failures: tuple[Failure, ...] = ()
+    """The first cause on this node first; those that torchrun itself ended afterwards are among them."""
+    halted: bool = False
+    """It had been told to end before the first of them failed."""
 
 
 def command_line(
@@ -64,7 +71,7 @@ def command_line(
         f"--rdzv-conf=timeout={max(300, round(plan.start_timeout))}",
         "--max-restarts=0",
         f"--shutdown-timeout={round(plan.stop_grace)}",
-        f"--log-dir={plan.run_dir / 'logs'}",
+        f"--log-dir={plan.log_dir}",
         "--tee=3",
         str(WORKER),
         *plan.command,
@@ -74,21 +81,23 @@ def command_line(
 def environment(plan: Plan, environ: Mapping[str, str], *, run_id: str) -> dict[str, str]:
     """What torchrun and the workers see: `environ` without the names the plan removes, with those it exports.
 
-    torchrun copies the first failing worker's error, traceback included, to `logs/RUN_ID.error.json`."""
+    torchrun copies the first failing worker's error, traceback included, to `RUN_ID.error.json`."""
     kept = {name: value for name, value in environ.items() if name not in plan.removed}
     prefix = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
-    error_file = {"TORCHELASTIC_ERROR_FILE": str(plan.run_dir / "logs" / f"{run_id}.error.json")}
+    error_file = {"TORCHELASTIC_ERROR_FILE": str(plan.log_dir / f"{run_id}.error.json")}
     return {**prefix, **kept, **dict(plan.env), **error_file}
 
 
 class Torchrun:
     """One running torchrun. Start it from the main thread: it is killed when the thread that started it ends."""
 
-    def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
-        self.killed = float("inf")
-        """Monotonic time at which a worker that still lived was sent SIGKILL by this node."""
+    def __init__(
+        self, command: list[str], env: Mapping[str, str], keep: Callable[[Outcome], None] = lambda _outcome: None
+    ) -> None:
+        """`keep` gets the outcome as soon as there is one."""
         ear, mouth = os.pipe()
-        self.ear = ear
+        self.ear, self.keep = ear, keep
+        self.told_to_end = self.killing = False
         try:
             self.process = subprocess.Popen(
                 command,
@@ -107,33 +116,39 @@ class Torchrun:
             lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(self.ear, "rb", buffering=0)
         )
         failures: tuple[Failure, ...] = ()
-        closing = False
+        closing = told_to_end = killing = False
         # The end of the pipe is the end of torchrun: nobody else holds it open.
         async for line in reader:
             event = json.loads(line)
             if event["event"] == "failed":
-                failures = tuple(_failure(fields) for fields in event["failures"])
+                failures = first_cause_first([_failure(fields) for fields in event["failures"]])
             if not closing:
-                closing = True
+                closing, told_to_end, killing = True, self.told_to_end, self.killing
                 failing()
         transport.close()
         while self.process.poll() is None:
             await asyncio.sleep(0.01)
-        return Outcome(code=self.process.returncode, failures=failures)
+        if not closing:
+            told_to_end, killing = self.told_to_end, self.killing
+        # Within the grace a worker may be killed by others than us.
+        halted = killing if failures and failures[0].exitcode == -signal.SIGKILL else told_to_end
+        outcome = Outcome(code=self.process.returncode, failures=failures, halted=halted)
+        self.keep(outcome)
+        return outcome
 
     async def end(self, *, gently: bool, grace: float) -> None:
         """Ends the workers: asks, and kills what is left after `grace` seconds; torchrun then ends by itself.
 
         Gently (the user stops the job), torchrun is asked and passes SIGTERM on. Otherwise (another node failed) only
         its workers are: torchrun then still tells if one of them had failed before."""
+        self.told_to_end = True
         if gently or not self._tell_workers(signal.SIGTERM):
             self._tell(signal.SIGTERM)
         await asyncio.sleep(grace)
         # Of the user's grace torchrun's own --shutdown-timeout comes first.
         await asyncio.sleep(KILL_AFTER if gently else 0)
-        if self._tell_workers(signal.SIGKILL):
-            self.killed = time.monotonic()
-        await asyncio.sleep(KILL_AFTER)
+        self.killing = self._tell_workers(signal.SIGKILL) > 0
+        await asyncio.sleep(KILL_AFTER if gently else SAY_WHY)
         self.kill()
 
     def kill(self) -> None:
@@ -160,6 +175,14 @@ class Torchrun:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.send_signal(number)
         return len(alive)
+
+
+def first_cause_first(failures: list[Failure]) -> tuple[Failure, ...]:
+    """torchrun looks ten times in a second, so that the worker whose peer has gone may stand before that peer."""
+    own = [each for each in failures if each.text and not CASCADE.search(each.text)]
+    if own and CASCADE.search(failures[0].text):
+        failures = [own[0], *(each for each in failures if each is not own[0])]
+    return tuple(failures)
 
 
 def adopt_orphans() -> None:
@@ -202,4 +225,5 @@ def _failure(fields: Mapping[str, object]) -> Failure:
         exitcode=int(str(fields["exitcode"])),
         text=str(fields["text"]).strip().partition("\n")[0][:500],
         time=float(str(fields["time"])),
+        local_rank=int(str(fields.get("local_rank", -1))),
     )

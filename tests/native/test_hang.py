@@ -1,5 +1,7 @@
 """Real ranks that stand still: what all nodes print, and that a job which works is left alone."""
 
+import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,8 +36,9 @@ def test_a_rank_that_sleeps_before_a_collective_is_named_by_all_nodes_and_nobody
         assert told[0] == told[1]
         assert "rank 2 did not enter all_reduce (number 6), where ranks 0, 1 and 3 wait at script.py:19" in told[0]
         assert "rank 2 on node 1 (127.0.0.2) is at script.py:25, in load_batch: time.sleep(seconds)" in told[0]
-        stack = tmp_path / "node1/default/report/node1/stalls/rank2.json"
-        assert "load_batch" in stack.read_text()
+        kept = json.loads((tmp_path / "node1/default/report/node1/stalls/rank2.json").read_text())
+        assert "load_batch" in kept["stack"]
+        assert [each["profiling_name"] for each in kept["recorder"]] == ["gloo:all_reduce"] * 5
         assert [launcher.end(60) for launcher in made.launchers] == [0, 0]
 
 
@@ -50,6 +53,27 @@ def test_a_rank_in_another_collective_is_named_and_hang_timeout_starts_all_again
             launcher.wait_for("the job hangs: no rank has moved .* All nodes start again", 30)
             launcher.wait_for("round 2: ", 30)
         assert [launcher.end(90) for launcher in made.launchers] == [5, 5]
+
+
+HOLDS_THE_LOCK = """
+import ctypes, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+dist.all_reduce(torch.ones(1))
+if dist.get_rank() == 1:
+    ctypes.PyDLL(None).sleep(9)
+dist.all_reduce(torch.ones(1))
+"""
+
+
+def test_a_rank_in_native_code_that_holds_pythons_lock_is_named_though_it_cannot_tell(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, HOLDS_THE_LOCK, HANG_REPORT="2") as made:
+        told = on_two_nodes(made)
+        assert "rank 1 did not enter all_reduce (number 2), where rank 0 waits at script.py:7" in told[0]
+        assert "rank 1 on node 1 (127.0.0.2) is at native code that holds Python's lock" in told[0]
+        assert [launcher.end(60) for launcher in made.launchers] == [0, 0]
+        assert all("the ranks move again" in launcher.text for launcher in made.launchers)
+        made_here = {f"torchrun-compose-looks-{launcher.process.pid}" for launcher in made.launchers}
+        assert not made_here & {file.name for file in Path(tempfile.gettempdir()).iterdir()}
 
 
 @pytest.mark.parametrize("limit", ["2", "0"])

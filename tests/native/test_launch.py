@@ -81,7 +81,7 @@ def test_an_exception_without_record_is_told_with_its_rank_and_kept_with_its_tra
         assert launcher.end() == 5
     assert "- rank 1 failed with ValueError: bad batch (exit code 1)" in launcher.said[-1]
     assert "launch/worker.py" not in launcher.text, "only the script's own frames are shown"
-    [record] = (tmp_path / "node0").glob("*/logs/*.error.json")
+    [record] = (tmp_path / "node0").glob("*/logs/node0/*.error.json")
     kept = json.loads(record.read_text())
     assert 'raise ValueError("bad batch' in kept["message"]["extraInfo"]["py_callstack"]
 

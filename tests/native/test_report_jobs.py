@@ -22,7 +22,9 @@ def test_each_node_of_a_failed_job_has_a_report_and_the_command_prints_it(tmp_pa
     folders = [tmp_path / f"node{rank}/default/report/node{rank}" for rank in (0, 1)]
     first, second = (json.loads((folder / "report.json").read_text()) for folder in folders)
     assert first["verdict"] == second["verdict"]
-    assert (first["rounds"], second["rounds"][0]["exitcode"]) == ([], 1)
+    assert [(each["halted"], each["message"]) for each in first["rounds"]] == [(True, "")]
+    assert [(each["rank"], each["exitcode"]) for each in second["rounds"][0]["failures"]] == [(1, 1)]
+    assert second["counters_before"].keys() == second["counters_after"].keys()
     assert "ValueError: bad batch 7" in second["rounds"][0]["traceback"]
     assert any("bad batch 7" in line for line in second["logs"]["local rank 0 stderr"])
     command = [sys.executable, str(PROJECT / "entrypoint.py"), "report"]
@@ -37,7 +39,56 @@ def test_each_node_of_a_failed_job_has_a_report_and_the_command_prints_it(tmp_pa
     assert b"hf_abcdefghijklmnopqrst" not in listed.stdout
 
 
-def test_a_job_that_ends_well_leaves_no_report(tmp_path: Path) -> None:
-    with nodes(tmp_path, 1, "print('well')") as made:
+ONE_OF_TWO = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+dist.all_reduce(torch.ones(1))
+if dist.get_rank() == 1:
+    raise ValueError("bad batch")
+dist.all_reduce(torch.ones(1))
+"""
+
+
+def test_an_unknown_exception_is_not_explained_by_the_complaint_of_its_neighbour(tmp_path: Path) -> None:
+    with nodes(tmp_path, 1, ONE_OF_TWO, MAX_RESTARTS="0", NPROC_PER_NODE="2") as made:
+        assert made.start(0).end(60) == 5
+        assert "rank 1 failed with ValueError: bad batch" in made.launchers[0].said[-1]
+    report = json.loads((tmp_path / "node0/default/report/node0/report.json").read_text())
+    assert (report["rounds"][0]["message"], report["symptom"]) == ("ValueError: bad batch", "")
+
+
+KILLED = """
+import os, signal, time
+if os.environ["RANK"] == "1":
+    print("step 1", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+def test_a_worker_that_is_killed_is_the_first_error_of_its_node_and_all_say_what_that_means(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, KILLED, MAX_RESTARTS="1", RUNS_ROOT=str(tmp_path / "shared")) as made:
+        assert [launcher.end(60) for launcher in made.start_all()] == [5, 5]
+        for launcher in made.launchers:
+            cause, cure, kept, verdict = launcher.said[-4:]
+            assert cause.startswith("cause: The worker was killed from outside")
+            assert cure.startswith("cure: `dmesg")
+            assert kept.startswith("kept for `report`: ")
+            assert "rank 1 was ended by SIGKILL" in verdict
+    folders = [tmp_path / f"shared/default/report/node{rank}" for rank in (0, 1)]
+    first, second = ((folder / "report.txt").read_text() for folder in folders)
+    assert "first error here: none, no worker of this node failed by itself" in first
+    assert "first error here: rank 1 was ended by SIGKILL\nfailed rounds here: 2" in second
+    kept = json.loads((folders[1] / "report.json").read_text())
+    assert [[one["exitcode"] for one in each["failures"]] for each in kept["rounds"]] == [[-9], [-9]]
+    assert kept["logs"]["local rank 0 stdout"] == ["step 1"]
+    assert json.loads((folders[0] / "report.json").read_text())["logs"]["local rank 0 stdout"] == []
+
+
+def test_a_job_that_ends_well_leaves_no_report_and_removes_an_older_one(tmp_path: Path) -> None:
+    with nodes(tmp_path, 1, FAILING, MAX_RESTARTS="0", NPROC_PER_NODE="2") as made:
+        assert made.start(0).end(60) == 5
+        assert (tmp_path / "node0/default/report/node0/report.txt").exists()
+        made.script.write_text("print('well')")
         assert made.start(0).end(60) == 0
     assert not list(tmp_path.glob("node0/default/report*"))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from app.doctor.gpus import ACS, GpuHealth, read_health, read_peers, read_xids
+from app.doctor.gpus import ACS, GpuHealth, read_health, read_peers
 from app.doctor.look import Disk, look, look_at_disk
 from app.launch.host import Host, probe
+from app.launch.host.xids import read_xids
 from tests.machines.library import MACHINES
 
 TCP = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
@@ -166,6 +167,8 @@ def test_errors_of_the_driver_are_read_from_the_kernels_log(tmp_path: Path) -> N
     write(tmp_path / "dev/kmsg", log)
     assert look(tmp_path, probe(tmp_path), None).gpus.xids == (("0000:43:00", 79),)
     assert read_xids("") == ()
+    assert read_xids(log, since=74889.0) == (("0000:43:00", 79),)
+    assert read_xids(log, since=74890.0) == ()
 
 
 @pytest.mark.parametrize(("control", "redirects"), [(0x001D, True), (0x0001, False)])

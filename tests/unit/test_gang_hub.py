@@ -268,8 +268,6 @@ def test_any_message_at_any_time_is_no_crash_of_node_0(said: str) -> None:
 class Engine:
     """FAKE torchrun: runs until it is ended."""
 
-    killed = float("inf")
-
     def __init__(self, *, broken: bool = False) -> None:
         self.ended = asyncio.Event()
         self.broken = broken

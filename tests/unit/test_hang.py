@@ -1,8 +1,19 @@
 """Who waits for whom: one sentence from what all ranks tell."""
 
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from app.launch import hang
 from app.launch.gang.messages import Event
 from app.launch.gang.round import Round
 from app.launch.hang import Stall, verdict
+from app.launch.plan import Plan
+from tests.machines.facts import drafted
 
 NODES = {0: "node 0 (10.0.0.1)", 1: "node 1 (10.0.0.2)"}
 
@@ -47,6 +58,52 @@ def test_ranks_outside_any_collective_are_each_shown() -> None:
     text = told(*alone)
     assert "rank 1 on node 0 (10.0.0.1) entered no collective, is at x.py:1" in text
     assert text.endswith("; and 2 more")
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Two ranks on this node, and a patience of 4 s."""
+    monkeypatch.setattr(hang, "signs", lambda: tmp_path / "signs")
+    settings = {"RUN_DIR": str(tmp_path / "run"), "NPROC_PER_NODE": "2", "HANG_REPORT": "4"}
+    found = drafted("laptop", tmp_path / "machine", **settings).plan
+    assert found is not None
+    assert hang.watched(found)["TORCHRUN_COMPOSE_LOOKS"] == str(tmp_path / "signs")
+    hang.folder(found).mkdir(parents=True)
+    return found
+
+
+def writes(plan: Plan, one: Stall) -> None:
+    told = {**asdict(one), "seconds": one.seconds + 0.7, "stack": "x", "recorder": [{"state": "scheduled"}]}
+    (hang.folder(plan) / f"rank{one.rank}.json").write_text(json.dumps(told))
+
+
+def sign(rank: int, age: float, used: float = 0.0, pid: int = os.getpid()) -> None:
+    """The last look of a rank: `age` seconds ago, and the processor time that it had used until then less `used`."""
+    file = hang.signs() / f"rank{rank}"
+    file.write_text(f"{pid} {time.monotonic() - age} {time.process_time() - used}")
+
+
+def test_a_node_stands_still_when_all_its_ranks_do(plan: Plan) -> None:
+    writes(plan, stall(1))
+    assert hang.read_stalls(plan) == ()
+    writes(plan, stall(0))
+    assert hang.read_stalls(plan) == (stall(0), stall(1))
+
+
+def test_a_rank_without_a_sign_of_life_that_uses_no_processor_holds_pythons_lock(plan: Plan) -> None:
+    writes(plan, stall(1))
+    sign(0, 30)
+    (mute, other) = hang.read_stalls(plan)
+    assert (mute.rank, mute.seconds, mute.at) == (0, 30, "native code that holds Python's lock (no stack)")
+    assert other == stall(1)
+    assert "rank 0 did not enter all_reduce (number 6)" in verdict({NODES[0]: (mute, other)})
+
+
+def test_a_rank_that_looked_lately_or_computes_or_has_ended_is_no_hang(plan: Plan) -> None:
+    writes(plan, stall(1))
+    for age, used, pid in ((5, 0, os.getpid()), (30, 5, os.getpid()), (30, 0, 1 << 30)):
+        sign(0, age, used, pid)
+        assert hang.read_stalls(plan) == ()
 
 
 def a_round(said: list[str], timeout: float = 100) -> Round:

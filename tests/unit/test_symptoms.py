@@ -67,7 +67,7 @@ def test_each_sample_is_diagnosed_as_its_own_entry(symptom: Symptom) -> None:
 @pytest.mark.parametrize("symptom", all_symptoms(), ids=by_id)
 def test_each_alternative_text_of_an_entry_leads_to_it_or_to_a_more_specific_one(symptom: Symptom) -> None:
     for text in symptom.match:
-        found = diagnose(f"[rank1]: {text.replace('...', ' 17 ')} and more")
+        found = diagnose(f"[rank1]: {text.replace('...', ' 17 ').removeprefix('^')} and more")
         assert found is not None, text
         assert found.id == symptom.id or found.rank > symptom.rank, (text, found.id)
 
@@ -75,6 +75,43 @@ def test_each_alternative_text_of_an_entry_leads_to_it_or_to_a_more_specific_one
 @pytest.mark.parametrize("text", HARMLESS)
 def test_harmless_messages_are_no_diagnosis(text: str) -> None:
     assert diagnose(text) is None
+
+
+ORDINARY = (
+    "cache: system not yet initialized, waiting",
+    "worker 3 has already checked in, skipping",
+    "mismatch in info from procs table, refreshed",
+    "benchmark of the exec format error handler",
+    "the GPU is lost. in translation: sentence 17",
+    "calendar: async fatal event handler registered",
+    "GID table changed its width to 80 columns",
+    "ValueError: invalid literal for int() with base 10: ''",
+    "torch.OutOfMemoryError: HIP out of memory. Tried to allocate 2.00 GiB",
+    "retry on MemoryError is on",
+    "the dataset's manifest unknown, indexing anew",
+    "Stale file handle cache dropped",
+    "tqdm can't start new thread, no progress bar",
+    "Connect timeout [s]: 30",
+    "backoff exceeded error retry count after 3 tries, next mirror",
+    "Could not find real path of the tokenizer, using its name",
+    "Could not load dynamic library 'libcuda.so.1'; dlerror: libcuda.so.1: cannot open shared object file",
+    "No CUDA GPUs are available, using the CPU",
+    "Torch not compiled with CUDA enabled: falling back to float32",
+    "epoch 1 was ended by the scheduler",
+)
+
+
+@pytest.mark.parametrize("text", ORDINARY)
+def test_what_an_ordinary_program_prints_names_no_cause(text: str) -> None:
+    found = diagnose(f"step 1\n[default0]:{text}\nstep 2\n")
+    assert found is None or found.rank < 3
+
+
+@pytest.mark.parametrize("text", ["MemoryError", "MemoryError: ", "[rank1]: MemoryError", "[default0]:MemoryError"])
+def test_an_entry_that_begins_with_a_caret_is_found_at_the_beginning_of_a_line(text: str) -> None:
+    found = diagnose(f"Traceback\n{text}\n")
+    assert found is not None
+    assert found.id == "host-memory"
 
 
 @pytest.mark.parametrize("name", sorted(CONSEQUENCES))

@@ -1,12 +1,13 @@
 """Which way the bytes of a training go, by the counters of a made-up machine."""
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from app.launch.plan import Plan
-from app.launch.traffic import Traffic, alarm, read_traffic, watched
+from app.launch.traffic import Traffic, alarm, read_traffic, watch, watched
 from tests.machines.facts import drafted
 
 GB = 10**9
@@ -42,6 +43,23 @@ def test_a_training_over_sockets_beside_infiniband_is_an_alarm_once_enough_was_s
         f"warning: {plan.transport} is here, but NCCL runs over sockets: {plan.interface} has sent 4"
     )
     assert alarm(plan, before, Traffic(rdma=50 * GB, interface=10 * GB)) == ""
+
+
+@pytest.mark.parametrize("counted", [(), ("mlx5_0",)])
+def test_ports_that_do_not_count_are_not_watched_and_raise_no_alarm(
+    counted: tuple[str, ...], plan: Plan, tmp_path: Path
+) -> None:
+    for device in ("mlx5_0", "bnxt_re0"):
+        count(tmp_path, f"infiniband/{device}/ports/1/rate", 0)
+    for device in counted:
+        count(tmp_path, f"infiniband/{device}/ports/1/counters/port_xmit_data", 100)
+    count(tmp_path, f"net/{plan.interface}/statistics/tx_bytes", 7)
+    before = read_traffic(plan, tmp_path)
+    assert before == Traffic(rdma=None, interface=7)
+    assert alarm(plan, before, Traffic(rdma=None, interface=13 * GB)) == ""
+    said: list[str] = []
+    asyncio.run(asyncio.wait_for(watch(plan, said.append, tmp_path), 1))
+    assert said == []
 
 
 def test_only_a_plan_with_rdma_between_nodes_is_watched(plan: Plan) -> None:

@@ -205,7 +205,7 @@ def test_folders_follow_the_run_unless_they_are_set() -> None:
     host = machine(cwd=Path("/here"))
     plan = planned(host, RUN_NAME="r1")
     assert (plan.run_dir, plan.checkpoint_dir) == (Path("/here/runs/r1"), Path("/here/runs/r1/checkpoints"))
-    assert plan.env["TORCH_FR_DUMP_TEMP_FILE"] == "/here/runs/r1/logs/flight_recorder_rank_"
+    assert plan.env["TORCH_FR_DUMP_TEMP_FILE"] == "/here/runs/r1/logs/node0/flight_recorder_rank_"
     own = planned(host, RUNS_ROOT="/runs", CHECKPOINT_DIR="/nfs/c")
     assert (own.run_dir, own.env["CHECKPOINT_DIR"]) == (Path("/runs/default"), "/nfs/c")
 
@@ -260,6 +260,9 @@ def test_limits_below_what_the_plan_needs_are_told() -> None:
     text = warned(small)
     assert "Shared memory (/dev/shm) has 64 MiB, and 2 processes with NCCL want about 2 GiB" in text
     assert "Only 1024 files and connections may be open at once (the hard limit)" in text
+    one = machine(limits=Limits(cpus=8, shm=32 << 20, open_files=1 << 20))
+    (warning,) = planned(one, NPROC_PER_NODE="1").warnings
+    assert "has 32 MiB, and the data loaders of 1 process want about 64 MiB. Set SHM_SIZE" in warning
     assert "The memory limit is 1 GiB for 2 processes" in text
 
 

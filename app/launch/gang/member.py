@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import secrets
-import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,9 +37,6 @@ STOPPED = Verdict(code=ExitCode.STOPPED, text="stopped before the training was d
 
 class Engine(Protocol):
     """A running torchrun, as far as the gang cares (app.launch.torchrun.Torchrun)."""
-
-    killed: float
-    """Monotonic time at which a worker was killed because the gang ends; infinite if none was."""
 
     async def watch(self, failing: Callable[[], None]) -> Outcome: ...
 
@@ -105,9 +101,10 @@ class Member:
         self._round = 0
         self._failures = 0
         self._before = ""
-        self._halted = self._failing = float("inf")
+        self._halted = False
+        """The engine was told to end."""
         self._heard = 0.0
-        self._stalled = list[tuple[int, str, int]]()
+        self._stalled, self._run_id = list[tuple[int, str, int]](), ""
 
     def stop(self) -> None:
         """The user wants this job to end; called a second time, at once."""
@@ -267,7 +264,9 @@ class Member:
 
     def _tell_stalls(self, wire: Wire) -> None:
         """Tells node 0 that all ranks of this node stand still, and where; or that one moves again."""
-        stalls = [*self.around.stalls()][:MOST_RANKS] if self._engine else []
+        # What was seen a moment ago may be of the round before.
+        seen = [stall for stall in self.around.stalls() if stall.run_id in ("", self._run_id)]
+        stalls = seen[:MOST_RANKS] if self._engine else []
         places = [(stall.rank, stall.at, stall.sequence) for stall in stalls]
         if places != self._stalled:
             self._stalled = places
@@ -324,8 +323,8 @@ class Member:
         self._answering.close()
         self._round, self._failures = place.round, integer(message, "failures", 0, 1 << 20)
         self._before = self.around.progress()
-        self._halted = self._failing = float("inf")
-        self._stalled = []
+        self._halted = False
+        self._stalled, self._run_id = [], place.run_id
         self.around.state("running", self._round)
         self._engine = self.around.launch(place)
         self._run = self._spawn(self._attend(self._engine))
@@ -351,28 +350,26 @@ class Member:
         with contextlib.suppress(OSError):
             await self._listen()
         self.around.state("waiting", self._round)
-        self._tell("ended", code=_clamp(outcome.code), failures=self._reports(outcome, engine), **self._ready())
+        self._tell("ended", code=_clamp(outcome.code), failures=self._reports(outcome), **self._ready())
 
     def _fails(self) -> None:
         """A worker ended early: the first sign, long before torchrun says which and why."""
-        self._failing = min(self._failing, time.monotonic())
-        if self._halted == float("inf"):
+        if not self._halted:
             self._tell("failing")
 
-    def _reports(self, outcome: Outcome, engine: Engine) -> list[dict[str, object]]:
+    def _reports(self, outcome: Outcome) -> list[dict[str, object]]:
         """At most one failure: the first worker's, or torchrun's own."""
         itself = Failure(rank=-1, exitcode=outcome.code, text="", time=time.time())
         first = next(iter(outcome.failures), itself)
-        halted = self._failing > (engine.killed if first.exitcode == -signal.SIGKILL else self._halted)
-        if not outcome.code or (halted and first is itself):
+        if not outcome.code or (outcome.halted and first is itself):
             return []
         told = {"rank": first.rank, "exitcode": _clamp(first.exitcode), "text": first.text, "time": int(first.time)}
-        return [{**told, "halted": halted}]
+        return [{**told, "halted": outcome.halted}]
 
     def _end(self, *, gently: bool, grace: float) -> None:
         # Once: a second SIGTERM would cut torchrun's own orderly end short.
-        if self._engine and self._halted == float("inf"):
-            self._halted = time.monotonic()
+        if self._engine and not self._halted:
+            self._halted = True
             self.around.state("stopping", self._round)
             self._spawn(self._engine.end(gently=gently, grace=grace))
 

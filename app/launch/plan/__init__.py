@@ -18,7 +18,7 @@ from app.launch.plan.needs import check_needs
 from app.launch.plan.network import decide_interface
 from app.launch.plan.nodes import decide_listed
 from app.launch.plan.rdma import decide_rdma
-from app.launch.plan.script import Script, decide_script, files_to_look_at, module_to_find
+from app.launch.plan.script import Script, decide_script, files_to_look_at, log_dir, module_to_find
 from app.launch.plan.times import decide_times
 from app.launch.plan.workers import Workers, decide_workers
 from app.launch.settings import Settings
@@ -78,6 +78,11 @@ class Plan:
     def world_size(self) -> int:
         return len(self.nodes) * self.nproc
 
+    @property
+    def log_dir(self) -> Path:
+        """Of this node alone: the nodes may share RUN_DIR, and all have the same run ids."""
+        return log_dir(self.run_dir, self.node_rank)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
@@ -126,7 +131,7 @@ def draft(settings: Settings, host: Host) -> Draft:
     transport = decide_rdma(host, own, workers.backend, ledger, exports)
     check_needs(host, workers, transport, ledger)
     script = decide_script(settings, host, ledger)
-    common_exports(exports, host, script, ports.ras)
+    common_exports(exports, host, script, ports.ras, 0 if member is None else member.rank)
     min_nodes = decide_times(settings, host, member, ledger)
     if member is not None:
         _decide_command(member, workers, ports, script, ledger)

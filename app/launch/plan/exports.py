@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from app.launch.envfile import COMPOSE
 from app.launch.host import Host
 from app.launch.plan.ledger import Ledger
-from app.launch.plan.script import Script
+from app.launch.plan.script import Script, log_dir
 from app.launch.settings import TABLE, Settings
 
 LIBRARIES = ("NCCL_", "GLOO_", "TORCH_")
@@ -78,13 +78,13 @@ def removals(settings: Settings, env: dict[str, str], ledger: Ledger) -> tuple[s
     return (*strays, *empty)
 
 
-def common_exports(exports: Exports, host: Host, script: Script, ras_port: int) -> None:
+def common_exports(exports: Exports, host: Host, script: Script, ras_port: int, node_rank: int) -> None:
     """Variables that every launch gets, whatever the network."""
     exports.offer("NCCL_DEBUG", "WARN", "errors and warnings of NCCL; INFO for its choices")
     exports.offer("NCCL_RAS_ADDR", f"localhost:{ras_port}", "one port per job: jobs on one machine must not share it")
     exports.offer(
         "TORCH_FR_DUMP_TEMP_FILE",
-        f"{script.run_dir}/logs/flight_recorder_rank_",
+        f"{log_dir(script.run_dir, node_rank)}/flight_recorder_rank_",
         "torch's record of the last collectives, written there when one times out",
     )
     exports.offer("PYTHONUNBUFFERED", "1", "a worker's last line must not be lost in a buffer")

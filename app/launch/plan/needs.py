@@ -9,6 +9,8 @@ from app.launch.plan.workers import Workers
 
 SHM_PER_GPU = 1 << 30
 """Bytes of /dev/shm per process: NCCL's buffers between the GPUs of a machine, and batches of data loaders."""
+SHM_OF_LOADERS = 64 << 20
+"""Bytes of /dev/shm that batches alone need: Gloo takes none."""
 OPEN_FILES = 4096
 MEMORY_PER_PROCESS = 1 << 30
 
@@ -20,11 +22,13 @@ def check_needs(host: Host, workers: Workers, transport: str, ledger: Ledger) ->
     blocked = memlock_obstacle(host)
     if blocked and workers.backend == "nccl" and transport != "sockets":
         ledger.refuse("memlock", f"{transport} is chosen, but {blocked}. (NCCL_IB_DISABLE=1 would use sockets.)")
-    wanted = SHM_PER_GPU * workers.nproc if workers.backend == "nccl" else 64 << 20
+    wanted, who = SHM_OF_LOADERS, f"the data loaders of {processes} want"
+    if workers.backend == "nccl":
+        wanted, who = SHM_PER_GPU * workers.nproc, f"{processes} with NCCL want{'s' * (workers.nproc == 1)}"
     if limits.shm is not None and limits.shm < wanted:
         ledger.warn(
-            f"Shared memory (/dev/shm) has {_size(limits.shm)}, and {processes} with NCCL want about "
-            f"{_size(wanted)}. Set SHM_SIZE in .env; otherwise it may end with 'No space left on device'."
+            f"Shared memory (/dev/shm) has {_size(limits.shm)}, and {who} about {_size(wanted)}. Set SHM_SIZE in .env; "
+            "otherwise it may end with 'No space left on device'."
         )
     # The launcher raises the soft limit to the hard one by itself.
     if limits.open_files is not None and limits.open_files < OPEN_FILES:

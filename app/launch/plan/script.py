@@ -62,6 +62,11 @@ def module_to_find(settings: Settings) -> str:
     return words[1] if words[:1] == ["-m"] and len(words) > 1 else ""
 
 
+def log_dir(run_dir: Path, node_rank: int) -> Path:
+    """What torchrun and the workers of one node leave."""
+    return run_dir / "logs" / f"node{node_rank}"
+
+
 def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
     """Command and folders; what is not there or cannot be used is a problem."""
     script, arguments = requested(settings)
