@@ -24,10 +24,10 @@ from app.launch.history import keep_round
 from app.launch.host.ports import holder
 from app.launch.looks import Looks
 from app.launch.plan import Plan
+from app.launch.plan.script import SHORTEST_TOKEN
 from app.launch.report import forget_report, make_report, read_counters, write_report
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-SHORTEST_TOKEN = 16
 MOST_FILES = 65_536
 
 

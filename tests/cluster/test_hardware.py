@@ -178,8 +178,16 @@ def test_a_secret_reaches_the_container_as_a_file_and_never_as_a_value(cluster2:
     env = {"CLUSTER_TOKEN_FILE": "./secrets/token"}
     done = node.run("-c", script, env=env, files={"secrets/token": "s3cret\n"}, options=PYTHON)
     assert "/run/secrets/cluster_token s3cret" in done.output
-    node.create(env)
+    node.create(env, files={"secrets/token": "s3cret\n"})
     assert "s3cret" not in json.dumps(node.stacks[-1].attributes)
+
+
+def test_a_path_that_is_not_there_is_an_error_and_not_a_new_folder_of_roots(cluster2: Cluster) -> None:
+    node = cluster2.nodes[0]
+    for name in ("CLUSTER_TOKEN_FILE", "WORKSPACE", "DATA_DIR"):
+        with pytest.raises(BedError, match="bind source path does not exist: .*/none"):
+            node.create({name: "./none"})
+        assert not (node.stacks[-1].folder / "none").exists()
 
 
 def test_without_a_secret_the_container_is_told_of_none(cluster2: Cluster) -> None:

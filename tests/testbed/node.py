@@ -63,9 +63,15 @@ class Node:
         stack.compose("up", "--detach", "--no-build", timeout=120)
         return stack
 
-    def create(self, env: Mapping[str, str] | None = None, *, exports: Mapping[str, str] | None = None) -> Stack:
+    def create(
+        self,
+        env: Mapping[str, str] | None = None,
+        *,
+        exports: Mapping[str, str] | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> Stack:
         """`docker compose create`: all that the engine would be asked for, without starting it."""
-        stack = self.stack(env, exports=exports)
+        stack = self.stack(env, exports=exports, files=files)
         stack.compose("create", "--no-build")
         return stack
 

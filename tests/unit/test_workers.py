@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from app.launch import supervise
 from app.launch.host.gpus import Gpu, Gpus
 from app.launch.host.limits import Limits
 from app.launch.host.paths import Seen
@@ -221,7 +220,6 @@ def test_a_token_file_must_be_there_and_hold_a_token() -> None:
     for message, seen in wrong.items():
         assert f"CLUSTER_TOKEN_FILE=/t (environment): {message}" in refused(machine(files={"/t": seen}), **token)
     assert planned(machine(files={"/t": Seen(size=SHORTEST_TOKEN)}), **token).token_file == Path("/t")
-    assert SHORTEST_TOKEN == supervise.SHORTEST_TOKEN
 
 
 def test_ports_follow_master_port_and_must_differ() -> None:
