@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ class Torchrun:
         """`keep` gets the outcome as soon as there is one."""
         ear, mouth = os.pipe()
         self.ear, self.keep = ear, keep
-        self.told_to_end = self.killing = False
+        self.told_to_end = self.killing = self.slow = False
         try:
             self.process = subprocess.Popen(
                 command,
@@ -130,6 +131,9 @@ class Torchrun:
             await asyncio.sleep(0.01)
         if not closing:
             told_to_end, killing = self.told_to_end, self.killing
+        if self.slow and not failures and not told_to_end:
+            text = f"a worker failed, and torchrun had not said why after {SAY_WHY:.0f} s: see the output above"
+            failures = (Failure(rank=-1, exitcode=1, text=text, time=time.time()),)
         # Within the grace a worker may be killed by others than us.
         halted = killing if failures and failures[0].exitcode == -signal.SIGKILL else told_to_end
         outcome = Outcome(code=self.process.returncode, failures=failures, halted=halted)
@@ -149,6 +153,7 @@ class Torchrun:
         await asyncio.sleep(KILL_AFTER if gently else 0)
         self.killing = self._tell_workers(signal.SIGKILL) > 0
         await asyncio.sleep(KILL_AFTER if gently else SAY_WHY)
+        self.slow = not gently and self.process.poll() is None
         self.kill()
 
     def kill(self) -> None:

@@ -185,7 +185,7 @@ def test_a_secret_reaches_the_container_as_a_file_and_never_as_a_value(cluster2:
 def test_a_path_that_is_not_there_is_an_error_and_not_a_new_folder_of_roots(cluster2: Cluster) -> None:
     node = cluster2.nodes[0]
     for name in ("CLUSTER_TOKEN_FILE", "WORKSPACE", "DATA_DIR"):
-        with pytest.raises(BedError, match="bind source path does not exist: .*/none"):
+        with pytest.raises(BedError, match=r"bind source path does not exist: .*/none"):
             node.create({name: "./none"})
         assert not (node.stacks[-1].folder / "none").exists()
 
