@@ -49,10 +49,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(sequences, tokens, width) to the same shape."""
-        n, t, width = x.shape
-        q, k, v = self.qkv(self.norm_attention(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.merge(attended.transpose(1, 2).reshape(n, t, width))
+        x = x + self.merge(attended.transpose(1, 2).flatten(2))
         fed: Tensor = self.down(F.gelu(self.up(self.norm_feed(x)), approximate="tanh"))
         return x + fed
 

@@ -79,3 +79,12 @@ def test_no_token_sees_the_future() -> None:
     before, after = model(text), model(changed)
     assert torch.equal(before[0, :10], after[0, :10])
     assert not torch.equal(before[0, 10:], after[0, 10:])
+
+
+def test_a_micro_batch_without_sequences_has_no_loss_and_moves_nothing() -> None:
+    """Ranks accumulate equally often, so one whose share is a sequence smaller may have nothing left to add."""
+    model, nothing = GPT(vocab=50, context=16, layers=1, heads=2, width=16), torch.empty(0, 16, dtype=torch.int64)
+    loss = model(nothing, nothing)
+    loss.backward()
+    assert float(loss) == 0
+    assert all(weight.grad is not None and not weight.grad.any() for weight in model.parameters())
