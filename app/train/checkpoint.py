@@ -94,7 +94,6 @@ class Checkpoints:
         # A save in the background must not share a group with the collectives of the steps.
         self.group = dist.new_group(backend="gloo") if sharded else None
         self.pending: tuple[int, Future[Any]] | None = None
-        self.last_error = ""
 
     def restore(self, fresh_state: Callable[[], State]) -> State | None:
         """Loads the newest complete checkpoint of any disk into the run's own state, on all ranks; None without any.
@@ -139,15 +138,15 @@ class Checkpoints:
         """Waits for the save in the background, says so if it failed, and removes what is no longer kept."""
         if self.pending is None:
             return
-        (step, future), self.pending, self.last_error = self.pending, None, ""
+        (step, future), self.pending, problem = self.pending, None, ""
         try:
             future.result()
         except (Exception, CheckpointException) as error:  # training outlives any failure to save
-            self.last_error = _reason(error)
-        if self.last_error and self.cares_for_disk:
+            problem = _reason(error)
+        if problem and self.cares_for_disk:
             shutil.rmtree(self._path(step), ignore_errors=True)
             say(
-                f"{node()}: the checkpoint of step {step} could not be saved: {self.last_error}. "
+                f"{node()}: the checkpoint of step {step} could not be saved: {problem}. "
                 f"Training goes on; the last good one here: {self.newest()}."
             )
         elif self.cares_for_disk:

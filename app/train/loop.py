@@ -212,7 +212,7 @@ class Run:
         settings = self.settings
         self.checkpoints.wait()
         self._say_once(f"checkpoint: {self.checkpoints.newest()}")
-        saved = not all(gathered(self.checkpoints.last_error))
+        saved = any(gathered(self.step in self.checkpoints.complete()))
         if number:
             self._say_once(f"stopped by signal {number} after step {self.step} of {settings.steps}")
             return 128 + number

@@ -67,6 +67,13 @@ def test_a_full_disk_costs_the_save_and_not_the_run_nor_an_older_checkpoint(
         assert (code, "resumed after step 9; 5 logged steps are done again" in text) == (0, True), text
 
 
+def test_two_ranks_whose_one_disk_lacks_the_last_weights_have_not_succeeded(tmp_path: Path) -> None:
+    with _mounted(tmp_path / "disk", "size=64k") as disk:
+        code, text = train(tmp_path, "--steps 2", environ={"CHECKPOINT_DIR": str(disk)})
+    assert "the checkpoint of step 2 could not be saved" in text
+    assert (code, worker_codes(text)) == (1, {1})
+
+
 @pytest.mark.parametrize("variable", ["CHECKPOINT_DIR", "RUN_DIR"])
 def test_a_read_only_folder_is_refused_before_the_first_step(tmp_path: Path, variable: str) -> None:
     with _mounted(tmp_path / "disk", "ro") as disk:
