@@ -54,8 +54,8 @@ def load_corpus(data: str, context: int) -> Corpus:
     Raises:
         UserError: nothing usable is there.
     """
-    paths = _paths(Path(data)) if data else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     try:
+        paths = _paths(Path(data)) if data else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         paths = [path for path in paths if path.stat().st_size >= (2 if path.suffix == ".bin" else 1)]
         if len({path.suffix == ".bin" for path in paths}) != 1:
             mixed = "both token files (.bin) and text: keep one kind" if paths else "no file with content"
@@ -126,7 +126,8 @@ def _paths(data: Path) -> list[Path]:
         raise UserError(f"DATA={data}: there is no such file or folder in this container or machine.")
     if data.is_file():
         return [data]
-    return sorted(path for path in data.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = (path for path in data.rglob("*") if path.is_file())
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(data).parts))
 
 
 def _open(path: Path) -> Tensor:
