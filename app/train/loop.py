@@ -234,6 +234,8 @@ class Run:
 
     def _cut(self, share: Tensor, count: int) -> list[Tensor]:
         """Equally many micro-batches on every rank, (sequences, context + 1) each; the host does not wait."""
+        if len(share) and (highest := int(share.max())) >= self.settings.vocab:
+            raise UserError(f"DATA has a token {highest}, vocab is {self.settings.vocab}: raise TRAIN_VOCAB.")
         pieces = share.tensor_split(ceil(ceil(count / self.world) / self.settings.micro_batch))
         on_gpu = self.device.type == "cuda"
         return [piece.pin_memory().to(self.device, non_blocking=True) if on_gpu else piece for piece in pieces]

@@ -133,6 +133,14 @@ def test_a_wrong_setting_ends_every_rank_with_2_and_one_message(tmp_path: Path) 
     assert 2 in worker_codes(text)
 
 
+def test_token_files_that_need_a_larger_vocabulary_are_refused_by_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "tokens.bin").write_bytes(bytes([0, 1]) * 2000)
+    _, text = train(tmp_path, f"--steps 3 --data {tmp_path / 'tokens.bin'}")
+    assert worker_codes(text) == {2}
+    assert "DATA has a token 256, vocab is 256: raise TRAIN_VOCAB." in text
+    assert "Traceback" not in text.split("Sending process")[0]
+
+
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
     _, text = train(tmp_path, "--steps 50 --checkpoint-every 1 --keep 9 --lr 1e30 --warmup 4 --log-every 25")
     assert 1 in worker_codes(text)
