@@ -117,6 +117,7 @@ class Run:
             if settings.eval_every and (self.step % settings.eval_every == 0 or self.step == settings.steps):
                 self._evaluate()
             self.checkpoints.poll()
+        self.metrics.trace(settings.steps + 1)
         return number
 
     def _settle_buckets(self) -> None:

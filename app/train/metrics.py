@@ -214,11 +214,13 @@ class Metrics:
                 say(f"loss.png cannot be written to {self.path.parent}: {error.strerror}.")
 
     def trace(self, step: int) -> None:
-        """Called before each step: traces three of every rank, on request."""
-        if step == self.settings.profile:
+        """Called with the number of the next step, after the last one too: traces three of every rank, on request."""
+        first, last = self.settings.profile, min(self.settings.profile + PROFILED_STEPS - 1, self.settings.steps)
+        wanted = 0 < first <= step <= last
+        if wanted and not self.profiler:
             self.profiler = torch.profiler.profile()
             self.profiler.start()
-        elif self.profiler and step == self.settings.profile + PROFILED_STEPS:
+        elif self.profiler and not wanted:
             self.profiler.stop()
             self.profiler.export_chrome_trace(str(self.path.with_name(f"trace-rank-{dist.get_rank()}.json")))
             self.profiler = None

@@ -205,6 +205,12 @@ def test_a_run_tells_its_devices_and_leaves_metrics_a_picture_and_a_sample(tmp_p
     ]
 
 
+def test_a_trace_that_the_end_cuts_short_is_written(tmp_path: Path) -> None:
+    code, text = train(tmp_path, "--steps 3 --profile 3", nproc=1)
+    assert code == 0, text
+    assert "traceEvents" in (tmp_path / "trace-rank-0.json").read_text()
+
+
 def test_it_runs_without_torchrun_as_one_rank(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "app.train", *TINY.split(), "--steps", "2", "--run-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
