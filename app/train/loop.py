@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from app.train.checkpoint import Checkpoints, State, agree, disk_owner, gathered, node
 from app.train.data import Corpus, held_out_batch, load_corpus, training_batch
 from app.train.metrics import Mark, Metrics, Step, mark
-from app.train.model import GPT, adamw, learning_rate, replicate, sample, shard
+from app.train.model import GPT, adamw, learning_rate, replicate, sample, shard, uses_bf16
 from app.train.settings import Settings, UserError, leave, refuse, say
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -62,8 +62,7 @@ class Run:
         torch.manual_seed(settings.seed)
         shape = {name: getattr(settings, name) for name in ("vocab", "context", "layers", "heads", "width")}
         self.net = GPT(**shape).to(self.device)
-        on_good_gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and on_good_gpu)
+        self.bf16 = uses_bf16(settings.precision, self.device)
         self.names = gathered(f"rank {self.rank} on {node()}")
         self.metrics = Metrics(settings, self.names, self.device, self.net.flops_per_token())
         if settings.compile:

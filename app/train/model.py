@@ -98,6 +98,12 @@ def sample(model: GPT, *, count: int, seed: int) -> str:
     return bytes(text.tolist()).decode(errors="replace")
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """`auto` is bf16 where the GPU computes with it. Where torch emulates it (before Ampere), fp32 is faster."""
+    on_good_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision == "bf16" or (precision == "auto" and on_good_gpu)
+
+
 def shard(model: GPT, device: torch.device, *, bf16: bool) -> None:
     """FSDP2, in place: each block, then the rest."""
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

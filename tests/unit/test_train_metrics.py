@@ -5,7 +5,7 @@ import torch
 from PIL import ImageColor
 
 from app.train.metrics import loss_picture, peak_flops, slow_ranks
-from app.train.model import GPT, Linear, learning_rate
+from app.train.model import GPT, Linear, learning_rate, uses_bf16
 from app.train.settings import Settings
 
 FAST, SLOW, WAITING = (0.01, 0.1, 0.0), (0.01, 0.2, 0.0), (0.0, 0.1, 0.1)
@@ -60,6 +60,15 @@ def test_the_picture_shows_both_losses() -> None:
 
 def test_a_picture_of_one_step_can_be_drawn() -> None:
     assert loss_picture({7: 3.0}, {}).size == (720, 400)
+
+
+@pytest.mark.parametrize(("precision", "used"), [("auto", False), ("bf16", True), ("fp32", False)])
+def test_a_gpu_that_only_emulates_bf16_uses_it_when_asked(
+    precision: str, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert uses_bf16(precision, torch.device("cuda")) is used
+    assert uses_bf16(precision, torch.device("cpu")) is used
 
 
 def test_a_convolution_is_the_same_product_as_a_linear_layer() -> None:
