@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -64,7 +63,7 @@ class Run:
         self.net = GPT(**shape).to(self.device)
         self.bf16 = uses_bf16(settings.precision, self.device)
         self.names = gathered(f"rank {self.rank} on {node()}")
-        self.metrics = Metrics(settings, self.names, self.device, self.net.flops_per_token())
+        self.metrics = Metrics(settings, self.names, device_name, self.net.flops_per_token())
         if settings.compile:
             self.net.compile()
         # `model` is what to call; `net` stays what to evaluate and to save.
@@ -129,13 +128,13 @@ class Run:
 
     def take_step(self) -> None:
         """One optimizer step over `batch` sequences."""
-        settings, began = self.settings, time.perf_counter()
+        settings, began = self.settings, mark(self.device)
         # Randomness of a step (a dropout that you may add) depends on the step alone, so that a resume repeats it.
         torch.manual_seed(settings.seed + 1 + self.step * self.world + self.rank)
         pieces = self._pieces()
-        data_seconds = time.perf_counter() - began
+        data_there = mark(self.device)
 
-        begin, loss = mark(self.device), torch.zeros((), device=self.device)
+        loss = torch.zeros((), device=self.device)
         tokens = settings.batch * settings.context
         for number, piece in enumerate(pieces, start=1):
             with self._exchange(number == len(pieces)):
@@ -144,7 +143,7 @@ class Run:
                 # DDP and FSDP2 average over the ranks: so scaled, uneven shares give the mean of all tokens.
                 (part * (self.world / tokens)).backward()
             loss += part.detach()
-        end = mark(self.device)
+        all_there = mark(self.device)
 
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), settings.clip or inf)
         rate = learning_rate(settings, self.step)
@@ -154,9 +153,8 @@ class Run:
         self.optimizer.zero_grad()
         self.step, self.position = self.step + 1, self.position + settings.batch
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.metrics.steps.append(
-            Step(loss / tokens, norm, rate, data_seconds, begin, self.gradients_there or end, end)
-        )
+        marks = (began, data_there, self.gradients_there or all_there, all_there)
+        self.metrics.steps.append(Step(loss / tokens, norm, rate, marks))
 
     def agreed_signal(self) -> int:
         """The signal that all ranks know of, or 0. The question is asked now and read one step later: nobody waits."""
