@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -183,9 +183,12 @@ class Run:
 
     def state(self) -> State:
         """What a checkpoint holds. Its tensors are those of the run, not copies."""
-        model, optimizer = get_state_dict(self.net, self.optimizer)
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        model, optimizer = get_state_dict(self.net, self.optimizer, options=options)
+        # Its settings are not restored: those of this start apply.
+        moments = {f"optimizer.{name}": value for name, value in optimizer.items() if name.startswith("state.")}
         progress = {"step": self.step, "position": self.position, **self._order()}
-        return {"model": model, "optimizer": {"state": optimizer["state"]}, "progress": progress}
+        return {f"model.{name}": value for name, value in model.items()} | moments | {"progress": progress}
 
     def _order(self) -> dict[str, Any]:
         """What the order of the data depends on."""
