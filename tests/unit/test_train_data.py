@@ -1,6 +1,8 @@
 """The order of the data: a pure function of seed and position that no world size changes."""
 
+import os
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +92,22 @@ def test_hidden_files_and_what_is_in_hidden_folders_are_no_data(tmp_path: Path) 
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name[:1] * 500)
     assert [bytes(file.tolist()) for file in load_corpus(str(tmp_path), CONTEXT).files] == [b"a" * 500]
+
+
+@pytest.mark.parametrize("size", [1000, 2 << 20])
+def test_a_file_that_may_not_be_read_is_refused_by_its_name(size: int) -> None:
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        file = Path(folder, "text.txt")
+        file.write_bytes(bytes(size))
+        file.chmod(0)
+        os.seteuid(user or 65534)  # root may read everything
+        try:
+            with pytest.raises(UserError, match=r"cannot read \S+/text.txt: Permission denied"):
+                load_corpus(folder, CONTEXT)
+        finally:
+            os.seteuid(user)
 
 
 def test_the_digest_tells_contents_apart(tmp_path: Path) -> None:
