@@ -33,8 +33,7 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 def train(settings: Settings) -> NoReturn:
     """Trains, and ends the process: 0 finished, 1 failed, 2 wrong settings, 128 + n stopped by signal n."""
     try:
-        run = Run(settings)
-        leave(run.train())
+        leave(Run(settings).train())
     except UserError as error:
         leave(refuse(error))
 
@@ -61,7 +60,9 @@ class Run:
         torch.manual_seed(settings.seed)
         shape = {name: getattr(settings, name) for name in ("vocab", "context", "layers", "heads", "width")}
         self.net = GPT(**shape).to(self.device)
-        self.bf16 = uses_bf16(settings.precision, self.device)
+        bf16 = uses_bf16(settings.precision, self.device)
+        # FSDP2 has a policy of its own.
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16 and not self.sharded)
         self.names = gathered(f"rank {self.rank} on {node()}")
         self.metrics = Metrics(settings, self.names, device_name, self.net.flops_per_token())
         if settings.compile:
@@ -70,7 +71,7 @@ class Run:
         self.model: nn.Module = self.net
         self.gradients_there: Mark = None
         if self.sharded:
-            shard(self.net, self.device, bf16=self.bf16)
+            shard(self.net, self.device, bf16=bf16)
         else:
             self.model = replicate(self.net, self.device, self._on_last_gradient)
         self.optimizer = adamw(self.net, settings)
@@ -138,7 +139,7 @@ class Run:
         tokens = settings.batch * settings.context
         for number, piece in enumerate(pieces, start=1):
             with self._exchange(number == len(pieces)):
-                with self._autocast():
+                with self.autocast:
                     part = self.model(piece[:, :-1], piece[:, 1:])
                 # DDP and FSDP2 average over the ranks: so scaled, uneven shares give the mean of all tokens.
                 (part * (self.world / tokens)).backward()
@@ -172,7 +173,7 @@ class Run:
         """Mean loss of held-out text, every rank its share."""
         count, sums = self.settings.eval_sequences, torch.zeros(2, dtype=torch.float64)
         for piece in self._cut(held_out_batch(self.corpus, count=count, rank=self.rank, world=self.world), count):
-            with self._autocast():
+            with self.autocast:
                 loss = self.net(piece[:, :-1], piece[:, 1:])
             sums += torch.tensor([float(loss), piece[:, 1:].numel()], dtype=torch.float64)
         dist.all_reduce(sums)
@@ -218,7 +219,7 @@ class Run:
             self._say_once(f"stopped by signal {number} after step {self.step} of {settings.steps}")
             return 128 + number
         if settings.sample and settings.vocab == 256:
-            with self._autocast():
+            with self.autocast:
                 self._say_once("a sample:\n" + sample(self.net, count=settings.sample, seed=settings.seed))
         if self.rank == 0:
             self.metrics.draw()
@@ -248,10 +249,6 @@ class Run:
         elif isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        """FSDP2 has a policy of its own."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and not self.sharded)
 
     def _on_last_gradient(self, _: Tensor) -> None:
         self.gradients_there = mark(self.device)

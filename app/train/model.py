@@ -123,13 +123,9 @@ def replicate(model: GPT, device: torch.device, on_last_gradient: Callable[[Tens
 
 def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     """Fused AdamW that decays matrices only."""
-    groups = [
-        {
-            "params": [weight for weight in model.parameters() if weight.dim() >= 2],
-            "weight_decay": settings.weight_decay,
-        },
-        {"params": [weight for weight in model.parameters() if weight.dim() < 2], "weight_decay": 0.0},
-    ]
+    matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
+    others = [weight for weight in model.parameters() if weight.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
 
