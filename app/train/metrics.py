@@ -176,7 +176,8 @@ class Metrics:
     def _write_events(self, records: Sequence[Mapping[str, Any]]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = self.board or SummaryWriter(str(self.path.with_name("tensorboard")))
+        # Steps that an earlier start did too are hidden.
+        self.board = self.board or SummaryWriter(self.path.with_name("tensorboard"), purge_step=records[0]["step"])
         for record in records:
             for name in record.keys() - {"step", "time"}:
                 self.board.add_scalar(name, record[name], record["step"])
