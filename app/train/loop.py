@@ -35,7 +35,7 @@ def train(settings: Settings) -> NoReturn:
     try:
         leave(Run(settings).train())
     except UserError as error:
-        leave(refuse(error))
+        refuse(error)
 
 
 class Run:
