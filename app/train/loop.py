@@ -24,7 +24,8 @@ from app.train.metrics import Mark, Metrics, Step, mark
 from app.train.model import GPT, adamw, learning_rate, replicate, sample, shard, uses_bf16
 from app.train.settings import Settings, UserError, leave, refuse, say
 
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
 """How gloo words the loss of another rank, in gloo/transport/tcp/{pair,unbound_buffer}.cc."""
 
@@ -265,15 +266,16 @@ def connect(settings: Settings) -> torch.device:
     """Joins the process group: NCCL for GPUs and gloo for CPUs, both where there are GPUs. Without torchrun, one rank.
 
     Raises:
-        UserError: there is no GPU for this rank.
+        UserError: this node has more ranks than GPUs; all its ranks say so, since only the first is heard.
     """
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
-    device, gpu, gpus = torch.device("cpu"), int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    device, ranks, gpus = torch.device("cpu"), int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if settings.device == "cuda" or (settings.device == "auto" and gpus):
-        if gpu >= gpus:
-            raise UserError(f"local rank {gpu} needs a GPU of its own and there are {gpus}: lower NPROC_PER_NODE.")
-        device = torch.device("cuda", gpu)
+        if ranks > gpus:
+            cure = "lower NPROC_PER_NODE, or set TRAIN_DEVICE=cpu"
+            raise UserError(f"{node()}: {ranks} ranks need a GPU each and there are {gpus}: {cure}.")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # Gloo carries the agreement to stop and the checkpoints' messages; neither may wait for the GPU.
     nccl = device.type == "cuda" and os.environ.get("BACKEND") != "gloo"
