@@ -56,8 +56,8 @@ def disk_owner(folder: Path, variable: str) -> int:
     Raises:
         UserError: a rank cannot write there.
     """
-    problem, name = "", f".probe-{gathered(uuid4().hex)[0]}"
-    mine = folder / f"{name}-{dist.get_rank()}"
+    names = gathered(f".probe-{uuid4().hex}")
+    mine, problem = folder / names[dist.get_rank()], ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         mine.touch()
@@ -65,7 +65,7 @@ def disk_owner(folder: Path, variable: str) -> int:
         problem = f"{variable}={folder} cannot be written: {error.strerror} (user id {os.getuid()})."
     agree(problem)
     # Asked by name, not listed: a network file system may show an old listing for a minute.
-    owner = next(rank for rank in range(dist.get_world_size()) if (folder / f"{name}-{rank}").exists())
+    owner = next(rank for rank, name in enumerate(names) if (folder / name).exists())
     dist.barrier()
     mine.unlink()
     return owner
@@ -84,7 +84,7 @@ class Checkpoints:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self.folder, self.keep, self.sharded, self.rank = folder, keep, sharded, dist.get_rank()
         owner = disk_owner(folder, "CHECKPOINT_DIR")
-        if strangers := [rank for rank, other in enumerate(gathered(owner)) if sharded and other]:
+        if sharded and (strangers := [rank for rank, other in enumerate(gathered(owner)) if other]):
             raise UserError(
                 "sharding=fsdp needs a CHECKPOINT_DIR that all ranks share, since each writes its part; "
                 f"ranks {strangers} do not see what rank 0 wrote to {folder}. "
