@@ -12,7 +12,7 @@ try:
 
     train(settings)
 except UserError as error:
-    leave(refuse(error))
+    refuse(error)
 except Exception:
     traceback.print_exc()
     leave(1)

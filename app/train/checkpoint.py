@@ -4,7 +4,6 @@
 """
 
 import os
-import re
 import shutil
 import socket
 import warnings
@@ -17,7 +16,6 @@ from uuid import uuid4
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -27,7 +25,9 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from app.train.settings import UserError, say
 
 State = dict[str, Any]
-"""Nested; its tensors are those of the run, so that loading into them is all that a resume takes."""
+"""Tensors by name, which are those of the run, so that loading into them is all that a resume takes; and progress."""
+STEP = "step-" + 8 * "[0-9]"
+"""The folders of checkpoints, and neither `step-N.unreadable-*` nor what else may be there."""
 _T = TypeVar("_T")
 
 
@@ -56,8 +56,8 @@ def disk_owner(folder: Path, variable: str) -> int:
     Raises:
         UserError: a rank cannot write there.
     """
-    problem, name = "", f".probe-{gathered(uuid4().hex)[0]}"
-    mine = folder / f"{name}-{dist.get_rank()}"
+    names = gathered(f".probe-{uuid4().hex}")
+    mine, problem = folder / names[dist.get_rank()], ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         mine.touch()
@@ -65,7 +65,7 @@ def disk_owner(folder: Path, variable: str) -> int:
         problem = f"{variable}={folder} cannot be written: {error.strerror} (user id {os.getuid()})."
     agree(problem)
     # Asked by name, not listed: a network file system may show an old listing for a minute.
-    owner = next(rank for rank in range(dist.get_world_size()) if (folder / f"{name}-{rank}").exists())
+    owner = next(rank for rank, name in enumerate(names) if (folder / name).exists())
     dist.barrier()
     mine.unlink()
     return owner
@@ -84,7 +84,7 @@ class Checkpoints:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self.folder, self.keep, self.sharded, self.rank = folder, keep, sharded, dist.get_rank()
         owner = disk_owner(folder, "CHECKPOINT_DIR")
-        if strangers := [rank for rank, other in enumerate(gathered(owner)) if sharded and other]:
+        if sharded and (strangers := [rank for rank, other in enumerate(gathered(owner)) if other]):
             raise UserError(
                 "sharding=fsdp needs a CHECKPOINT_DIR that all ranks share, since each writes its part; "
                 f"ranks {strangers} do not see what rank 0 wrote to {folder}. "
@@ -94,7 +94,6 @@ class Checkpoints:
         # A save in the background must not share a group with the collectives of the steps.
         self.group = dist.new_group(backend="gloo") if sharded else None
         self.pending: tuple[int, Future[Any]] | None = None
-        self.last_error = ""
 
     def restore(self, fresh_state: Callable[[], State]) -> State | None:
         """Loads the newest complete checkpoint of any disk into the run's own state, on all ranks; None without any.
@@ -104,7 +103,9 @@ class Checkpoints:
         """
         found = gathered(self.complete() if self.cares_for_disk else [])
         candidates = sorted((-step, rank) for rank, steps in enumerate(found) for step in steps)
-        state, unusable = fresh_state() if candidates else {}, list[Path]()
+        if not candidates:
+            return None
+        state, unusable = fresh_state(), list[Path]()
         for minus_step, source in candidates:
             path = self._path(-minus_step)
             if self._load(path, source, state):
@@ -114,20 +115,18 @@ class Checkpoints:
                 return state
             if self.rank == source:
                 unusable.append(path)
-        if candidates:
-            raise UserError(
-                f"no checkpoint in {self.folder} can be used, of steps {sorted({-step for step, _ in candidates})}. "
-                "Nothing was changed. Repair or move them away, go back to the settings they were made with, or choose "
-                "another RUN_NAME to begin anew."
-            )
-        return None
+        raise UserError(
+            f"no checkpoint in {self.folder} can be used, of steps {sorted({-step for step, _ in candidates})}. "
+            "Nothing was changed. Repair or move them away, go back to the settings they were made with, or choose "
+            "another RUN_NAME to begin anew."
+        )
 
     def save(self, state: State, step: int) -> None:
         """Begins to save in the background, after the save before has ended; no-op where this step is there already."""
         self.wait()
-        path, alone = self._path(step), not self.sharded
+        path = self._path(step)
         if self.writes and not (path / ".metadata").exists():
-            future = async_save(state, checkpoint_id=path, process_group=self.group, no_dist=alone)
+            future = async_save(state, checkpoint_id=path, process_group=self.group, no_dist=not self.sharded)
             self.pending = step, future  # type: ignore[assignment]  # the other type is for stagers that we do not use
 
     def poll(self) -> None:
@@ -139,29 +138,27 @@ class Checkpoints:
         """Waits for the save in the background, says so if it failed, and removes what is no longer kept."""
         if self.pending is None:
             return
-        (step, future), self.pending, self.last_error = self.pending, None, ""
+        (step, future), self.pending = self.pending, None
         try:
             future.result()
         except (Exception, CheckpointException) as error:  # training outlives any failure to save
-            self.last_error = _reason(error)
-        if self.last_error and self.cares_for_disk:
-            shutil.rmtree(self._path(step), ignore_errors=True)
-            say(
-                f"{node()}: the checkpoint of step {step} could not be saved: {self.last_error}. "
-                f"Training goes on; the last good one here: {self.newest()}."
-            )
-        elif self.cares_for_disk:
-            kept = {self._path(step).name for step in self.complete()[-self.keep :]}
-            for path in self.folder.glob("step-*"):
-                if re.fullmatch(r"step-\d{8}", path.name) and path.name not in kept:
-                    # Without its mark it is torn, should this be killed half way.
-                    (path / ".metadata").unlink(missing_ok=True)
-                    shutil.rmtree(path, ignore_errors=True)
+            if self.cares_for_disk:
+                shutil.rmtree(self._path(step), ignore_errors=True)
+                say(
+                    f"{node()}: the checkpoint of step {step} could not be saved: {_reason(error)}. "
+                    f"Training goes on; the last good one here: {self.newest()}."
+                )
+            return
+        if self.cares_for_disk:
+            kept = {self._path(step) for step in self.complete()[-self.keep :]}
+            for path in set(self.folder.glob(STEP)) - kept:
+                with suppress(OSError):  # without its mark it is torn, should this be killed half way
+                    (path / ".metadata").unlink()
+                shutil.rmtree(path, ignore_errors=True)
 
     def complete(self) -> list[int]:
         """Steps of the complete checkpoints on this disk, oldest first."""
-        names = (mark.parent.name for mark in self.folder.glob("step-*/.metadata"))
-        return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8}", name))
+        return sorted(int(mark.parent.name[5:]) for mark in self.folder.glob(f"{STEP}/.metadata"))
 
     def newest(self) -> str:
         """The newest complete checkpoint of this disk, for messages."""
@@ -186,9 +183,9 @@ class Checkpoints:
         if any(gathered(problem)):
             return False
         if not self.sharded:
-            for leaf in flatten_state_dict(state)[0].values():
-                if isinstance(leaf, Tensor):
-                    dist.broadcast(leaf, src=source)
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    dist.broadcast(value, src=source)
             state["progress"] = gathered(state["progress"])[source]
         return True
 
@@ -197,7 +194,7 @@ def _difference(path: Path, state: State) -> str:
     """How the tensors of a checkpoint differ from those of the run, or nothing."""
     saved = FileSystemReader(path).read_metadata().state_dict_metadata
     there = {name: tuple(entry.size) for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
-    here = {name: tuple(leaf.shape) for name, leaf in flatten_state_dict(state)[0].items() if isinstance(leaf, Tensor)}
+    here = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
     for name in [*here, *there]:
         if here.get(name) != there.get(name):
             sizes = f"{there.get(name, 'missing')}, this model's is {here.get(name, 'missing')}"

@@ -4,7 +4,6 @@ import hashlib
 import sysconfig
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,20 +18,20 @@ HELD_OUT = 20
 """The last of every so many windows is held out for evaluation."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """Files laid end to end as one row of tokens, cut into windows of `context` tokens and the one that follows."""
+    """Files laid end to end as one row of tokens, cut into windows of `context` tokens and the one that follows.
 
-    files: tuple[Tensor, ...]
-    starts: tuple[int, ...]
-    """Position of each file's first token in the row."""
-    context: int
-    training: int
-    """Windows to train on."""
-    held_out: int
-    """Windows never trained on."""
-    digest: str
-    """SHA-256 over the size, the first and the last MiB of every file."""
+    `training` windows are trained on, `held_out` ones never; `digest` is SHA-256 over the size, the first and the last
+    MiB of every file.
+    """
+
+    def __init__(self, files: Sequence[Tensor], context: int, digest: str) -> None:
+        """Cuts files that are open."""
+        self.files, self.context, self.digest = files, context, digest
+        *self.starts, self.length = accumulate(map(len, files), initial=0)
+        windows = (self.length - 1) // context
+        self.held_out = windows // HELD_OUT
+        self.training = windows - self.held_out
 
     def window(self, index: int) -> Tensor:
         """Tokens of one window, int64 (context + 1,)."""
@@ -41,11 +40,14 @@ class Corpus:
         while start < end:
             file = bisect_right(self.starts, start) - 1
             offset = start - self.starts[file]
-            piece = self.files[file][offset : offset + end - start]
-            # Token files are unsigned 16-bit, which torch maps as signed.
-            pieces.append(piece.long() & 0xFFFF if piece.dtype == torch.int16 else piece.long())
-            start += len(piece)
+            pieces.append(self.files[file][offset : offset + end - start].long())
+            start += len(pieces[-1])
         return torch.cat(pieces)
+
+    def windows(self, indices: Sequence[int]) -> Tensor:
+        """Several windows, or none: (windows, context + 1)."""
+        rows = [self.window(index) for index in indices]
+        return torch.stack(rows) if rows else torch.empty(0, self.context + 1, dtype=torch.int64)
 
 
 def load_corpus(data: str, context: int) -> Corpus:
@@ -54,23 +56,20 @@ def load_corpus(data: str, context: int) -> Corpus:
     Raises:
         UserError: nothing usable is there.
     """
-    paths = _paths(Path(data)) if data else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     try:
+        paths = _paths(Path(data)) if data else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         paths = [path for path in paths if path.stat().st_size >= (2 if path.suffix == ".bin" else 1)]
         if len({path.suffix == ".bin" for path in paths}) != 1:
             mixed = "both token files (.bin) and text: keep one kind" if paths else "no file with content"
             raise UserError(f"DATA={data}: {mixed} there.")
-        files = tuple(_open(path) for path in paths)
         digest = _digest(paths)
+        corpus = Corpus([_open(path) for path in paths], context, digest)
     except OSError as error:
         raise UserError(f"DATA={data}: cannot read {error.filename}: {error.strerror}.") from error
-    *starts, length = accumulate((len(file) for file in files), initial=0)
-    windows = (length - 1) // context
-    held_out = windows // HELD_OUT
-    if not held_out:
-        raise UserError(f"DATA={data}: {length} tokens are too few: at least {HELD_OUT} times context={context}.")
-    counts = {"training": windows - held_out, "held_out": held_out}
-    return Corpus(files=files, starts=tuple(starts), context=context, digest=digest, **counts)
+    if not corpus.held_out:
+        least = f"at least {HELD_OUT} times context={context}"
+        raise UserError(f"DATA={data}: {corpus.length} tokens are too few: {least}.")
+    return corpus
 
 
 def training_batch(corpus: Corpus, *, position: int, count: int, rank: int, world: int, seed: int) -> Tensor:
@@ -81,14 +80,14 @@ def training_batch(corpus: Corpus, *, position: int, count: int, rank: int, worl
     places = torch.arange(position + rank, position + count, world)
     epoch, index = places // corpus.training, places % corpus.training
     place = shuffled(index, epoch=epoch, size=corpus.training, seed=seed)
-    return _stack(corpus, (place + place // (HELD_OUT - 1)).tolist())
+    return corpus.windows((place + place // (HELD_OUT - 1)).tolist())
 
 
 def held_out_batch(corpus: Corpus, *, count: int, rank: int, world: int) -> Tensor:
     """This rank's share of `count` held-out windows from all over the corpus, or of all: (share, context + 1)."""
     stride = max(1, corpus.held_out // count)
     chosen = range(0, corpus.held_out, stride)[:count][rank::world]
-    return _stack(corpus, [HELD_OUT * place + HELD_OUT - 1 for place in chosen])
+    return corpus.windows([HELD_OUT * place + HELD_OUT - 1 for place in chosen])
 
 
 def shuffled(index: Tensor, *, epoch: Tensor, size: int, seed: int) -> Tensor:
@@ -115,22 +114,17 @@ def shuffled(index: Tensor, *, epoch: Tensor, size: int, seed: int) -> Tensor:
     return place
 
 
-def _stack(corpus: Corpus, windows: Sequence[int]) -> Tensor:
-    if not windows:
-        return torch.empty(0, corpus.context + 1, dtype=torch.int64)
-    return torch.stack([corpus.window(index) for index in windows])
-
-
 def _paths(data: Path) -> list[Path]:
     if not data.exists():
         raise UserError(f"DATA={data}: there is no such file or folder in this container or machine.")
     if data.is_file():
         return [data]
-    return sorted(path for path in data.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = (path for path in data.rglob("*") if path.is_file())
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(data).parts))
 
 
 def _open(path: Path) -> Tensor:
-    dtype = torch.int16 if path.suffix == ".bin" else torch.uint8
+    dtype = torch.uint16 if path.suffix == ".bin" else torch.uint8
     count = path.stat().st_size // dtype.itemsize
     if path.stat().st_size < MAPPED_FROM:
         return torch.frombuffer(bytearray(path.read_bytes()), dtype=dtype, count=count)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -13,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -22,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from app.train.checkpoint import Checkpoints, State, agree, disk_owner, gathered, node
 from app.train.data import Corpus, held_out_batch, load_corpus, training_batch
 from app.train.metrics import Mark, Metrics, Step, mark
-from app.train.model import GPT, adamw, learning_rate, replicate, sample, shard
+from app.train.model import GPT, adamw, learning_rate, replicate, sample, shard, uses_bf16
 from app.train.settings import Settings, UserError, leave, refuse, say
 
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
 """How gloo words the loss of another rank, in gloo/transport/tcp/{pair,unbound_buffer}.cc."""
 
@@ -34,10 +34,9 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 def train(settings: Settings) -> NoReturn:
     """Trains, and ends the process: 0 finished, 1 failed, 2 wrong settings, 128 + n stopped by signal n."""
     try:
-        run = Run(settings)
-        leave(run.train())
+        leave(Run(settings).train())
     except UserError as error:
-        leave(refuse(error))
+        refuse(error)
 
 
 class Run:
@@ -62,17 +61,18 @@ class Run:
         torch.manual_seed(settings.seed)
         shape = {name: getattr(settings, name) for name in ("vocab", "context", "layers", "heads", "width")}
         self.net = GPT(**shape).to(self.device)
-        on_good_gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and on_good_gpu)
+        bf16 = uses_bf16(settings.precision, self.device)
+        # FSDP2 has a policy of its own.
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16 and not self.sharded)
         self.names = gathered(f"rank {self.rank} on {node()}")
-        self.metrics = Metrics(settings, self.names, self.device, self.net.flops_per_token())
+        self.metrics = Metrics(settings, self.names, device_name, self.net.flops_per_token())
         if settings.compile:
             self.net.compile()
         # `model` is what to call; `net` stays what to evaluate and to save.
         self.model: nn.Module = self.net
         self.gradients_there: Mark = None
         if self.sharded:
-            shard(self.net, self.device, bf16=self.bf16)
+            shard(self.net, self.device, bf16=bf16)
         else:
             self.model = replicate(self.net, self.device, self._on_last_gradient)
         self.optimizer = adamw(self.net, settings)
@@ -117,6 +117,7 @@ class Run:
             if settings.eval_every and (self.step % settings.eval_every == 0 or self.step == settings.steps):
                 self._evaluate()
             self.checkpoints.poll()
+        self.metrics.trace(settings.steps + 1)
         return number
 
     def _settle_buckets(self) -> None:
@@ -129,22 +130,22 @@ class Run:
 
     def take_step(self) -> None:
         """One optimizer step over `batch` sequences."""
-        settings, began = self.settings, time.perf_counter()
+        settings, began = self.settings, mark(self.device)
         # Randomness of a step (a dropout that you may add) depends on the step alone, so that a resume repeats it.
         torch.manual_seed(settings.seed + 1 + self.step * self.world + self.rank)
         pieces = self._pieces()
-        data_seconds = time.perf_counter() - began
+        data_there = mark(self.device)
 
-        begin, loss = mark(self.device), torch.zeros((), device=self.device)
+        loss = torch.zeros((), device=self.device)
         tokens = settings.batch * settings.context
         for number, piece in enumerate(pieces, start=1):
             with self._exchange(number == len(pieces)):
-                with self._autocast():
+                with self.autocast:
                     part = self.model(piece[:, :-1], piece[:, 1:])
                 # DDP and FSDP2 average over the ranks: so scaled, uneven shares give the mean of all tokens.
                 (part * (self.world / tokens)).backward()
             loss += part.detach()
-        end = mark(self.device)
+        all_there = mark(self.device)
 
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), settings.clip or inf)
         rate = learning_rate(settings, self.step)
@@ -154,9 +155,8 @@ class Run:
         self.optimizer.zero_grad()
         self.step, self.position = self.step + 1, self.position + settings.batch
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.metrics.steps.append(
-            Step(loss / tokens, norm, rate, data_seconds, begin, self.gradients_there or end, end)
-        )
+        marks = (began, data_there, self.gradients_there or all_there, all_there)
+        self.metrics.steps.append(Step(loss / tokens, norm, rate, marks))
 
     def agreed_signal(self) -> int:
         """The signal that all ranks know of, or 0. The question is asked now and read one step later: nobody waits."""
@@ -174,7 +174,7 @@ class Run:
         """Mean loss of held-out text, every rank its share."""
         count, sums = self.settings.eval_sequences, torch.zeros(2, dtype=torch.float64)
         for piece in self._cut(held_out_batch(self.corpus, count=count, rank=self.rank, world=self.world), count):
-            with self._autocast():
+            with self.autocast:
                 loss = self.net(piece[:, :-1], piece[:, 1:])
             sums += torch.tensor([float(loss), piece[:, 1:].numel()], dtype=torch.float64)
         dist.all_reduce(sums)
@@ -185,9 +185,12 @@ class Run:
 
     def state(self) -> State:
         """What a checkpoint holds. Its tensors are those of the run, not copies."""
-        model, optimizer = get_state_dict(self.net, self.optimizer)
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        model, optimizer = get_state_dict(self.net, self.optimizer, options=options)
+        # Its settings are not restored: those of this start apply.
+        moments = {f"optimizer.{name}": value for name, value in optimizer.items() if name.startswith("state.")}
         progress = {"step": self.step, "position": self.position, **self._order()}
-        return {"model": model, "optimizer": {"state": optimizer["state"]}, "progress": progress}
+        return {f"model.{name}": value for name, value in model.items()} | moments | {"progress": progress}
 
     def _order(self) -> dict[str, Any]:
         """What the order of the data depends on."""
@@ -212,12 +215,12 @@ class Run:
         settings = self.settings
         self.checkpoints.wait()
         self._say_once(f"checkpoint: {self.checkpoints.newest()}")
-        saved = not all(gathered(self.checkpoints.last_error))
+        saved = any(gathered(self.step in self.checkpoints.complete()))
         if number:
             self._say_once(f"stopped by signal {number} after step {self.step} of {settings.steps}")
             return 128 + number
         if settings.sample and settings.vocab == 256:
-            with self._autocast():
+            with self.autocast:
                 self._say_once("a sample:\n" + sample(self.net, count=settings.sample, seed=settings.seed))
         if self.rank == 0:
             self.metrics.draw()
@@ -234,6 +237,8 @@ class Run:
 
     def _cut(self, share: Tensor, count: int) -> list[Tensor]:
         """Equally many micro-batches on every rank, (sequences, context + 1) each; the host does not wait."""
+        if len(share) and (highest := int(share.max())) >= self.settings.vocab:
+            raise UserError(f"DATA has a token {highest}, vocab is {self.settings.vocab}: raise TRAIN_VOCAB.")
         pieces = share.tensor_split(ceil(ceil(count / self.world) / self.settings.micro_batch))
         on_gpu = self.device.type == "cuda"
         return [piece.pin_memory().to(self.device, non_blocking=True) if on_gpu else piece for piece in pieces]
@@ -245,10 +250,6 @@ class Run:
         elif isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        """FSDP2 has a policy of its own."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and not self.sharded)
 
     def _on_last_gradient(self, _: Tensor) -> None:
         self.gradients_there = mark(self.device)
@@ -265,15 +266,16 @@ def connect(settings: Settings) -> torch.device:
     """Joins the process group: NCCL for GPUs and gloo for CPUs, both where there are GPUs. Without torchrun, one rank.
 
     Raises:
-        UserError: there is no GPU for this rank.
+        UserError: this node has more ranks than GPUs; all its ranks say so, since only the first is heard.
     """
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
-    device, gpu, gpus = torch.device("cpu"), int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    device, ranks, gpus = torch.device("cpu"), int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if settings.device == "cuda" or (settings.device == "auto" and gpus):
-        if gpu >= gpus:
-            raise UserError(f"local rank {gpu} needs a GPU of its own and there are {gpus}: lower NPROC_PER_NODE.")
-        device = torch.device("cuda", gpu)
+        if ranks > gpus:
+            cure = "lower NPROC_PER_NODE, or set TRAIN_DEVICE=cpu"
+            raise UserError(f"{node()}: {ranks} ranks need a GPU each and there are {gpus}: {cure}.")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # Gloo carries the agreement to stop and the checkpoints' messages; neither may wait for the GPU.
     nccl = device.type == "cuda" and os.environ.get("BACKEND") != "gloo"

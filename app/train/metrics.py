@@ -6,6 +6,7 @@ import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,7 +37,6 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 """Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets. For an unknown device there is no MFU."""
-
 PROFILED_STEPS = 3
 
 Mark = Any
@@ -50,11 +50,8 @@ class Step(NamedTuple):
     """This rank's part of the mean loss in nats per token."""
     norm: Tensor
     rate: float
-    data_seconds: float
-    begin: Mark
-    ready: Mark
-    """When this rank's last gradient was there and only those of the other ranks were missing."""
-    end: Mark
+    marks: tuple[Mark, Mark, Mark, Mark]
+    """It began; its data was there; this rank's last gradient was, only others' were missing; all gradients were."""
 
 
 def mark(device: torch.device) -> Mark:
@@ -77,7 +74,7 @@ def gather(steps: Sequence[Step]) -> tuple[list[float], list[float], list[list[f
     """
     losses = torch.stack([step.loss for step in steps]).double().cpu()
     norms: list[float] = torch.stack([step.norm for step in steps]).double().tolist()
-    own = [(s.data_seconds, _seconds(s.begin, s.ready), _seconds(s.ready, s.end)) for s in steps]
+    own = [[_seconds(begin, end) for begin, end in pairwise(step.marks)] for step in steps]
     shares = torch.zeros(dist.get_world_size(), 3, dtype=torch.float64)
     shares[dist.get_rank()] = torch.tensor(own, dtype=torch.float64).mean(0)
     together = torch.cat([losses, shares.flatten()])
@@ -95,14 +92,14 @@ def slow_ranks(
     sentences = []
     busy = [data + compute for data, compute, _ in shares]
     median = statistics.median_low(busy)
-    for rank, (data, compute, wait) in enumerate(shares):
+    for rank, parts in enumerate(shares):
         before = slow_for.get(rank, 0)
         slow_for[rank] = before + steps if busy[rank] > SLOW * median else 0
         if before < PERSISTENT <= slow_for[rank]:
-            whole = max(data + compute + wait, 1e-9)
+            data, compute, wait = (part / sum(parts) for part in parts)
             sentences.append(
                 f"slow: {names[rank]} takes {busy[rank] / median:.1f} times the median rank's time for its work "
-                f"({data / whole:.0%} data, {compute / whole:.0%} compute, {wait / whole:.0%} waiting for others)"
+                f"({data:.0%} data, {compute:.0%} compute, {wait:.0%} waiting for others)"
             )
     return sentences
 
@@ -115,11 +112,11 @@ def peak_flops(device_name: str) -> float | None:
 class Metrics:
     """What happened since the last line, on this rank; rank 0 tells. A full disk costs records, not the run."""
 
-    def __init__(self, settings: Settings, names: Sequence[str], device: torch.device, flops_per_token: int) -> None:
+    def __init__(self, settings: Settings, names: Sequence[str], device_name: str, flops_per_token: int) -> None:
         """`names` are those of all ranks, to tell the slow ones apart."""
         self.settings, self.names = settings, names
         self.path = Path(settings.run_dir, "metrics.jsonl")
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        peak = peak_flops(device_name)
         self.peak_tokens = peak and peak * len(names) / flops_per_token
         self.began, self.steps = time.perf_counter(), list[Step]()
         self.slow_for: dict[int, int] = {}
@@ -134,22 +131,16 @@ class Metrics:
             FloatingPointError: a loss or a gradient norm is no number. It is raised on all ranks.
         """
         steps, self.steps = self.steps, []
-        if not steps:
-            return
         losses, norms, shares = gather(steps)
         seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
-        records: list[dict[str, Any]] = [
-            {"step": number, "loss": loss, "grad_norm": norm, "lr": one.rate, "world": len(self.names)}
-            for number, loss, norm, one in zip(
-                range(step - len(steps) + 1, step + 1), losses, norms, steps, strict=True
-            )
-        ]
-        for record in records:
-            if not (isfinite(record["loss"]) and isfinite(record["grad_norm"])):
+        records, numbers = list[dict[str, Any]](), range(step - len(steps) + 1, step + 1)
+        for number, loss, norm, one in zip(numbers, losses, norms, steps, strict=True):
+            if not (isfinite(loss) and isfinite(norm)):
                 raise FloatingPointError(
-                    f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}. Nothing of it "
-                    f"was saved. Lower lr (now {self.settings.lr}) or clip, or look at the data."
+                    f"step {number}: loss {loss}, gradient norm {norm}. Nothing of it was saved. "
+                    f"Lower lr (now {self.settings.lr}) or clip, or look at the data."
                 )
+            records.append({"step": number, "loss": loss, "grad_norm": norm, "lr": one.rate, "world": len(self.names)})
         if dist.get_rank() == 0:
             speed = len(steps) * self.settings.batch * self.settings.context / seconds
             records[-1] |= {"time": time.time(), "tokens_per_second": speed}
@@ -185,7 +176,8 @@ class Metrics:
     def _write_events(self, records: Sequence[Mapping[str, Any]]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = self.board or SummaryWriter(str(self.path.with_name("tensorboard")))
+        # Steps that an earlier start did too are hidden.
+        self.board = self.board or SummaryWriter(self.path.with_name("tensorboard"), purge_step=records[0]["step"])
         for record in records:
             for name in record.keys() - {"step", "time"}:
                 self.board.add_scalar(name, record[name], record["step"])
@@ -214,11 +206,13 @@ class Metrics:
                 say(f"loss.png cannot be written to {self.path.parent}: {error.strerror}.")
 
     def trace(self, step: int) -> None:
-        """Called before each step: traces three of every rank, on request."""
-        if step == self.settings.profile:
+        """Called with the number of the next step, after the last one too: traces three of every rank, on request."""
+        first, last = self.settings.profile, min(self.settings.profile + PROFILED_STEPS - 1, self.settings.steps)
+        wanted = 0 < first <= step <= last
+        if wanted and not self.profiler:
             self.profiler = torch.profiler.profile()
             self.profiler.start()
-        elif self.profiler and step == self.settings.profile + PROFILED_STEPS:
+        elif self.profiler and not wanted:
             self.profiler.stop()
             self.profiler.export_chrome_trace(str(self.path.with_name(f"trace-rank-{dist.get_rank()}.json")))
             self.profiler = None
@@ -240,7 +234,7 @@ def loss_picture(trained: Mapping[int, float], held_out: Mapping[int, float]) ->
 
     for part in range(5):
         step, loss = first + (last - first) * part // 4, low + (high - low) * part / 4
-        (x, _), (_, y) = place(step, low), place(first, loss)
+        x, y = place(step, loss)
         pen.line([left, y, right, y], "lightgray")
         pen.text((left - 8, y), f"{loss:.2f}", "black", anchor="rm")
         pen.text((x, bottom + 10), str(step), "black", anchor="mt")

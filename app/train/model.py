@@ -49,10 +49,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(sequences, tokens, width) to the same shape."""
-        n, t, width = x.shape
-        q, k, v = self.qkv(self.norm_attention(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.merge(attended.transpose(1, 2).reshape(n, t, width))
+        x = x + self.merge(attended.transpose(1, 2).flatten(2))
         fed: Tensor = self.down(F.gelu(self.up(self.norm_feed(x)), approximate="tanh"))
         return x + fed
 
@@ -99,6 +98,12 @@ def sample(model: GPT, *, count: int, seed: int) -> str:
     return bytes(text.tolist()).decode(errors="replace")
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """`auto` is bf16 where the GPU computes with it. Where torch emulates it (before Ampere), fp32 is faster."""
+    on_good_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision == "bf16" or (precision == "auto" and on_good_gpu)
+
+
 def shard(model: GPT, device: torch.device, *, bf16: bool) -> None:
     """FSDP2, in place: each block, then the rest."""
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -118,13 +123,9 @@ def replicate(model: GPT, device: torch.device, on_last_gradient: Callable[[Tens
 
 def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     """Fused AdamW that decays matrices only."""
-    groups = [
-        {
-            "params": [weight for weight in model.parameters() if weight.dim() >= 2],
-            "weight_decay": settings.weight_decay,
-        },
-        {"params": [weight for weight in model.parameters() if weight.dim() < 2], "weight_decay": 0.0},
-    ]
+    matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
+    others = [weight for weight in model.parameters() if weight.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
 

@@ -29,14 +29,14 @@ def say(text: str) -> None:
     print(f"{text}\n", end="", flush=True)
 
 
-def refuse(error: UserError) -> int:
-    """Says on every node what is wrong, and returns the exit code for it."""
+def refuse(error: UserError) -> NoReturn:
+    """Says on every node what is wrong, and leaves with the exit code for it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(error, file=sys.stderr, flush=True)
     else:
         # The first rank to end has torchrun end the others, and local rank 0 must have spoken before.
         time.sleep(REFUSAL_SECONDS)
-    return 2
+    leave(2)
 
 
 def leave(code: int) -> NoReturn:

@@ -67,6 +67,13 @@ def test_a_full_disk_costs_the_save_and_not_the_run_nor_an_older_checkpoint(
         assert (code, "resumed after step 9; 5 logged steps are done again" in text) == (0, True), text
 
 
+def test_two_ranks_whose_one_disk_lacks_the_last_weights_have_not_succeeded(tmp_path: Path) -> None:
+    with _mounted(tmp_path / "disk", "size=64k") as disk:
+        code, text = train(tmp_path, "--steps 2", environ={"CHECKPOINT_DIR": str(disk)})
+    assert "the checkpoint of step 2 could not be saved" in text
+    assert (code, worker_codes(text)) == (1, {1})
+
+
 @pytest.mark.parametrize("variable", ["CHECKPOINT_DIR", "RUN_DIR"])
 def test_a_read_only_folder_is_refused_before_the_first_step(tmp_path: Path, variable: str) -> None:
     with _mounted(tmp_path / "disk", "ro") as disk:
@@ -124,6 +131,14 @@ def test_a_wrong_setting_ends_every_rank_with_2_and_one_message(tmp_path: Path) 
     _, text = train(tmp_path, "--steps 3", environ={"TRAIN_STEPS": "", "TRAIN_LAYER": "4"})
     assert text.count("TRAIN_LAYER=4: there is no such setting. Did you mean TRAIN_LAYERS?") == 1
     assert 2 in worker_codes(text)
+
+
+def test_token_files_that_need_a_larger_vocabulary_are_refused_by_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "tokens.bin").write_bytes(bytes([0, 1]) * 2000)
+    _, text = train(tmp_path, f"--steps 3 --data {tmp_path / 'tokens.bin'}")
+    assert worker_codes(text) == {2}
+    assert "DATA has a token 256, vocab is 256: raise TRAIN_VOCAB." in text
+    assert "Traceback" not in text.split("Sending process")[0]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
@@ -188,6 +203,12 @@ def test_a_run_tells_its_devices_and_leaves_metrics_a_picture_and_a_sample(tmp_p
     assert sorted(path.name for path in tmp_path.glob("trace-rank-*.json")) == [
         f"trace-rank-{r}.json" for r in range(3)
     ]
+
+
+def test_a_trace_that_the_end_cuts_short_is_written(tmp_path: Path) -> None:
+    code, text = train(tmp_path, "--steps 3 --profile 3", nproc=1)
+    assert code == 0, text
+    assert "traceEvents" in (tmp_path / "trace-rank-0.json").read_text()
 
 
 def test_it_runs_without_torchrun_as_one_rank(tmp_path: Path) -> None:

@@ -109,6 +109,16 @@ def test_three_ranks_resume_with_the_same_bits(tmp_path: Path) -> None:
     assert [record["loss"] for record in records(parts)[12:]] == [losses(whole)[step] for step in range(7, 13)]
 
 
+def test_shares_as_uneven_as_they_come_change_losses_by_rounding_only(tmp_path: Path) -> None:
+    """Four sequences one by one on three ranks: two ranks have none for the second round, one has none to evaluate."""
+    flags = "--steps 4 --batch 4 --micro-batch 1 --eval-every 2 --eval-sequences 2"
+    for nproc in (1, 3):
+        code, text = train(tmp_path / str(nproc), flags, nproc=nproc)
+        assert code == 0, text
+        assert text.count("held-out loss") == 2
+    assert losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
+
+
 def test_a_node_that_lost_its_disk_is_fed_by_the_other_even_if_it_is_node_0(
     tmp_path: Path, reference: dict[int, float]
 ) -> None:

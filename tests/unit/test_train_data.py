@@ -1,6 +1,8 @@
 """The order of the data: a pure function of seed and position that no world size changes."""
 
+import os
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +87,29 @@ def test_a_large_file_is_mapped_and_reads_the_same(tmp_path: Path) -> None:
     assert bytes(corpus.window(1234).tolist()) == content[123400:123501]
 
 
+def test_hidden_files_and_what_is_in_hidden_folders_are_no_data(tmp_path: Path) -> None:
+    for name in (".DS_Store", ".git/config", "a/.cache/b.txt", "a/seen.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name[:1] * 500)
+    assert [bytes(file.tolist()) for file in load_corpus(str(tmp_path), CONTEXT).files] == [b"a" * 500]
+
+
+@pytest.mark.parametrize("size", [1000, 2 << 20])
+def test_a_file_that_may_not_be_read_is_refused_by_its_name(size: int) -> None:
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        file = Path(folder, "text.txt")
+        file.write_bytes(bytes(size))
+        file.chmod(0)
+        os.seteuid(user or 65534)  # root may read everything
+        try:
+            with pytest.raises(UserError, match=r"cannot read \S+/text.txt: Permission denied"):
+                load_corpus(folder, CONTEXT)
+        finally:
+            os.seteuid(user)
+
+
 def test_the_digest_tells_contents_apart(tmp_path: Path) -> None:
     digests = set()
     for text in ("a" * 500, "a" * 499 + "b", "a" * 501):
@@ -102,6 +127,10 @@ def _empty(folder: Path) -> Path:
     return folder
 
 
+def _too_long(folder: Path) -> Path:
+    return folder / ("x" * 300)
+
+
 def _mixed(folder: Path) -> Path:
     (folder / "a.txt").write_text("text")
     (folder / "b.bin").write_bytes(b"1234")
@@ -116,6 +145,7 @@ def _short(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
+        (_too_long, "File name too long"),
         (_nothing, "there is no such file or folder"),
         (_empty, "no file with content there"),
         (_mixed, "both token files (.bin) and text: keep one kind"),

@@ -1,11 +1,14 @@
 """What a run tells: the schedule, slow ranks, peak figures, and the picture of the loss."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import ImageColor
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from app.train.metrics import loss_picture, peak_flops, slow_ranks
-from app.train.model import GPT, Linear, learning_rate
+from app.train.metrics import Metrics, loss_picture, peak_flops, slow_ranks
+from app.train.model import GPT, Linear, learning_rate, uses_bf16
 from app.train.settings import Settings
 
 FAST, SLOW, WAITING = (0.01, 0.1, 0.0), (0.01, 0.2, 0.0), (0.0, 0.1, 0.1)
@@ -62,6 +65,25 @@ def test_a_picture_of_one_step_can_be_drawn() -> None:
     assert loss_picture({7: 3.0}, {}).size == (720, 400)
 
 
+@pytest.mark.parametrize(("precision", "used"), [("auto", False), ("bf16", True), ("fp32", False)])
+def test_a_gpu_that_only_emulates_bf16_uses_it_when_asked(
+    precision: str, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert uses_bf16(precision, torch.device("cuda")) is used
+    assert uses_bf16(precision, torch.device("cpu")) is used
+
+
+def test_steps_that_are_done_again_are_in_the_events_once(tmp_path: Path) -> None:
+    for first, last in ((1, 5), (3, 6)):
+        metrics = Metrics(Settings(run_dir=str(tmp_path)), ["rank 0"], "", 1)
+        metrics.write([{"step": step, "loss": float(first)} for step in range(first, last + 1)])
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    told = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert told == [(1, 1.0), (2, 1.0), (3, 3.0), (4, 3.0), (5, 3.0), (6, 3.0)]
+
+
 def test_a_convolution_is_the_same_product_as_a_linear_layer() -> None:
     layer, x = Linear(24, 40), torch.randn(3, 7, 24, requires_grad=True)
     ours, theirs = layer(x), torch.nn.functional.linear(x, layer.weight)
@@ -79,3 +101,12 @@ def test_no_token_sees_the_future() -> None:
     before, after = model(text), model(changed)
     assert torch.equal(before[0, :10], after[0, :10])
     assert not torch.equal(before[0, 10:], after[0, 10:])
+
+
+def test_a_micro_batch_without_sequences_has_no_loss_and_moves_nothing() -> None:
+    """Ranks accumulate equally often, so one whose share is a sequence smaller may have nothing left to add."""
+    model, nothing = GPT(vocab=50, context=16, layers=1, heads=2, width=16), torch.empty(0, 16, dtype=torch.int64)
+    loss = model(nothing, nothing)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all(weight.grad is not None and not weight.grad.any() for weight in model.parameters())

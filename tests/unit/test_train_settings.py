@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 
+from app.train.loop import connect
 from app.train.settings import Settings, UserError, read_settings
 
 
@@ -59,6 +60,15 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 def test_the_launchers_variables_pass() -> None:
     read_settings([], {"TRAIN_SCRIPT": "my.py", "TRAIN_ARGS": "--x"})
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_rank_of_a_node_with_too_few_gpus_says_so(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has a GPU too: of several ranks that are refused only the first is heard."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("os.environ", {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"})
+    with pytest.raises(UserError, match="2 ranks need a GPU each and there are 1: lower NPROC_PER_NODE"):
+        connect(Settings())
 
 
 def test_help_names_every_setting_and_needs_no_torch() -> None:
