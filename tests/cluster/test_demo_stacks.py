@@ -33,7 +33,7 @@ def test_with_an_engine_two_compose_stacks_train_with_falling_loss_and_leave_the
             "BASE_IMAGE": base_image(tools, engine.docker_host),
             "WHEELHOUSE": str(wheelhouse()),
             "COMPOSE_FILE": f"{PROJECT / 'compose.yaml'}:{override}",
-            "TRAIN_ARGS": "--steps=40",
+            "TRAIN_ARGS": "--steps=20 --log-every=5 --sample=0 --eval-every=0",
             "RUNS_ROOT": str(tmp_path),
         }
         demo = subprocess.run(
@@ -42,7 +42,7 @@ def test_with_an_engine_two_compose_stacks_train_with_falling_loss_and_leave_the
 
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert "The nodes are two compose stacks." in demo.stdout
-    losses = [float(loss) for loss in re.findall(r"^node 0 \| .*step \d+/40  loss ([\d.]+)", demo.stdout, re.MULTILINE)]
+    losses = [float(loss) for loss in re.findall(r"^node 0 \| .*step \d+/20  loss ([\d.]+)", demo.stdout, re.MULTILINE)]
     assert losses[-1] < losses[0] - 0.5
     folders = re.findall(r"^node \d: exit code 0; checkpoints and logs in (.+)$", demo.stdout, re.MULTILINE)
     assert len(folders) == 2

@@ -104,13 +104,17 @@ def no_orphans(job: Job) -> None:
             assert len([line for line in commands if re.search(pattern, line)]) == 1, commands
 
 
-def health(stack: Stack) -> str:
-    """What the engine's own health check prints."""
+def tells(stack: Stack, health: str) -> None:
+    """The engine's own health check prints this; the launcher writes its state anew every five seconds."""
     command = ["python", "/opt/torchrun-compose/entrypoint.py", "healthcheck"]
-    done = stack.container().exec_run(command)
-    assert isinstance(done.output, bytes)
-    assert done.exit_code == 0, done.output
-    return done.output.decode()
+
+    def told() -> bool:
+        done = stack.container().exec_run(command)
+        assert isinstance(done.output, bytes)
+        assert done.exit_code == 0, done.output
+        return bool(re.match(health, done.output.decode()))
+
+    until(told, deadline=15, what=f"a health check that prints {health!r}")
 
 
 def test_the_last_node_first_and_node_0_a_minute_later(shared: Job, table: Table) -> None:
@@ -233,11 +237,11 @@ def test_docker_compose_stop_lets_all_scripts_save(job: Job, table: Table, stopp
 
 @pytest.mark.parametrize(("stopped", "says"), [(0, "stopped on node 0"), (1, "stopped before the training was done")])
 def test_a_stop_while_the_gang_waits_for_a_lost_node(job: Job, table: Table, stopped: int, says: str) -> None:
-    assert re.match(r"running, round \d+, last progress: step \d+", health(job.stacks[stopped]))
+    tells(job.stacks[stopped], r"running, round \d+, last progress: step \d+")
     job.fault()
     job.stacks[1 - stopped].kill()
     heard(job.stacks[stopped], rf"waiting \d+ s for node {1 - stopped}", job.since)
-    assert re.match(r"waiting, round \d+, last progress: step \d+", health(job.stacks[stopped]))
+    tells(job.stacks[stopped], r"waiting, round \d+, last progress: step \d+")
     since = job.fault()
     job.stacks[stopped].stop()
     knows, line = heard(job.stacks[stopped], says, since)

@@ -31,6 +31,7 @@ FLAGS = (
 )
 BOTH = (0, 1)
 RESUMED = r"resumed after step (\d+); (\d+) logged steps are done again"
+FROM_0 = "starting at step 0: no complete checkpoint"
 # What happens, and whether it shall happen while a checkpoint is being written.
 HOWS = (
     *[("SIGKILL to a rank", True)] * 2,
@@ -99,8 +100,9 @@ class Training:
 
     def go_on(self, how: str, before: int) -> None:
         """Waits for the training to resume, and looks at what was lost."""
-        line = heard(self.stacks[0], RESUMED, self.since, 90)[1]
-        resumed, again = map(int, re.findall(RESUMED, line)[0])
+        line = heard(self.stacks[0], f"{RESUMED}|{FROM_0}", self.since, 90)[1]
+        # Before the first checkpoint there is nothing to resume from, and everything is done again.
+        resumed, again = map(int, next(iter(re.findall(RESUMED, line)), (0, before)))
         # A disk that was lost knows nothing of the steps that are done again.
         lost = max(again, before - resumed)
         took = self.goes_on_after(resumed)

@@ -18,7 +18,12 @@ def test_without_an_engine_two_native_nodes_train_with_falling_loss_and_say_wher
     )
     # An empty PATH has no docker; the interpreter is named by its own path.
     own = {"PATH": str(tmp_path), "ENV_FILE": str(tmp_path / ".env")}
-    environment = {**os.environ, **own, "TRAIN_ARGS": "--steps=40", "RUNS_ROOT": str(tmp_path)}
+    environment = {
+        **os.environ,
+        **own,
+        "TRAIN_ARGS": "--steps=20 --log-every=5 --sample=0 --eval-every=0",
+        "RUNS_ROOT": str(tmp_path),
+    }
     demo = subprocess.run(
         [sys.executable, "-m", "demo"], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=180
     )
@@ -27,7 +32,7 @@ def test_without_an_engine_two_native_nodes_train_with_falling_loss_and_say_wher
     first, *_ = demo.stdout.splitlines()
     assert first.startswith("Two nodes (127.0.0.1, 127.0.0.2)")
     assert "The nodes are two native launchers: no docker command is on PATH." in demo.stdout
-    losses = [float(loss) for loss in re.findall(r"^node 0 \| .*step \d+/40  loss ([\d.]+)", demo.stdout, re.MULTILINE)]
+    losses = [float(loss) for loss in re.findall(r"^node 0 \| .*step \d+/20  loss ([\d.]+)", demo.stdout, re.MULTILINE)]
     assert losses[-1] < losses[0] - 0.5
     folders = re.findall(r"^node \d: exit code 0; checkpoints and logs in (.+)$", demo.stdout, re.MULTILINE)
     assert len(folders) == 2
