@@ -17,7 +17,7 @@ ALARM = re.compile(r"warn|FAIL|error|lost|slow:|waiting \d|cannot|no rank has mo
 EXPECTED = re.compile(
     r"c10d\] The hostname of the client socket cannot be retrieved|without CLUSTER_TOKEN_FILE|, no errors$"
 )
-"""torch's own remark where no name server is, the one warning that these settings deserve, and doctor's word for green."""
+"""torch's own remark where no name server is, the one warning that these settings deserve, doctor's word for green."""
 
 
 def test_healthy_runs_of_doctor_and_training_raise_no_alarm(cluster2: Cluster) -> None:
