@@ -21,7 +21,7 @@ PARTS = {
     "base": "ADD|import",
     "system packages (Python, RDMA libraries)": "apt-get",
     "Python packages (torch, numpy, tensorboard, ...)": "COPY /opt/venv",
-    "launcher and training script": "COPY app|COPY --chmod",
+    "launcher and training script": "COPY app|COPY --chmod|compileall",
 }
 
 
