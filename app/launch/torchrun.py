@@ -202,6 +202,12 @@ def sweep() -> int:
     """Kills and reaps every descendant of this process; returns how many were still alive. Needs `adopt_orphans`.
 
     For use between rounds: no torchrun may be running."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        # Nothing is left, as after most rounds, and psutil need not be loaded.
+        return 0
     import psutil
 
     left = psutil.Process().children(recursive=True)
