@@ -101,7 +101,7 @@ class Hub:
             self._told.add(hello.rank)
             await wire.closed()
             return None
-        if before := self.seats.taken().get(hello.rank):
+        if before := self.seats.get(hello.rank):
             self.seats.free(before)
             self._events.put_nowait(Event(rank=hello.rank, kind="lost", why="its connection broke, and it came again"))
         if self._attending:

@@ -42,6 +42,9 @@ class Seats:
     def __len__(self) -> int:
         return len(self._taken)
 
+    def get(self, rank: int) -> Seat | None:
+        return self._taken.get(rank)
+
     def taken(self) -> dict[int, Seat]:
         """All seats of this moment, in rank order."""
         return dict(sorted(self._taken.items()))

@@ -74,7 +74,7 @@ class Wire:
             return
         self._writer.write(json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode() + b"\n")
         if self._writer.transport.get_write_buffer_size() > MAX_BACKLOG:
-            self._writer.transport.abort()
+            self.abort()
 
     async def receive(self) -> Message:
         """The next message. Raises WireError for anything malformed, ConnectionError at the end."""
