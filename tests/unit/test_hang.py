@@ -146,3 +146,13 @@ def test_only_hang_timeout_ends_a_job_that_stands_still() -> None:
         course.lose_patience(1041.0)
         assert said[1:] == (["failure: the job hangs (HANG_TIMEOUT=100)"] if ends else [])
         assert [trouble.what[:33] for trouble in course.troubles] == ["hangs: no rank has moved for 60 s"] * ends
+
+
+def test_what_a_node_says_that_waits_for_the_next_round_ends_none_but_its_stop_does() -> None:
+    said: list[str] = []
+    round_ = a_round(said)
+    for event in (Event(rank=2, kind="failing"), stalled(2, stall(9)), Event(rank=2, kind="ended", code=1)):
+        round_.take(event, 1.0)
+    assert said == []
+    round_.take(Event(rank=2, kind="stop"), 1.0)
+    assert said == ["stop: stopped on node 2"]
