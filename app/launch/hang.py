@@ -12,9 +12,8 @@ from pathlib import Path
 
 from app.launch.plan import Plan
 
-SLOWEST_LOOK = 5.0
 IDLE = 0.02
-"""As in stall.py."""
+"""BUSY of stall.py."""
 NAMED = 4
 """Lines of a verdict that name ranks one by one; a large job has many."""
 
@@ -39,6 +38,17 @@ class Stall:
     @property
     def entered(self) -> str:
         return f"{self.collective} (number {self.sequence})" if self.collective else "no collective"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Silence:
+    """A rank's last sign of life, and since when it has used no processor."""
+
+    sign: int
+    """When it was left, in nanoseconds."""
+    since: float
+    used: float
+    """Seconds of processor time until then."""
 
 
 def folder(plan: Plan) -> Path:
@@ -74,8 +84,10 @@ def _patience(plan: Plan) -> float:
     return min((seconds for seconds in (plan.hang_report, plan.hang_timeout) if seconds), default=0.0)
 
 
-def read_stalls(plan: Plan) -> tuple[Stall, ...]:
-    """This node's ranks if all of them stand still, in rank order; () as long as one moves. Never raises OSError."""
+def read_stalls(plan: Plan, silences: dict[int, Silence]) -> tuple[Stall, ...]:
+    """This node's ranks if all of them stand still, in rank order; () as long as one moves. Never raises OSError.
+
+    `silences` is the caller's to keep from look to look, empty at first."""
     found = {}
     try:
         for file in folder(plan).glob("rank*.json"):
@@ -87,29 +99,28 @@ def read_stalls(plan: Plan) -> tuple[Stall, ...]:
             }
             found[known["rank"]] = Stall(**known, seconds=int(fields["seconds"]))
         # Whoever holds Python's lock cannot take its stall back.
-        found |= {rank: mute for rank, mute in _mute(_patience(plan)).items() if rank not in found}
+        found |= {rank: mute for rank, mute in _mute(_patience(plan), silences).items() if rank not in found}
     except (OSError, ValueError, KeyError, TypeError):
         return ()
     return tuple(found[rank] for rank in sorted(found)) if len(found) == plan.nproc else ()
 
 
-def _mute(patience: float) -> dict[int, Stall]:
+def _mute(patience: float, silences: dict[int, Silence]) -> dict[int, Stall]:
     """Ranks that have left no sign of life for `patience` seconds and used no processor meanwhile. Raises OSError,
-    ValueError, and KeyError for a process that has gone."""
+    ValueError for a process that has ended."""
     found = {}
     for file in signs().glob("rank*") if patience else ():
         if file.suffix:
             continue
-        pid, at, used = file.read_text(encoding="ascii").split()
-        silence = time.monotonic() - float(at)
-        # A look takes a moment longer on a busy machine.
-        if (
-            silence < patience + 2 * min(SLOWEST_LOOK, patience / 4)
-            or _processor_time(int(pid)) - float(used) > IDLE * silence
-        ):
-            continue
-        rank = int(file.name.removeprefix("rank"))
-        found[rank] = Stall(rank=rank, seconds=int(silence), at="native code that holds Python's lock (no stack)")
+        rank, sign, now = int(file.name.removeprefix("rank")), file.stat().st_mtime_ns, time.monotonic()
+        used = _processor_time(int(file.read_text(encoding="ascii")))
+        known = silences.get(rank)
+        # What it computed between its last sign and its silence does not count.
+        if not known or known.sign != sign or used - known.used > IDLE * (now - known.since):
+            silences[rank] = Silence(sign=sign, since=now, used=used)
+        elif now - known.since >= patience:
+            at = "native code that holds Python's lock (no stack)"
+            found[rank] = Stall(rank=rank, seconds=int(now - known.since), at=at)
     return found
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.launch.hang import Stall, read_stalls
+from app.launch.hang import Silence, Stall, read_stalls
 from app.launch.plan import Plan
 
 LOOK_EVERY = 1.0
@@ -34,10 +34,11 @@ class Looks:
             await asyncio.sleep(0.01)
 
     def _look_again(self) -> None:
+        silences: dict[int, Silence] = {}
         while True:
             self._wanted.clear()
             asked = self._asked
-            self.progress, self.stalls = progress(self._plan), read_stalls(self._plan)
+            self.progress, self.stalls = progress(self._plan), read_stalls(self._plan, silences)
             self._answered = asked
             self._wanted.wait(LOOK_EVERY)
 

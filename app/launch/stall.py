@@ -39,8 +39,8 @@ def watch(folder: str, patience: float, looks: str = "") -> None:
 
     The file holds `rank`, `seconds`, `at` (the script's own line), the last collective that this rank has entered as
     torch's flight recorder has it (`collective`, `group`, `sequence`), the `stack`, and the `recorder`'s last entries.
-    LOOKS/rankN is written at every look: `pid`, a monotonic time, and the process's processor time. When it grows old,
-    native code keeps Python's lock from this thread.
+    LOOKS/rankN is written at every look and holds the pid. When it grows old, native code keeps Python's lock from this
+    thread.
     """
     path = os.path.join(folder, f"rank{os.environ['RANK']}.json")  # noqa: PTH118 - pathlib is not loaded at start-up
     look = os.path.join(looks, f"rank{os.environ['RANK']}") if looks else ""  # noqa: PTH118
@@ -75,7 +75,7 @@ def _look_again(path: str, patience: float, look: str) -> None:
 def _leave_sign(look: str) -> None:
     with contextlib.suppress(OSError):
         with open(look + ".new", "w", encoding="ascii") as file:  # noqa: PTH123
-            file.write(f"{os.getpid()} {time.monotonic()} {time.process_time()}")
+            file.write(str(os.getpid()))
         os.replace(look + ".new", look)  # noqa: PTH105
 
 

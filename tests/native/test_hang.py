@@ -1,6 +1,7 @@
 """Real ranks that stand still: what all nodes print, and that a job which works is left alone."""
 
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -56,22 +57,35 @@ def test_a_rank_in_another_collective_is_named_and_hang_timeout_starts_all_again
 
 
 HOLDS_THE_LOCK = """
-import ctypes, torch, torch.distributed as dist
+import ctypes, os, sys, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 dist.all_reduce(torch.ones(1))
 if dist.get_rank() == 1:
-    ctypes.PyDLL(None).sleep(9)
+    # From here on no other thread comes to a turn: first it computes, then it waits for the writer of a pipe.
+    sys.setswitchinterval(1000)
+    until = time.process_time() + 2
+    while time.process_time() < until:
+        pass
+    ctypes.PyDLL(None).open(os.fsencode(sys.argv[1]), os.O_RDONLY)
 dist.all_reduce(torch.ones(1))
+open(sys.argv[2]).close()
 """
 
 
 def test_a_rank_in_native_code_that_holds_pythons_lock_is_named_though_it_cannot_tell(tmp_path: Path) -> None:
+    held, freed = tmp_path / "held", tmp_path / "freed"
+    os.mkfifo(held)
+    os.mkfifo(freed)
     with nodes(tmp_path, 2, HOLDS_THE_LOCK, HANG_REPORT="2") as made:
-        told = on_two_nodes(made)
-        assert "rank 1 did not enter all_reduce (number 2), where rank 0 waits at script.py:7" in told[0]
+        told = on_two_nodes(made, str(held), str(freed))
+        assert "rank 1 did not enter all_reduce (number 2), where rank 0 waits at script.py:12" in told[0]
         assert "rank 1 on node 1 (127.0.0.2) is at native code that holds Python's lock" in told[0]
-        assert [launcher.end(60) for launcher in made.launchers] == [0, 0]
-        assert all("the ranks move again" in launcher.text for launcher in made.launchers)
+        # Open in both directions a pipe has its writer.
+        with held.open("rb+", buffering=0):
+            for launcher in made.launchers:
+                launcher.wait_for("the ranks move again")
+        with freed.open("rb+", buffering=0):
+            assert [launcher.end(60) for launcher in made.launchers] == [0, 0]
         made_here = {f"torchrun-compose-looks-{launcher.process.pid}" for launcher in made.launchers}
         assert not made_here & {file.name for file in Path(tempfile.gettempdir()).iterdir()}
 

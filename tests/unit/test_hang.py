@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from app.launch import hang
 from app.launch.gang.messages import Event
 from app.launch.gang.round import Round
-from app.launch.hang import Stall, verdict
+from app.launch.hang import Silence, Stall, verdict
 from app.launch.plan import Plan
 from tests.machines.facts import drafted
 
@@ -77,33 +77,43 @@ def writes(plan: Plan, one: Stall) -> None:
     (hang.folder(plan) / f"rank{one.rank}.json").write_text(json.dumps(told))
 
 
-def sign(rank: int, age: float, used: float = 0.0, pid: int = os.getpid()) -> None:
-    """The last look of a rank: `age` seconds ago, and the processor time that it had used until then less `used`."""
+def silence(rank: int, age: float, used: float = 0.0, pid: int = os.getpid()) -> dict[int, Silence]:
+    """A rank's last sign of life, seen first `age` seconds ago, when it had used less processor time by `used`."""
     file = hang.signs() / f"rank{rank}"
-    file.write_text(f"{pid} {time.monotonic() - age} {time.process_time() - used}")
+    file.write_text(str(pid))
+    return {rank: Silence(sign=file.stat().st_mtime_ns, since=time.monotonic() - age, used=sum(os.times()[:2]) - used)}
 
 
 def test_a_node_stands_still_when_all_its_ranks_do(plan: Plan) -> None:
     writes(plan, stall(1))
-    assert hang.read_stalls(plan) == ()
+    assert hang.read_stalls(plan, {}) == ()
     writes(plan, stall(0))
-    assert hang.read_stalls(plan) == (stall(0), stall(1))
+    assert hang.read_stalls(plan, {}) == (stall(0), stall(1))
 
 
 def test_a_rank_without_a_sign_of_life_that_uses_no_processor_holds_pythons_lock(plan: Plan) -> None:
     writes(plan, stall(1))
-    sign(0, 30)
-    (mute, other) = hang.read_stalls(plan)
+    (mute, other) = hang.read_stalls(plan, silence(0, 30))
     assert (mute.rank, mute.seconds, mute.at) == (0, 30, "native code that holds Python's lock (no stack)")
     assert other == stall(1)
     assert "rank 0 did not enter all_reduce (number 6)" in verdict({NODES[0]: (mute, other)})
 
 
-def test_a_rank_that_looked_lately_or_computes_or_has_ended_is_no_hang(plan: Plan) -> None:
+@pytest.mark.parametrize(("age", "used", "pid"), [(3, 0, os.getpid()), (30, 5, os.getpid()), (30, 0, 1 << 30)])
+def test_a_rank_that_was_silent_for_a_moment_or_computes_or_has_ended_is_no_hang(
+    plan: Plan, age: float, used: float, pid: int
+) -> None:
     writes(plan, stall(1))
-    for age, used, pid in ((5, 0, os.getpid()), (30, 5, os.getpid()), (30, 0, 1 << 30)):
-        sign(0, age, used, pid)
-        assert hang.read_stalls(plan) == ()
+    assert hang.read_stalls(plan, silence(0, age, used, pid)) == ()
+
+
+def test_silence_counts_from_the_last_sign_and_from_when_the_rank_computed_no_more(plan: Plan) -> None:
+    writes(plan, stall(1))
+    for before in (silence(0, 30, used=5), {0: replace(silence(0, 30)[0], sign=1)}, {}):
+        assert hang.read_stalls(plan, before) == ()
+        assert before[0].since == pytest.approx(time.monotonic(), abs=1)
+        quiet = {0: replace(before[0], since=before[0].since - 4)}
+        assert [each.rank for each in hang.read_stalls(plan, quiet)] == [0, 1]
 
 
 def a_round(said: list[str], timeout: float = 100) -> Round:
