@@ -15,16 +15,20 @@ import signal
 import sys
 import time
 from pathlib import Path
+from traceback import walk_stack
+from types import FrameType
 
 PIPE = "TORCHRUN_COMPOSE_PIPE"
 SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - as in worker.py
+AGAIN = 0.05
+"""Seconds until a signal that came at a bad moment comes again."""
 
 
 def main() -> int:
     """Runs torchrun's own main; 0, 1, or 128 + the signal that stopped it.
 
-    Lines on the pipe: {"event": "closing"} when torchrun begins to end its workers, and at the end {"event":
-    "failed", "failures": [{"rank", "local_rank", "pid", "exitcode", "text", "time"}]}, first failure first.
+    Lines on the pipe: {"event": "closing"} when torchrun begins to end its workers or one has failed, and at the end
+    {"event": "failed", "failures": [{"rank", "local_rank", "pid", "exitcode", "text", "time"}]}, first failure first.
     """
     pipe = int(os.environ.pop(PIPE))
     os.set_inheritable(pipe, False)
@@ -33,7 +37,9 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
     from torch.distributed.run import main as torchrun
 
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addHandler(Closing(pipe))
+    closing = Closing(pipe)
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addHandler(closing)
+    postpone_signals(closing)
     try:
         torchrun(sys.argv[1:])
         return 0
@@ -54,11 +60,32 @@ def main() -> int:
         ignore_signals()
 
 
+def postpone_signals(closing: "Closing") -> None:
+    """Lets no signal into the middle of torchrun's work on its processes.
+
+    Its handler raises SignalException wherever Python is (elastic/multiprocessing/api.py). In the locks of subprocess
+    or of a thread pool that hangs torchrun; while it ends its workers, why one had failed is lost, or the signal is,
+    after seconds in which torch loads its compiler to print it (elastic/multiprocessing/tail_log.py `stop`)."""
+    from torch.distributed.elastic.multiprocessing import SignalException, api
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        doing = {each.f_code.co_name for each, _ in walk_stack(frame) if each.f_code.co_filename == api.__file__}
+        if closing.told or "close" in doing:
+            return
+        if not doing:
+            raise SignalException(f"signal {signum}", signal.Signals(signum))
+        signal.signal(signal.SIGALRM, lambda _, frame: handle(signum, frame))
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+
+    # Where another torch has another name for it, all is as that torch does it.
+    api._terminate_process_handler = handle
+
+
 def ignore_signals() -> None:
     """For when all is over: torch's handlers would turn a late SIGTERM into a traceback from whatever runs then."""
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):
         with contextlib.suppress(SignalException):
             signal.signal(number, signal.SIG_IGN)
         # Python runs a handler that was due when it next can, which may have been within the call above.
@@ -66,14 +93,16 @@ def ignore_signals() -> None:
 
 
 class Closing(logging.Handler):
-    """Hears torchrun say that it is ending its workers, which is long before it says why."""
+    """Hears torchrun say that it is ending its workers, or that one has failed: that is long before it says why."""
 
     def __init__(self, pipe: int) -> None:
         super().__init__()
         self.pipe = pipe
+        self.told = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if str(record.msg).startswith("Sending process"):
+        if str(record.msg).startswith(("Sending process", "failed (exitcode")):
+            self.told = True
             tell(self.pipe, {"event": "closing"})
 
 

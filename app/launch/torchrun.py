@@ -146,8 +146,15 @@ class Torchrun:
         Gently (the user stops the job), torchrun is asked and passes SIGTERM on. Otherwise (another node failed) only
         its workers are: torchrun then still tells if one of them had failed before."""
         self.told_to_end = True
-        if gently or not self._tell_workers(signal.SIGTERM):
+        workers = self._workers()
+        if gently and not workers:
+            # It may wait for the torchruns of other nodes, deaf to SIGTERM.
+            self.kill()
+        elif gently or not workers:
+            # Without workers it is starting, and ends; or it is about to say why one died, and is deaf too (agent.py).
             self._tell(signal.SIGTERM)
+        else:
+            self._tell_workers(signal.SIGTERM)
         await asyncio.sleep(grace)
         # Of the user's grace torchrun's own --shutdown-timeout comes first.
         await asyncio.sleep(KILL_AFTER if gently else 0)
@@ -167,19 +174,24 @@ class Torchrun:
 
     def _tell_workers(self, number: signal.Signals) -> int:
         """Signals all below torchrun; returns how many of those live."""
-        if self.process.poll() is not None:
-            # Its number may be another process's by now.
-            return 0
         import psutil
 
-        workers: list[psutil.Process] = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            workers = psutil.Process(self.process.pid).children(recursive=True)
-        alive = [worker for worker in workers if _lives(worker)]
+        alive = [worker for worker in self._workers() if _lives(worker)]
         for worker in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.send_signal(number)
         return len(alive)
+
+    def _workers(self) -> "list[psutil.Process]":
+        """All below torchrun, those included that have ended and that it has not looked at yet."""
+        if self.process.poll() is not None:
+            # Its number may be another process's by now.
+            return []
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).children(recursive=True)
+        return []
 
 
 def first_cause_first(failures: list[Failure]) -> tuple[Failure, ...]:

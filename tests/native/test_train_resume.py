@@ -1,4 +1,7 @@
-"""Whatever dies, whenever: the next start goes on with the losses of a run that was never interrupted."""
+"""Whatever dies, whenever: the next start goes on with the losses of a run that was never interrupted.
+
+Ten times here; twenty times on real engines, containers and machines included, in cluster/test_training_kills.py.
+"""
 
 import random
 import shutil
@@ -67,9 +70,9 @@ def _steps_done_twice(run_dir: Path) -> list[int]:
 HOWS = ("kill a rank", "kill all ranks", "kill the node", "stop a rank", "stop torchrun")
 
 
-def test_twelve_interruptions_of_two_ranks_change_no_loss_by_a_bit(tmp_path: Path, reference: dict[int, float]) -> None:
+def test_six_interruptions_of_two_ranks_change_no_loss_by_a_bit(tmp_path: Path, reference: dict[int, float]) -> None:
     target = 0
-    for number in range(12):
+    for number in range(6):
         target = max(losses(tmp_path), default=0) + MOMENTS.randint(1, 20)
         how = HOWS[number % len(HOWS)]
         text = _run_until_interrupted(tmp_path, target=target, how=how, in_a_save=number % 4 == 1, nproc=2)
@@ -85,10 +88,10 @@ def test_twelve_interruptions_of_two_ranks_change_no_loss_by_a_bit(tmp_path: Pat
     assert all(again <= 2 * INTERVAL for again in _steps_done_twice(tmp_path)), _steps_done_twice(tmp_path)
 
 
-def test_eight_interruptions_with_one_to_four_ranks_change_losses_by_rounding_only(
+def test_four_interruptions_with_one_to_four_ranks_change_losses_by_rounding_only(
     tmp_path: Path, reference: dict[int, float]
 ) -> None:
-    worlds = [1, 3, 2, 4, 1, 2, 4, 3]
+    worlds = [1, 3, 2, 4]
     for number, nproc in enumerate(worlds):
         target = max(losses(tmp_path), default=0) + MOMENTS.randint(1, 20)
         how = HOWS[number % len(HOWS)]
