@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from app.launch.arguments import command_of
-from app.launch.errors import UserError
+from app.cli.arguments import command_of
+from app.config.errors import UserError
 
 Command = Callable[[Sequence[str]], int]
 INSTALL = "Without Docker: `python3 -m venv env && env/bin/pip install -r requirements/cuda.txt`, then env/bin/python"
@@ -42,14 +42,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """Takes part in the job until it ends."""
-    from app.launch.start import main as start
+    from app.cli.run import main as start
 
     return start(arguments, os.environ, env_file())
 
 
 def explain(arguments: Sequence[str]) -> int:
     """Prints every decision of a start with its source and reason; starts nothing."""
-    from app.launch.explain import main as tell
+    from app.cli.explain import main as tell
 
     return tell(arguments, os.environ, env_file())
 
@@ -63,21 +63,21 @@ def doctor(arguments: Sequence[str]) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     """Measures collectives and pairs of nodes, in place of the training script; a failure is told, not tried again."""
-    from app.launch.start import main as start
+    from app.cli.run import main as start
 
     return start(["-m", "app.bench", *arguments], {**os.environ, "MAX_RESTARTS": "0"}, env_file())
 
 
 def report(arguments: Sequence[str]) -> int:
     """Prints the report of the last failure, or packs it with the logs into one archive without secrets."""
-    from app.launch.bundle import main as tell
+    from app.cli.report import main as tell
 
     return tell(arguments, os.environ, env_file())
 
 
 def healthcheck(_arguments: Sequence[str]) -> int:
     """Tells the engine how this node is doing; 0 is healthy."""
-    from app.launch.health import healthcheck as examine
+    from app.supervise.health import healthcheck as examine
 
     return examine()
 

@@ -22,13 +22,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from app.launch import supervise
-from app.launch.gang import door, reach, wire
-from app.launch.gang.facts import gather
-from app.launch.gang.hub import Hub
-from app.launch.gang.member import Member, Place, Surroundings
-from app.launch.plan import Plan
-from app.launch.torchrun import Outcome
+from app.engine.outcome import Outcome
+from app.gang import connection as wire
+from app.gang import connectivity
+from app.gang import handshake as door
+from app.gang.agreement import gather
+from app.gang.coordinator import Hub
+from app.gang.participant import Member, Place, Surroundings
+from app.plan import Plan
+from app.supervise import node as supervise
 
 SHARE = 250
 """Nodes of one process: each holds up to 27 sockets at once, and processes have a limit of them."""
@@ -180,7 +182,7 @@ def widen() -> None:
     """Room for 1,000 nodes in one process, and patience with them."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    reach.CONNECT = reach.PASS = PATIENCE
+    connectivity.CONNECT = connectivity.PASS = PATIENCE
     for module in (wire, door):
         setattr(module, "HANDSHAKE", PATIENCE)  # noqa: B010 - each module has its own name for it
 
@@ -211,7 +213,7 @@ def main(arguments: Sequence[str]) -> None:
         seconds, cpu, kib, messages = (
             statistics.median(one[name] for one in rounds) for name in ("seconds", "cpu", "kib", "messages")
         )
-        dials = max(len(reach.targets(index, count)) for index in range(count))
+        dials = max(len(connectivity.targets(index, count)) for index in range(count))
         print(f"| {count} | {seconds:.2f} | {cpu:.2f} | {kib / 1024:.1f} | {messages:.0f} | {dials} |", flush=True)
 
 

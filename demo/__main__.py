@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from app.launch.settings import TABLE
+from app.config.settings import TABLE
 
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS = 80

@@ -6,6 +6,8 @@ Bandwidths: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from app.host.links import Link
+
 Factor = Callable[[int], float]
 
 # Bus bandwidth = algorithm bandwidth times this, for n ranks.
@@ -53,16 +55,6 @@ class PairSpeed:
     """Bytes per second."""
     latency: float
     """Half a round trip of four bytes, in seconds."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """What the hardware of one node promises."""
-
-    name: str
-    """Interface or RDMA devices; empty when unknown."""
-    rate: float | None
-    """Bytes per second, both ways; None when the kernel does not tell (virtual links)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from app.bench.collectives import Ranks, agreed, synchronize
-from app.bench.figures import Link, PairSpeed
+from app.bench.figures import PairSpeed
 from app.bench.verdict import slow_pairs
+from app.host.links import Link
 
 FIRST_MESSAGE, LARGEST_MESSAGE, GROWTH = 1 << 16, 1 << 26, 8
 """Bytes: messages grow until one takes `LONG_ENOUGH`: fast links are filled, slow ones do not take for ever."""

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from app.bench.collectives import CASES, GROWTH, Ranks, measure_all
-from app.bench.figures import Findings, Link
-from app.bench.link import read_link
+from app.bench.figures import Findings
 from app.bench.pairs import measure_pairs
 from app.bench.report import publish
+from app.host.links import Link, read_link
 
 ARRAYS = 8
 """Arrays of the measured size that one rank may hold at a time, with room to spare."""

@@ -4,7 +4,8 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import median
 
-from app.bench.figures import Findings, Link, PairSpeed, readable_rate, readable_size
+from app.bench.figures import Findings, PairSpeed, readable_rate, readable_size
+from app.host.links import Link
 
 SLOW = 0.5
 """A direction below this share of what the better half of the cluster reaches is slow."""

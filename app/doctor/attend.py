@@ -18,11 +18,10 @@ from app.doctor.look import within
 from app.doctor.meeting import ANSWER, BEAT, Meeting, run_of
 from app.doctor.talk import read_findings, read_peer, told_collective, told_facts, told_findings
 from app.doctor.transport import Collective
-from app.launch.gang import reach
-from app.launch.gang.arrival import NobodyError, Waiting, arrive
-from app.launch.gang.facts import gather, host_id
-from app.launch.gang.messages import Say
-from app.launch.gang.wire import (
+from app.gang import connectivity
+from app.gang.agreement import gather, host_id
+from app.gang.connect import NobodyError, Waiting, arrive
+from app.gang.connection import (
     MAX_LINE,
     Message,
     UntrustedError,
@@ -34,8 +33,9 @@ from app.launch.gang.wire import (
     listen,
     text,
 )
-from app.launch.plan import Plan
-from app.launch.plan.needs import speed_of
+from app.gang.messages import Say
+from app.plan import Plan
+from app.plan.resource_checks import speed_of
 
 SILENCE = 8 * BEAT
 DISK_PATIENCE = 10.0
@@ -56,13 +56,13 @@ class Attendant:
     say: Say
     reduce: Reduce
     life: str = field(default_factory=lambda: secrets.token_hex(8))
-    _answering: reach.Answering = field(init=False)
+    _answering: connectivity.Answering = field(init=False)
     _meter: meter.Meter = field(init=False)
     _left: list[Path] = field(default_factory=list)
 
     async def attend(self, dial: Callable[[], Awaitable[Wire]], wait: float) -> tuple[Row, ...]:
         """The table of all nodes. Raises NobodyError when node 0 does not come, refuses, or goes away."""
-        self._answering = reach.Answering(secrets.token_hex(16))
+        self._answering = connectivity.Answering(secrets.token_hex(16))
         await self._answering.open(self.plan.address, self._free_master_port())
         self._meter = meter.Meter(self.plan.address)
         try:
@@ -181,7 +181,7 @@ class Attendant:
 
     async def _reach(self, message: Message) -> Mapping[str, object]:
         targets = [
-            reach.Target(
+            connectivity.Target(
                 rank=integer(one, "rank", 0, 1 << 16),
                 address=text(one, "address", 64),
                 port=integer(one, "port", 1, 65535),
@@ -189,7 +189,7 @@ class Attendant:
             )
             for one in items(message, "targets", 1 << 12)
         ]
-        failed = await reach.dial_all(self.plan.address, targets)
+        failed = await connectivity.dial_all(self.plan.address, targets)
         # torchrun's store, and the all-reduce below, need MASTER_PORT for themselves.
         return {"failed": [{"rank": target.rank, "port": target.port, "why": why} for target, why in failed]}
 
@@ -199,7 +199,7 @@ class Attendant:
             own = meter.measure(self.plan.address, mine) if calibrate else None
             found = meter.measure(self.plan.address, peer)
         except (OSError, ValueError) as error:
-            return {"failure": reach.why(error) or type(error).__name__, "rtt": 0, "out": 0, "back": 0, "own": 0}
+            return {"failure": connectivity.why(error) or type(error).__name__, "rtt": 0, "out": 0, "back": 0, "own": 0}
         rates = {"out": round(found.out), "back": round(found.back), "own": round(min(own.out, own.back)) if own else 0}
         return {"failure": "", "rtt": round(found.rtt * 1e9), **rates}
 

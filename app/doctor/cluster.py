@@ -6,8 +6,8 @@ from app.doctor.findings import Finding, Level, Row, green, skipped
 from app.doctor.links import judge_mtu, judge_speed
 from app.doctor.measured import Found, Measured
 from app.doctor.transport import judge_transport
-from app.launch.gang.facts import differences, told_nodes
-from app.launch.gang.reach import let_in
+from app.gang.agreement import differences, told_nodes
+from app.gang.connectivity import let_in
 
 CLOCKS_APART = 2.0
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from app.doctor.facts import Facts
 from app.doctor.meeting import ALL_REDUCE
 from app.doctor.transport import Collective, carrier, read_nccl
-from app.launch import torchrun
-from app.launch.host import PROJECT, Host
-from app.launch.host.files import entries, number
-from app.launch.plan import Plan
-from app.launch.symptoms import diagnose
+from app.engine import torchrun
+from app.host import PROJECT, Host
+from app.host.files import entries, number
+from app.known_errors.catalog import diagnose
+from app.plan import Plan
 
 LAUNCHER_WORDS = 3
 """Of torchrun.command_line: the interpreter, -P, and the agent that reports to a supervisor, which doctor has not."""

@@ -10,17 +10,17 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 
+from app.config.errors import UserError
+from app.config.settings import Settings, read_settings
 from app.doctor.checks import check_node
 from app.doctor.facts import Facts
 from app.doctor.findings import Level, Row, red
 from app.doctor.look import look
 from app.doctor.table import WORDS, exit_code, to_json, to_lines, to_table, verdict
-from app.launch.errors import UserError
-from app.launch.host import probe
-from app.launch.plan import Plan, draft
-from app.launch.plan.membership import names_to_resolve
-from app.launch.plan.script import files_to_look_at
-from app.launch.settings import Settings, read_settings
+from app.host import probe
+from app.plan import Plan, draft
+from app.plan.membership import names_to_resolve
+from app.plan.script import files_to_look_at
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | None) -> int:
@@ -50,11 +50,12 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
 
 def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row]:
     """The table of all nodes, or of this one with the reason why there is no other."""
+    from app.config.console import say
     from app.doctor.attend import Attendant, meet
     from app.doctor.collective import all_reduce
-    from app.launch.gang.arrival import NobodyError
-    from app.launch.gang.reach import why
-    from app.launch.supervise import read_token, say
+    from app.gang.connect import NobodyError
+    from app.gang.connectivity import why
+    from app.gang.token import read_token
 
     tell_own(own, say, "meeting the others" if len(plan.nodes) > 1 else "now a collective")
     try:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from app.doctor.look import Look
-from app.launch.host import Host
-from app.launch.host.nics import Nic
-from app.launch.plan import Draft, Plan
-from app.launch.plan.ledger import Decision
+from app.host import Host
+from app.host.nics import Nic
+from app.plan import Draft, Plan
+from app.plan.decisions import Decision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

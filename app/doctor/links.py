@@ -5,8 +5,8 @@ from collections import Counter
 from app.doctor.findings import Finding, Level, green, skipped
 from app.doctor.measured import Found, Measured
 from app.doctor.meter import Speed, headers
-from app.launch.gang.facts import told_nodes
-from app.launch.plan.ledger import count
+from app.gang.agreement import told_nodes
+from app.plan.decisions import count
 
 PROVEN = 5e9
 """Bits per second that one stream of plain sockets reaches on any machine; faster links are `bench`'s business."""

@@ -1,4 +1,4 @@
-"""The few live facts that only doctor wants, besides those of `app.launch.host`. Reads below a `root`; no decisions."""
+"""The few live facts that only doctor wants, besides those of `app.host`. Reads below a `root`; no decisions."""
 
 import os
 import tempfile
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from app.doctor.engine import look_at_engine
-from app.doctor.gpus import GpuLook, look_at_gpus
-from app.launch.host import Host
-from app.launch.host.addresses import canonical
-from app.launch.host.files import entries, number, text
+from app.host import Host
+from app.host.accelerators.health import GpuLook, look_at_gpus
+from app.host.addresses import canonical
+from app.host.files import entries, number, text
 
 NIC_COUNTERS = ("rx_errors", "tx_errors", "rx_crc_errors", "rx_missed_errors", "tx_carrier_errors")
 PROBE_BYTES = 32 << 20

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from app.doctor.engine import COMMANDS
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Level, green, skipped
-from app.doctor.gpus import REASONS, GpuHealth, GpuLook
+from app.host.accelerators.health import REASONS, GpuHealth, GpuLook
 
 FREE_RED, FREE_YELLOW = 1 << 30, 10 << 30
 FEW_INODES = 1000

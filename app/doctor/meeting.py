@@ -1,6 +1,6 @@
 """Node 0's part of the meeting: who is here, then one measurement after the other, then the table for all.
 
-Every step is a question to the nodes and their answers, over the gang's own wire (`app.launch.gang.wire`).
+Every step is a question to the nodes and their answers, over the gang's own wire (`app.gang.connection`).
 """
 
 import asyncio
@@ -16,10 +16,10 @@ from app.doctor.links import slowness
 from app.doctor.measured import Measured
 from app.doctor.meter import Speed
 from app.doctor.talk import Seat, read_collective, read_seat, told_findings
-from app.launch.gang import reach
-from app.launch.gang.messages import Say
-from app.launch.gang.wire import HANDSHAKE, Message, UntrustedError, Wire, WireError, challenge, integer, items, text
-from app.launch.plan import Plan
+from app.gang import connectivity
+from app.gang.connection import HANDSHAKE, Message, UntrustedError, Wire, WireError, challenge, integer, items, text
+from app.gang.messages import Say
+from app.plan import Plan
 
 BEAT = 2.0
 SAY_AFTER, SAY_EVERY = 2.0, 10.0
@@ -183,11 +183,11 @@ class Meeting:
         if not address:
             return "its address is unknown without NODES"
         try:
-            async with asyncio.timeout(reach.CONNECT):
+            async with asyncio.timeout(connectivity.CONNECT):
                 _, writer = await asyncio.open_connection(address, self.plan.control_port)
         except (OSError, TimeoutError) as error:
             alive = " (the machine is up; doctor is not started there, or it cannot reach node 0)"
-            return reach.why(error) + alive * isinstance(error, ConnectionRefusedError)
+            return connectivity.why(error) + alive * isinstance(error, ConnectionRefusedError)
         writer.close()
         return "something else listens on its CONTROL_PORT"
 
@@ -219,7 +219,7 @@ class Meeting:
         ranks = sorted(self.seats)
         questions = {}
         for index, rank in enumerate(ranks):
-            peers = [ranks[other] for other in reach.targets(index, len(ranks))]
+            peers = [ranks[other] for other in connectivity.targets(index, len(ranks))]
             self.measured.tried |= {(rank, peer) for peer in peers}
             targets = [
                 {"rank": peer, "address": seat.node.address, "port": port, "key": seat.key}

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Level, green, skipped
 from app.doctor.look import Look
-from app.launch.host.addresses import is_loopback
-from app.launch.host.nics import Nic
-from app.launch.plan import Plan
-from app.launch.plan.network import describe
+from app.host.addresses import is_loopback
+from app.host.nics import Nic
+from app.plan import Plan
+from app.plan.network import describe
 
 ERROR_SHARE = 1e-6
 """Errors per packet; a sound Ethernet link loses fewer than one frame in 10^8 (bit error rate 10^-12)."""

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from app.doctor.findings import Finding, Level
-from app.launch.plan import Draft
+from app.plan import Draft
 
 PROBLEMS = {
     **dict.fromkeys(("NODES", "NODE_RANK", "NNODES", "MASTER_ADDR"), "rank"),

@@ -8,10 +8,10 @@ from app.doctor.findings import CHECKS, Finding, Level
 from app.doctor.measured import Node
 from app.doctor.meter import Peer
 from app.doctor.transport import Collective, NcclLog
-from app.launch.gang.wire import Message, Wire, WireError, integer, items, text
+from app.gang.connection import Message, Wire, WireError, integer, items, text
 
 LONGEST_FACT = 20_000
-"""As long as the list of packages may be (`app.launch.host`); a line of the wire has room for it. A list that is cut
+"""As long as the list of packages may be (`app.host`); a line of the wire has room for it. A list that is cut
 at different places on two nodes would differ in packages that do not."""
 
 

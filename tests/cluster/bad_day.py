@@ -94,9 +94,9 @@ def another_image(node: Node) -> Iterator[str]:
     """The name of an image that is the project's own with a package more, and was built from another checkout."""
     files = {
         "opt/venv/lib/python3.11/site-packages/einops-0.8.1.dist-info/METADATA": b"Name: einops\nVersion: 0.8.1\n",
-        "opt/torchrun-compose/app/launch/exitcodes.py": b'"""Another checkout."""\n',
+        "opt/torchrun-compose/app/config/exitcodes.py": b'"""Another checkout."""\n',
     }
-    files["opt/torchrun-compose/app/launch/exitcodes.py"] += (PROJECT / "app/launch/exitcodes.py").read_bytes()
+    files["opt/torchrun-compose/app/config/exitcodes.py"] += (PROJECT / "app/config/exitcodes.py").read_bytes()
     changed = io.BytesIO()
     with tarfile.open(fileobj=changed, mode="w") as archive:
         for name, content in files.items():

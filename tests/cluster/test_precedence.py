@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from app.launch.settings import TABLE
+from app.config.settings import TABLE
 from tests.testbed import Cluster, Node
 from tests.testbed.shell import PROJECT
 
@@ -218,7 +218,7 @@ def normal(text: str) -> str:
 READ = """
 import json, os
 from pathlib import Path
-from app.launch.settings import read_settings
+from app.config.settings import read_settings
 settings = read_settings(os.environ, Path(".env"))
 assert not settings.problems, settings.problems
 print(json.dumps({name: (value.text, str(value.source)) for name, value in settings.values.items()}))

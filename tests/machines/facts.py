@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from app.launch.host import Host
-from app.launch.plan import Draft, draft, probe_for
-from app.launch.settings import Settings, read_settings
+from app.config.settings import Settings, read_settings
+from app.host import Host
+from app.plan import Draft, draft, probe_for
 from tests.machines.library import MACHINES
 
 

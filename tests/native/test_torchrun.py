@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from app.launch.torchrun import AGENT, Outcome, Torchrun
+from app.engine.outcome import Outcome
+from app.engine.torchrun import AGENT, Torchrun
 from tests.native.ports import free_port
 
 ONE_FAILS_THE_OTHER_TAKES_ITS_TIME = """

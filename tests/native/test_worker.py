@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).parents[2] / "app/launch/worker.py"
+WORKER = Path(__file__).parents[2] / "app/engine/worker.py"
 SCRIPT = """
 import atexit, sys, threading, time
 

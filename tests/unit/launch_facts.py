@@ -1,10 +1,10 @@
 """Small hosts and settings for the tests of single decisions."""
 
-from app.launch.host import Host
-from app.launch.host.addresses import canonical
-from app.launch.host.nics import Address, Nic
-from app.launch.plan import Draft, Plan, draft
-from app.launch.settings import Settings, read_settings
+from app.config.settings import Settings, read_settings
+from app.host import Host
+from app.host.addresses import canonical
+from app.host.nics import Address, Nic
+from app.plan import Draft, Plan, draft
 
 
 def card(name: str, *addresses: str, kind: str = "ethernet", speed: int | None = None, up: bool = True) -> Nic:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import entrypoint
-from app.launch.arguments import command_of
-from app.launch.errors import UserError
+from app.cli.arguments import command_of
+from app.config.errors import UserError
 
 COMMANDS = tuple(entrypoint.COMMANDS)
 

@@ -13,10 +13,10 @@ from PIL import Image, ImageColor
 
 from app.bench.__main__ import main, options, size
 from app.bench.chart import BOTTOM, COLOURS, LEFT, LINK, RIGHT, TOP, bandwidth_chart
-from app.bench.figures import Findings, Link, Measure, PairSpeed, readable_rate, readable_size
-from app.bench.link import read_link
+from app.bench.figures import Findings, Measure, PairSpeed, readable_rate, readable_size
 from app.bench.report import as_json, keep, publish, render
 from app.bench.verdict import changes, key_figures, of_link, slow_pairs, slow_parts
+from app.host.links import Link, read_link
 
 NAMES = ("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4")
 FULL, TENTH = 1.2e9, 1.2e8

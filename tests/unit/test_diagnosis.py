@@ -2,10 +2,11 @@
 
 import pytest
 
-from app.launch.diagnosis import diagnosis
-from app.launch.history import Round
-from app.launch.symptoms import Symptom
-from app.launch.torchrun import Failure, first_cause_first
+from app.engine.outcome import Failure
+from app.engine.torchrun import first_cause_first
+from app.known_errors.catalog import Symptom
+from app.report.diagnosis import diagnosis
+from app.report.history import Round
 
 PEER = "RuntimeError: [/gloo/pair.cc:553] Connection closed by peer [10.0.0.2]:39558. This is typically caused by ..."
 NO_MODULE = "ModuleNotFoundError: No module named 'flash_attn'"

@@ -9,9 +9,9 @@ from app.doctor.attend import Attendant
 from app.doctor.facts import Facts
 from app.doctor.look import Disk
 from app.doctor.transport import Collective
-from app.launch.gang import reach
-from app.launch.gang.wire import Message
-from app.launch.plan import Plan
+from app.gang import connectivity
+from app.gang.connection import Message
+from app.plan import Plan
 from tests.unit.test_doctor_checks import facts_of
 
 
@@ -21,7 +21,7 @@ def node(facts: Facts, folder: Path) -> Attendant:
     assert facts.plan is not None
     plan = replace(facts.plan, checkpoint_dir=folder / "checkpoints")
     one = Attendant(facts=facts, plan=plan, token=b"", findings=(), say=print, reduce=full_disk)
-    one._answering = reach.Answering("key")
+    one._answering = connectivity.Answering("key")
     return one
 
 

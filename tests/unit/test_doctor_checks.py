@@ -9,11 +9,11 @@ import pytest
 from app.doctor.checks import CHECKERS, check_node
 from app.doctor.facts import Facts
 from app.doctor.findings import CHECKS, Finding, Level
-from app.doctor.gpus import GpuHealth, GpuLook
 from app.doctor.look import Disk, Look, NicHealth, look
 from app.doctor.planned import PLACINGS, warnings
-from app.launch.host.names import Answer
-from app.launch.plan import Draft, draft
+from app.host.accelerators.health import GpuHealth, GpuLook
+from app.host.names import Answer
+from app.plan import Draft, draft
 from tests.machines.facts import host_of, settings_of
 from tests.machines.library import MACHINES
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from app.doctor.gpus import ACS, GpuHealth, read_health, read_peers
 from app.doctor.look import Disk, look, look_at_disk
-from app.launch.host import Host, probe
-from app.launch.host.xids import read_xids
+from app.host import Host, probe
+from app.host.accelerators.health import ACS, GpuHealth, read_health, read_peers
+from app.host.accelerators.xids import read_xids
 from tests.machines.library import MACHINES
 
 TCP = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from app.launch.errors import refusal
-from app.launch.explain import explain, sections, short, to_table
-from app.launch.host.limits import Limits
-from app.launch.plan import Plan, make_plan
-from app.launch.settings import read_settings
-from app.launch.torchrun import command_line
+from app.cli.explain import explain, sections, short, to_table
+from app.config.errors import refusal
+from app.config.settings import read_settings
+from app.engine.torchrun import command_line
+from app.host.limits import Limits
+from app.plan import Plan, make_plan
 from tests.machines.facts import drafted, host_of, settings_of
 from tests.machines.library import MACHINES
 from tests.unit.launch_facts import card, decide, given, machine, planned
@@ -157,7 +157,7 @@ def explain_here(*options: str) -> subprocess.CompletedProcess[str]:
 def test_explain_imports_nothing_heavy() -> None:
     imported = explain_here("-X", "importtime").stderr
     loaded = {line.rpartition("|")[2].strip() for line in imported.splitlines()}
-    assert "app.launch.plan" in loaded
+    assert "app.plan" in loaded
     heavy = {"torch", "numpy", "docker", "rich", "asyncio", "urllib.request", "ssl"}
     assert not loaded & (heavy | {"psutil", "json", "platform", "_hashlib", "subprocess"})
 

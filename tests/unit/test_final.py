@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.launch.final import RETRY_WINDOW, forget_final, read_final, reserve_final, write_final
+from app.supervise.restart_guard import RETRY_WINDOW, forget_final, read_final, reserve_final, write_final
 
 CONTAINER = "5e" * 32
 

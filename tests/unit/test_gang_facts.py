@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from app.launch.gang.facts import differences, module_digest
-from app.launch.gang.reach import ALL_PAIRS, let_in, targets
+from app.gang.agreement import differences, module_digest
+from app.gang.connectivity import ALL_PAIRS, let_in, targets
 
 BASE = {"torch": "2.13.0", "NPROC_PER_NODE": "2", "mtu": "1500", "python": "3.12"}
 

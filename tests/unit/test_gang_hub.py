@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.launch.exitcodes import ExitCode
-from app.launch.gang.hub import Hub
-from app.launch.gang.member import Member, Place, Surroundings
-from app.launch.gang.verdict import Trouble, Verdict
-from app.launch.gang.wire import MAX_LINE, Message, Wire, introduce
-from app.launch.plan import Plan
-from app.launch.torchrun import Outcome
+from app.config.exitcodes import ExitCode
+from app.engine.outcome import Outcome
+from app.gang.connection import MAX_LINE, Message, Wire, introduce
+from app.gang.coordinator import Hub
+from app.gang.participant import Member, Place, Surroundings
+from app.gang.verdict import Trouble, Verdict
+from app.plan import Plan
 from tests.unit.launch_facts import card, machine, planned
 
 NODES = "10.0.0.1,10.0.0.2,10.0.0.3"

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-GANG = sorted((PROJECT / "app/launch/gang").glob("*.py"))
+GANG = sorted((PROJECT / "app/gang").glob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
@@ -26,6 +26,6 @@ def test_the_gang_imports_nothing_but_the_standard_library_and_the_launcher() ->
 
 
 def test_a_start_does_not_import_torch_or_psutil_into_the_launcher() -> None:
-    code = "import sys, app.launch.supervise; print([name for name in ('torch', 'psutil') if name in sys.modules])"
+    code = "import sys, app.supervise.node; print([name for name in ('torch', 'psutil') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from app.launch import health, looks
-from app.launch.final import RETRY_WINDOW, read_final, write_final
-from app.launch.looks import progress
-from app.launch.plan import Plan
+from app.plan import Plan
+from app.supervise import health
+from app.supervise import progress as looks
+from app.supervise.progress import progress
+from app.supervise.restart_guard import RETRY_WINDOW, read_final, write_final
 from tests.unit.launch_facts import machine, planned
 
 IDENTITY = "0123456789abcdef" * 4

@@ -1,9 +1,9 @@
 """Who is to blame: the first cause among many failures, in one line."""
 
-from app.launch.exitcodes import ExitCode
-from app.launch.gang.messages import Event, Report
-from app.launch.gang.round import Round
-from app.launch.gang.verdict import Final, Trouble, account, first_cause, worker_trouble
+from app.config.exitcodes import ExitCode
+from app.gang.messages import Event, Report
+from app.gang.round import Round
+from app.gang.verdict import Final, Trouble, account, first_cause, worker_trouble
 
 CLOSED = "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:44775"
 

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.launch.gang.messages import read_event, read_hello
-from app.launch.gang.wire import (
+from app.gang.connection import (
     HANDSHAKE,
     MAX_LINE,
     VERSION,
@@ -21,6 +20,7 @@ from app.launch.gang.wire import (
     parse,
     text,
 )
+from app.gang.messages import read_event, read_hello
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),

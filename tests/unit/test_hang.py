@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from app.launch import hang
-from app.launch.gang.messages import Event
-from app.launch.gang.round import Round
-from app.launch.hang import Silence, Stall, verdict
-from app.launch.plan import Plan
+from app.engine.outcome import Stall
+from app.gang.messages import Event
+from app.gang.round import Round
+from app.gang.stalls import verdict
+from app.plan import Plan
+from app.supervise import hang
+from app.supervise.hang import Silence
 from tests.machines.facts import drafted
 
 NODES = {0: "node 0 (10.0.0.1)", 1: "node 1 (10.0.0.2)"}
@@ -68,13 +70,13 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     found = drafted("laptop", tmp_path / "machine", **settings).plan
     assert found is not None
     assert hang.watched(found)["TORCHRUN_COMPOSE_LOOKS"] == str(tmp_path / "signs")
-    hang.folder(found).mkdir(parents=True)
+    found.stall_dir.mkdir(parents=True)
     return found
 
 
 def writes(plan: Plan, one: Stall) -> None:
     told = {**asdict(one), "seconds": one.seconds + 0.7, "stack": "x", "recorder": [{"state": "scheduled"}]}
-    (hang.folder(plan) / f"rank{one.rank}.json").write_text(json.dumps(told))
+    (plan.stall_dir / f"rank{one.rank}.json").write_text(json.dumps(told))
 
 
 def silence(rank: int, age: float, used: float = 0.0, pid: int = os.getpid()) -> dict[int, Silence]:

@@ -9,15 +9,15 @@ from socket import AF_INET, AF_INET6
 
 import pytest
 
-from app.launch.host import probe
-from app.launch.host.addresses import canonical, parse
-from app.launch.host.files import natural, number, pci_path
-from app.launch.host.gpus import nvml_facts, read_gpus
-from app.launch.host.limits import read_limits
-from app.launch.host.names import resolve_names
-from app.launch.host.nics import read_nics, read_routes, routed_by
-from app.launch.host.paths import importable, look_at
-from app.launch.host.rdma import read_rdma_ports
+from app.host import probe
+from app.host.accelerators.nvidia import nvml_facts, read_gpus
+from app.host.addresses import canonical, parse
+from app.host.files import natural, number, pci_path
+from app.host.limits import read_limits
+from app.host.names import resolve_names
+from app.host.nics import read_nics, read_routes, routed_by
+from app.host.paths import importable, look_at
+from app.host.rdma import read_rdma_ports
 from tests.machines.tree import Tree, finish, gpu, hca, nic, roce_gids
 
 
@@ -49,7 +49,7 @@ def test_what_lies_at_a_path_is_told_apart(tmp_path: Path) -> None:
 
 def test_a_folder_without_permission_stands_in_the_way_of_what_is_below(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir(mode=0o555)
-    script = "import sys; from pathlib import Path; from app.launch.host.paths import look_at; "
+    script = "import sys; from pathlib import Path; from app.host.paths import look_at; "
     script += "print(look_at(Path('/'), sys.argv[1]).obstacle)"
     # Root may write everywhere; without this capability it is a user like others.
     like_a_user = ("setpriv", "--bounding-set=-dac_override") if os.geteuid() == 0 else ()
@@ -269,7 +269,7 @@ def test_waiting_for_a_name_is_bounded_and_told(
 ) -> None:
     import threading
 
-    from app.launch.host import names
+    from app.host import names
 
     never = threading.Event()
     monkeypatch.setattr(names, "SILENCE", 0.01)

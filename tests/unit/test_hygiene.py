@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from app.launch.host.rdma import RdmaPort
-from app.launch.plan.hygiene import COSTS, matching
-from app.launch.plan.typos import known_variables, misspelt
+from app.host.rdma import RdmaPort
+from app.plan.env_warnings import COSTS, matching
+from app.plan.typos import known_variables, misspelt
 from tests.unit.launch_facts import DOCKER, card, decide, given, machine, planned, warned
 
 HOST = machine(card("eth0", "10.0.0.1/24"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from app.launch.explain import short, to_json, to_lines
-from app.launch.plan import Draft, Plan
+from app.cli.explain import short, to_json, to_lines
+from app.plan import Draft, Plan
 from tests.machines.facts import drafted
 from tests.machines.library import MACHINES
 

@@ -4,9 +4,9 @@ from ipaddress import ip_network
 
 import pytest
 
-from app.launch.host.names import Answer
-from app.launch.host.nics import Route
-from app.launch.plan.schedulers import expand_nodelist
+from app.host.names import Answer
+from app.host.nics import Route
+from app.plan.schedulers import expand_nodelist
 from tests.unit.launch_facts import DOCKER, LOOPBACK, card, decide, machine, planned, reason, refused, warned
 
 FABRIC = card("ens1", "10.0.0.2/24")

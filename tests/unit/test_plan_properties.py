@@ -6,16 +6,16 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.launch.explain import short, to_json, to_lines, to_table
-from app.launch.host import Host
-from app.launch.host.gpus import Gpu, Gpus
-from app.launch.host.limits import Limits
-from app.launch.host.names import Answer
-from app.launch.host.nics import Address, Nic
-from app.launch.host.paths import Seen
-from app.launch.host.rdma import Gid, RdmaPort, RdmaSoftware
-from app.launch.plan import Plan, draft, make_plan, probe_for
-from app.launch.settings import TABLE, read_settings
+from app.cli.explain import short, to_json, to_lines, to_table
+from app.config.settings import TABLE, read_settings
+from app.host import Host
+from app.host.accelerators.nvidia import Gpu, Gpus
+from app.host.limits import Limits
+from app.host.names import Answer
+from app.host.nics import Address, Nic
+from app.host.paths import Seen
+from app.host.rdma import Gid, RdmaPort, RdmaSoftware
+from app.plan import Plan, draft, make_plan, probe_for
 from tests.unit.launch_facts import card, machine
 
 ADDRESSES = st.sampled_from(

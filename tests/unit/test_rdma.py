@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from app.launch.host import Host
-from app.launch.host.gpus import Gpu, Gpus
-from app.launch.host.limits import Limits
-from app.launch.host.nics import Nic
-from app.launch.host.rdma import Gid, RdmaPort, RdmaSoftware
-from app.launch.plan.gid import picked
-from app.launch.plan.rdma import choose
+from app.host import Host
+from app.host.accelerators.nvidia import Gpu, Gpus
+from app.host.limits import Limits
+from app.host.nics import Nic
+from app.host.rdma import Gid, RdmaPort, RdmaSoftware
+from app.plan.gid import picked
+from app.plan.rdma import choose
 from tests.machines.tree import mapped
 from tests.unit.launch_facts import card, decide, machine, planned, reason, refused, warned
 

@@ -13,13 +13,15 @@ from urllib.parse import quote
 
 import pytest
 
-from app.launch.bundle import REMOVED, bundle, main, redact, secrets_of, told
-from app.launch.errors import UserError
-from app.launch.exitcodes import ExitCode
-from app.launch.gang.verdict import Verdict
-from app.launch.history import Round, keep_round
-from app.launch.plan import Draft, Plan
-from app.launch.report import (
+from app.cli.report import REMOVED, bundle, main, redact, secrets_of, told
+from app.config.errors import UserError
+from app.config.exitcodes import ExitCode
+from app.engine.outcome import Failure, Outcome
+from app.engine.torchrun import command_line, environment
+from app.gang.verdict import Verdict
+from app.plan import Draft, Plan
+from app.report.history import Round, keep_round
+from app.report.node_report import (
     READ_BYTES,
     Report,
     forget_report,
@@ -29,8 +31,7 @@ from app.launch.report import (
     summary,
     write_report,
 )
-from app.launch.supervise import tell_report
-from app.launch.torchrun import Failure, Outcome, command_line, environment
+from app.supervise.node import tell_report
 from tests.machines.facts import drafted, settings_of
 
 TRACE = 'Traceback (most recent call last):\n  File "/workspace/my.py", line 7, in step\nValueError: bad batch\n'
@@ -245,7 +246,7 @@ def test_a_report_that_fails_is_told_and_hides_nothing(
 
     plan, _ = planned(tmp_path)
     verdict = Verdict(code=ExitCode.TRAINING, text="node 1 - rank 3 failed")
-    monkeypatch.setattr("app.launch.supervise.make_report", fail)
+    monkeypatch.setattr("app.supervise.node.make_report", fail)
     tell_report(plan, verdict, {}, 0.0)
     assert capsys.readouterr().err == "torchrun-compose: no report: RecursionError: a bug\n"
 

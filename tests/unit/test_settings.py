@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from app.launch import envfile
-from app.launch.envfile import Value
-from app.launch.settings import TABLE, Settings, read_settings
+from app.config import envfile
+from app.config.envfile import Value
+from app.config.settings import TABLE, Settings, read_settings
 
 PROJECT = Path(__file__).parents[2]
 

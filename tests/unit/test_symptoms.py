@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from app.launch.exitcodes import ExitCode
-from app.launch.symptoms import Symptom, all_symptoms, diagnose, known_errors, with_known_errors
+from app.config.exitcodes import ExitCode
+from app.known_errors.catalog import Symptom, all_symptoms, diagnose, known_errors, with_known_errors
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
@@ -176,7 +176,7 @@ def test_the_samples_carry_no_path_of_the_machine_they_were_made_on() -> None:
 
 def test_the_page_holds_the_table_as_it_is_now() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert with_known_errors(page) == page, "run: python -m app.launch.symptoms docs/troubleshooting.md"
+    assert with_known_errors(page) == page, "run: python -m app.known_errors.catalog docs/troubleshooting.md"
 
 
 def test_the_page_explains_every_exit_code_of_ours() -> None:
@@ -187,7 +187,7 @@ def test_the_page_explains_every_exit_code_of_ours() -> None:
 def test_a_page_without_the_marks_is_refused_and_left_alone(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("no marks")
-    done = subprocess.run([sys.executable, "-m", "app.launch.symptoms", str(page)], cwd=ROOT, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "app.known_errors.catalog", str(page)], cwd=ROOT, capture_output=True)
     assert done.returncode != 0
     assert page.read_text() == "no marks"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from app.launch.plan import Plan
-from app.launch.traffic import Traffic, alarm, read_traffic, watch, watched
+from app.plan import Plan
+from app.supervise.traffic import Traffic, alarm, read_traffic, watch, watched
 from tests.machines.facts import drafted
 
 GB = 10**9

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from app.launch.host.gpus import Gpu, Gpus
-from app.launch.host.limits import Limits
-from app.launch.host.paths import Seen
-from app.launch.plan import draft, probe_for
-from app.launch.plan.script import SHORTEST_TOKEN, files_to_look_at
-from app.launch.settings import read_settings
+from app.config.settings import read_settings
+from app.host.accelerators.nvidia import Gpu, Gpus
+from app.host.limits import Limits
+from app.host.paths import Seen
+from app.plan import draft, probe_for
+from app.plan.script import SHORTEST_TOKEN, files_to_look_at
 from tests.unit.launch_facts import decide, machine, planned, reason, refused, warned
 
 CPUS = Limits(cpus=8, shm=64 << 30)

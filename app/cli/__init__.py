@@ -1,0 +1,1 @@
+"""The commands of `entrypoint.py`: each reads its arguments and hands over."""

@@ -1,0 +1,188 @@
+"""`report`: prints what went wrong on this node, or packs it into one archive for a colleague, secrets removed."""
+
+import argparse
+import io
+import json
+import re
+import sys
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import quote
+
+from app.cli.explain import to_lines
+from app.config.errors import UserError
+from app.config.settings import Settings, read_settings
+from app.plan import Draft, draft, probe_for
+from app.report.node_report import READ_BYTES, stored
+
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE|CREDENTIAL|AUTH", re.IGNORECASE)
+SHORTEST_SECRET = 6
+"""Characters: shorter values ("1", "true") would blot out half of every log."""
+KEY = r"(?:api|access|account|auth|encryption|license|master|private|secret|signing|storage|wandb)[-_]?key"
+PATTERNS = (
+    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.{0,8192}?-----END [A-Z ]*PRIVATE KEY-----|.{0,8192})"),
+    # The file's end may begin within one.
+    re.compile(r"\A(?s:.{0,8192}?)-----END [A-Z ]*PRIVATE KEY-----"),
+    re.compile(r"(?<=://)[^/\s:@]+:[^/\s\"']+(?=@)"),
+    re.compile(r"(?<=://)[A-Za-z0-9_-]{16,}(?=@)"),
+    re.compile(
+        r"(?i)[?&;](?:sig|signature|x-amz-signature|x-amz-credential|x-goog-signature)=(?P<secret>[^&\s\"']{6,})"
+    ),
+    re.compile(r"(?i)(?<=bearer )[A-Za-z0-9._~+/=-]{8,}"),
+    re.compile(r"(?i)authorization[\"']?\s*[=:]\s*[\"']?basic\s+(?P<secret>[A-Za-z0-9+/=]{8,})"),
+    re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+"),
+    re.compile(r"\b(?:hf_|ghp_|gho_|github_pat_|glpat-|sk-|xox[abp]-|AKIA|ASIA|AIza)[A-Za-z0-9_-]{12,}"),
+    re.compile(
+        r"(?i)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API[_-]?KEY|ACCESS[_-]?KEY|CREDENTIALS?)[\"']?\s*[=:]\s*"
+        r"[\"']?(?P<secret>[^\s\"',;}<\[][^\s\"',;}]{5,})"
+    ),
+    re.compile(
+        rf"(?i)(?<![\w-])--?(?!(?:bos|cls|eos|image|mask|pad|sep|unk)[-_])(?:[a-z0-9]+[-_]){{0,6}}"
+        rf"(?:token|secret|passw(?:or)?d|passphrase|{KEY}|credentials?)"
+        rf"(?:\s+|[\"']\s*,\s*[\"'])[\"']?(?P<secret>[^\s\"',;}}<\[-][^\s\"',;}}]{{5,}})"
+    ),
+)
+"""What looks like a secret wherever it stands: private keys, user and password in an address, signed addresses,
+headers, known forms of keys, NAME=value, `--name value`. Repetitions are bounded: a log may be one line of a megabyte.
+"""
+REMOVED = "[removed]"
+TEXTS = ("report/*/report.*", "report/*/stalls/*.json", "logs/*/*.error.json", "logs/*/rounds.jsonl", "logs/*/*/*/*/*")
+RECORDS = "logs/*/flight_recorder_rank_*"
+LARGEST_RECORD = 16 << 20
+CLOCKS_DIFFER = 5.0
+"""Seconds, of a file server's clock and this node's."""
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | None) -> int:
+    """0 when there was a report to print or pack. Raises UserError otherwise."""
+    wanted = options(arguments)
+    settings = read_settings(environ, env_file)
+    found = draft(settings, probe_for(settings))
+    run_dir = Path(next(each.value for each in found.decisions if each.name == "RUN_DIR"))
+    try:
+        if not wanted.bundle:
+            print(told(run_dir))
+            return 0
+        packed = bundle(run_dir, found, secrets_of(settings, found))
+    except OSError as error:
+        raise UserError(f"{error.filename or run_dir} cannot be read: {error.strerror}.") from None
+    if wanted.bundle == "-":
+        sys.stdout.buffer.write(packed)
+        return 0
+    try:
+        Path(wanted.bundle).write_bytes(packed)
+    except OSError as error:
+        raise UserError(
+            f"{wanted.bundle} cannot be written: {error.strerror}. `--bundle - > FILE` writes outside."
+        ) from None
+    print(f"{wanted.bundle}: {len(packed) / 1e6:.1f} MB")
+    return 0
+
+
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    """`bundle`: a file, `-` for standard output, None to print."""
+    parser = argparse.ArgumentParser(prog="report", description="What went wrong on this node, last time.")
+    parser.add_argument("--bundle", metavar="FILE", help="write one .tar.gz, secrets removed; - is standard output")
+    return parser.parse_args(arguments)
+
+
+def told(run_dir: Path) -> str:
+    """The reports of all nodes whose folder this is. Raises OSError, and UserError where there is none."""
+    texts = []
+    for folder in stored(run_dir):
+        report = folder / "report.txt"
+        texts.append(report.read_text(encoding="utf-8").rstrip())
+        rounds = [each.stat().st_mtime for each in (run_dir / "logs" / folder.name).glob("*/attempt_0")]
+        # A job that ends well removes the report.
+        if (last := max(rounds, default=0.0)) > report.stat().st_mtime + CLOCKS_DIFFER:
+            began = datetime.fromtimestamp(last, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            texts[-1] += f"\nsince then: a round began here at {began} that runs still, was stopped, or was killed"
+    if not texts:
+        raise UserError(
+            f"{run_dir} holds no report: no job of this run has failed on this node since the last one that ended "
+            "well. RUN_NAME names another."
+        )
+    return "\n\n".join(texts)
+
+
+def bundle(run_dir: Path, found: Draft, secrets: Iterable[str]) -> bytes:
+    """Reports, stacks, flight records, the ends of all logs, and what `explain` says, as a .tar.gz. Raises OSError."""
+    known = tuple(secrets)
+    content = {file: redact(_end_of(file), known).encode() for file in _files(run_dir, TEXTS)}
+    content |= {file: _record(file, known) for file in _files(run_dir, (RECORDS,))}
+    plan = to_lines(found).encode(errors="backslashreplace").decode()
+    content[run_dir / "explain.txt"] = redact(plan, known).encode()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for file, clean in content.items():
+            info = tarfile.TarInfo(f"{run_dir.name}/{file.relative_to(run_dir)}")
+            info.size = len(clean)
+            archive.addfile(info, io.BytesIO(clean))
+    return buffer.getvalue()
+
+
+def _files(run_dir: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted(file for pattern in patterns for file in run_dir.glob(pattern) if file.is_file())
+
+
+def _end_of(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            start = max(0, file.stat().st_size - READ_BYTES)
+            stream.seek(start)
+            content = stream.read()
+            # Half a line may be half a secret.
+            whole = content.partition(b"\n")[2] if start else content
+            return (whole or content).decode("utf-8", errors="replace")
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _record(file: Path, secrets: Sequence[str]) -> bytes:
+    """A flight record for torchfrtrace: pickled names, shapes and stack frames, no values. The known secrets are
+    blotted out in their length, which leaves a pickle readable."""
+    try:
+        content = file.read_bytes() if file.stat().st_size <= LARGEST_RECORD else b"left out: larger than 16 MiB"
+    except OSError as error:
+        content = f"cannot be read: {error.strerror}".encode()
+    for secret in sorted(secrets, key=len, reverse=True):
+        raw = secret.encode(errors="surrogateescape")
+        content = content.replace(raw, b"*" * len(raw))
+    return content
+
+
+def secrets_of(settings: Settings, found: Draft) -> tuple[str, ...]:
+    """Values that must not leave this machine: variables with a telling name, and the cluster token."""
+    values = [value.text for name, value in settings.values.items() if SECRET_NAME.search(name)]
+    token = settings.text("CLUSTER_TOKEN_FILE")
+    paths = {token, *(str(found.plan.token_file) for _ in [0] if found.plan and found.plan.token_file)}
+    for path in filter(None, paths):
+        try:
+            values.append(Path(path).read_text(encoding="utf-8", errors="replace").strip())
+        except OSError:
+            continue
+    # A path to a secret is none, and explains much.
+    secrets = {value for value in values if len(value) >= SHORTEST_SECRET and value not in paths}
+    return tuple({form for value in secrets for form in _forms(value)})
+
+
+def _forms(value: str) -> tuple[str, ...]:
+    """A value as it may stand in a file: as it is, in JSON, in Python's notation, in a shell's and in an address."""
+    escaped = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
+    return (value, *escaped, value.replace("'", "'\"'\"'"), quote(value, safe="", errors="replace"))
+
+
+def redact(content: str, secrets: Iterable[str]) -> str:
+    """`content` without the `secrets`, longest first, and without what looks like one."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        content = content.replace(secret, REMOVED)
+    for pattern in PATTERNS:
+        content = pattern.sub(_blot, content)
+    return content
+
+
+def _blot(found: re.Match[str]) -> str:
+    secret = found.groupdict().get("secret")
+    return REMOVED if secret is None else found[0].replace(secret, REMOVED)

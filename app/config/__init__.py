@@ -1,0 +1,1 @@
+"""What everybody needs and nobody decides: settings, errors, exit codes."""

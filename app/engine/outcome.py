@@ -1,0 +1,50 @@
+"""How a torchrun and its workers ended, or that they stand still: plain data for gang, supervise and report."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What one worker, or torchrun itself (`rank` -1), died of."""
+
+    rank: int
+    exitcode: int
+    """As subprocess has it: negative is the signal."""
+    text: str = ""
+    """The exception's first line, or "" when it left none."""
+    time: float = 0.0
+    """Seconds since the epoch, on the clock of its node."""
+    local_rank: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one torchrun ended. `failures` is empty when its workers ended well or were told to end."""
+
+    code: int
+    failures: tuple[Failure, ...] = ()
+    """The first cause on this node first; those that torchrun itself ended afterwards are among them."""
+    halted: bool = False
+    """It had been told to end before the first of them failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stall:
+    """One rank that stands still."""
+
+    rank: int
+    seconds: int
+    """For how long, when it was told."""
+    at: str
+    """`train.py:18, in train: dist.all_reduce(loss)`: the script's own line."""
+    collective: str = ""
+    """The last one that this rank has entered, "" for none yet."""
+    group: str = ""
+    sequence: int = -1
+    """Its number in its group."""
+    run_id: str = ""
+    """Of its round, "" where that is not known."""
+
+    @property
+    def entered(self) -> str:
+        return f"{self.collective} (number {self.sequence})" if self.collective else "no collective"

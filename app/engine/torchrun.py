@@ -1,0 +1,227 @@
+"""The engine as a child process: its command line, its start, how it ends, and that nothing of it stays behind."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from app.engine.outcome import Failure, Outcome
+from app.known_errors.consequences import CASCADE
+from app.plan import Plan
+
+if TYPE_CHECKING:
+    import psutil
+
+AGENT = Path(__file__).with_name("agent.py")
+WORKER = Path(__file__).with_name("worker.py")
+PIPE = "TORCHRUN_COMPOSE_PIPE"
+KILL_AFTER = 3.0
+"""Seconds that torchrun has to end by itself once its workers are killed."""
+SAY_WHY = 8.0
+"""Seconds instead of these after a failure: on a busy machine torchrun takes more than five to say what its worker died
+of, and killed before that it would count as the failure itself. The gang waits longer (Round.patience)."""
+
+
+def command_line(
+    plan: Plan, *, node_rank: int, nnodes: int, master_addr: str, master_port: int, run_id: str
+) -> list[str]:
+    """torchrun's own flags, explicit: static rendezvous keeps the ranks ours, and a restart is a new round of the
+    whole gang, never torchrun's own (its in-place restarts read stale addresses)."""
+    return [
+        sys.executable,
+        "-P",
+        str(AGENT),
+        f"--nnodes={nnodes}",
+        f"--nproc-per-node={plan.nproc_per_node}",
+        f"--node-rank={node_rank}",
+        f"--master-addr={master_addr}",
+        f"--master-port={master_port}",
+        f"--rdzv-id={run_id}",
+        f"--rdzv-conf=timeout={max(300, round(plan.start_timeout))}",
+        "--max-restarts=0",
+        f"--shutdown-timeout={round(plan.stop_grace)}",
+        f"--log-dir={plan.log_dir}",
+        "--tee=3",
+        str(WORKER),
+        *plan.command,
+    ]
+
+
+def environment(plan: Plan, environ: Mapping[str, str], *, run_id: str) -> dict[str, str]:
+    """What torchrun and the workers see: `environ` without the names the plan removes, with those it exports.
+
+    torchrun copies the first failing worker's error, traceback included, to `RUN_ID.error.json`."""
+    kept = {name: value for name, value in environ.items() if name not in plan.removed}
+    prefix = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
+    error_file = {"TORCHELASTIC_ERROR_FILE": str(plan.log_dir / f"{run_id}.error.json")}
+    return {**prefix, **kept, **dict(plan.env), **error_file}
+
+
+class Torchrun:
+    """One running torchrun. Start it from the main thread: it is killed when the thread that started it ends."""
+
+    def __init__(
+        self, command: list[str], env: Mapping[str, str], keep: Callable[[Outcome], None] = lambda _outcome: None
+    ) -> None:
+        """`keep` gets the outcome as soon as there is one."""
+        ear, mouth = os.pipe()
+        self.ear, self.keep = ear, keep
+        self.told_to_end = self.killing = self.slow = False
+        try:
+            self.process = subprocess.Popen(
+                command,
+                env={**env, PIPE: str(mouth)},
+                pass_fds=[mouth],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        finally:
+            os.close(mouth)
+
+    async def watch(self, failing: Callable[[], None]) -> Outcome:
+        """Waits for the end. `failing` is called once, as soon as torchrun begins to end its workers."""
+        reader = asyncio.StreamReader(limit=1 << 22)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(self.ear, "rb", buffering=0)
+        )
+        failures: tuple[Failure, ...] = ()
+        closing = told_to_end = killing = False
+        # The end of the pipe is the end of torchrun: nobody else holds it open.
+        async for line in reader:
+            event = json.loads(line)
+            if event["event"] == "failed":
+                failures = first_cause_first([_failure(fields) for fields in event["failures"]])
+            if not closing:
+                closing, told_to_end, killing = True, self.told_to_end, self.killing
+                failing()
+        transport.close()
+        while self.process.poll() is None:
+            await asyncio.sleep(0.01)
+        if not closing:
+            told_to_end, killing = self.told_to_end, self.killing
+        if self.slow and not failures and not told_to_end:
+            text = f"a worker failed, and torchrun had not said why after {SAY_WHY:.0f} s: see the output above"
+            failures = (Failure(rank=-1, exitcode=1, text=text, time=time.time()),)
+        # Within the grace a worker may be killed by others than us.
+        halted = killing if failures and failures[0].exitcode == -signal.SIGKILL else told_to_end
+        outcome = Outcome(code=self.process.returncode, failures=failures, halted=halted)
+        self.keep(outcome)
+        return outcome
+
+    async def end(self, *, gently: bool, grace: float) -> None:
+        """Ends the workers: asks, and kills what is left after `grace` seconds; torchrun then ends by itself.
+
+        Gently (the user stops the job), torchrun is asked and passes SIGTERM on. Otherwise (another node failed) only
+        its workers are: torchrun then still tells if one of them had failed before."""
+        self.told_to_end = True
+        workers = self._workers()
+        if gently and not workers:
+            # It may wait for the torchruns of other nodes, deaf to SIGTERM.
+            self.kill()
+        elif gently or not workers:
+            # Without workers it is starting, and ends; or it is about to say why one died, and is deaf too (agent.py).
+            self._tell(signal.SIGTERM)
+        else:
+            self._tell_workers(signal.SIGTERM)
+        await asyncio.sleep(grace)
+        # Of the user's grace torchrun's own --shutdown-timeout comes first.
+        await asyncio.sleep(KILL_AFTER if gently else 0)
+        self.killing = self._tell_workers(signal.SIGKILL) > 0
+        await asyncio.sleep(KILL_AFTER if gently else SAY_WHY)
+        self.slow = not gently and self.process.poll() is None
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends torchrun and all below it at once, if it has not ended by itself."""
+        self._tell_workers(signal.SIGKILL)
+        self._tell(signal.SIGKILL)
+
+    def _tell(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    def _tell_workers(self, number: signal.Signals) -> int:
+        """Signals all below torchrun; returns how many of those live."""
+        import psutil
+
+        alive = [worker for worker in self._workers() if _lives(worker)]
+        for worker in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.send_signal(number)
+        return len(alive)
+
+    def _workers(self) -> "list[psutil.Process]":
+        """All below torchrun, those included that have ended and that it has not looked at yet."""
+        if self.process.poll() is not None:
+            # Its number may be another process's by now.
+            return []
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).children(recursive=True)
+        return []
+
+
+def first_cause_first(failures: list[Failure]) -> tuple[Failure, ...]:
+    """torchrun looks ten times in a second, so that the worker whose peer has gone may stand before that peer."""
+    own = [each for each in failures if each.text and not CASCADE.search(each.text)]
+    if own and CASCADE.search(failures[0].text):
+        failures = [own[0], *(each for each in failures if each is not own[0])]
+    return tuple(failures)
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of whatever its descendants leave behind, so that `sweep` finds it."""
+    import ctypes
+
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+
+
+def sweep() -> int:
+    """Kills and reaps every descendant of this process; returns how many were still alive. Needs `adopt_orphans`.
+
+    For use between rounds: no torchrun may be running."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        # Nothing is left, as after most rounds, and psutil need not be loaded.
+        return 0
+    import psutil
+
+    left = psutil.Process().children(recursive=True)
+    alive = [process for process in left if _lives(process)]
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=KILL_AFTER)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return len(alive)
+
+
+def _lives(process: "psutil.Process") -> bool:
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False
+
+
+def _failure(fields: Mapping[str, object]) -> Failure:
+    return Failure(
+        rank=int(str(fields["rank"])),
+        exitcode=int(str(fields["exitcode"])),
+        text=str(fields["text"]).strip().partition("\n")[0][:500],
+        time=float(str(fields["time"])),
+        local_rank=int(str(fields.get("local_rank", -1))),
+    )

@@ -1,0 +1,1 @@
+"""Known errors of multi-node training, as data: what a text means and what fixes it."""

@@ -1,0 +1,1 @@
+"""What went wrong on this node, and why: history, diagnosis and the report of a failure."""

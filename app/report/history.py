@@ -1,0 +1,116 @@
+"""The rounds of this node: how each torchrun ended, one line each in its log folder, and what its workers died of."""
+
+import contextlib
+import glob
+import json
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from app.engine.outcome import Failure, Outcome
+from app.plan import Plan
+
+ROUNDS = "rounds.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    run_id: str
+    code: int
+    """torchrun's exit code, or that of the worker in its error file if the launcher kept no line."""
+    time: float
+    """Of the end, seconds since the epoch."""
+    failures: tuple[Failure, ...] = ()
+    """First failure first; torchrun counts the workers that it ended itself among them."""
+    halted: bool = False
+    """This node had been told to end before any of its workers failed."""
+    message: str = ""
+    """The first failing worker's exception, "" if it left none."""
+    traceback: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """A worker of this node, or torchrun, failed by itself."""
+        return bool(self.message) or (self.code != 0 and not self.halted)
+
+    @property
+    def first_error(self) -> str:
+        """One line; "" for none."""
+        if self.message or not self.failed:
+            return self.message.partition("\n")[0]
+        return ending(self.failures[0]) if self.failures else ending(Failure(rank=-1, exitcode=self.code))
+
+
+def ending(failure: Failure) -> str:
+    """How a worker ended that left no exception."""
+    who = f"rank {failure.rank}" if failure.rank >= 0 else "torchrun"
+    code = failure.exitcode
+    if code >= 0:
+        return f"{who} ended with exit code {code}, without an exception"
+    return f"{who} was ended by {signal.Signals(-code).name if -code in {*signal.Signals} else f'signal {-code}'}"
+
+
+def keep_round(plan: Plan, run_id: str, outcome: Outcome) -> None:
+    """Adds a line to this node's history; best effort, since a full disk must not end a job that could go on."""
+    line = json.dumps({"run_id": run_id, "time": time.time(), **asdict(outcome)})
+    with contextlib.suppress(OSError), (plan.log_dir / ROUNDS).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_rounds(folder: Path, started: float) -> tuple[Round, ...]:
+    """Those that ended after `started`, oldest first: the lines of `keep_round` with the exceptions that torch's error
+    files hold, and error files without a line. Never raises OSError."""
+    found = {each.run_id: each for each in _from_error_files(folder)}
+    for kept in _from_lines(folder):
+        copied = found.get(kept["run_id"])
+        found[kept["run_id"]] = _complete(kept, copied, folder)
+    return tuple(sorted((each for each in found.values() if each.time >= started - 1), key=lambda each: each.time))
+
+
+def _from_lines(folder: Path) -> Iterator[dict[str, Any]]:
+    with contextlib.suppress(OSError):
+        for line in (folder / ROUNDS).read_text(encoding="utf-8", errors="replace").splitlines():
+            # A line may be torn: the machine stopped, or the disk is full.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                fields = json.loads(line)
+                fields["failures"] = tuple(Failure(**failure) for failure in fields["failures"])
+                Round(**fields)
+                yield fields
+
+
+def _complete(kept: Mapping[str, Any], copied: Round | None, folder: Path) -> Round:
+    first = next(iter(kept["failures"]), None)
+    told = copied
+    if first and first.local_rank >= 0:
+        # torchrun copies the error of the earliest second, which may be another worker's.
+        paths = folder.glob(f"{glob.escape(kept['run_id'])}_*/attempt_0/{first.local_rank}/error.json")
+        own = next((each for path in paths if (each := _read(path, kept["run_id"]))), None)
+        same = copied is not None and bool(first.text) and copied.message.startswith(first.text)
+        told = own or (copied if same else None)
+    message = told.message if told else first.text if first else ""
+    return Round(**{**kept, "message": message, "traceback": told.traceback if told else ""})
+
+
+def _from_error_files(folder: Path) -> list[Round]:
+    files = folder.glob("*.error.json")
+    return [each for file in files if (each := _read(file, file.name.removesuffix(".error.json")))]
+
+
+def _read(file: Path, run_id: str) -> Round | None:
+    """An error file as torch's ErrorHandler and dump_error_file write it (elastic/multiprocessing/errors, torch
+    2.13)."""
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))["message"]
+        extra = fields["extraInfo"]
+        return Round(
+            run_id=run_id,
+            message=str(fields["message"]),
+            traceback=str(extra.get("py_callstack", "")),
+            code=int(fields.get("errorCode", 1)),
+            time=float(extra.get("timestamp", file.stat().st_mtime)),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,1 @@
+"""One node's way through a job: the launcher while it runs."""
