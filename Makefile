@@ -17,6 +17,7 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 	for kind in $(HARDWARE_KINDS); do HARDWARE=$$kind $(BIN)/compose-lint compose.yaml || exit 1; done
 

@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from app.config.settings import BY_NAME, Settings, read_settings
-from app.host import Host
+from app.config.settings import BY_NAME, read_settings
 from app.plan import Draft, Plan, draft, probe_for
 from app.plan.decisions import Decision, count
 
@@ -37,13 +36,12 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -
         print(USAGE)
         return 0
     settings = read_settings(environ, env_file, [argument for argument in arguments if argument != "--json"])
-    return explain(settings, probe_for(settings), as_json="--json" in arguments)
+    return explain(draft(settings, probe_for(settings)), as_json="--json" in arguments)
 
 
-def explain(settings: Settings, host: Host, *, as_json: bool = False, out: TextIO | None = None) -> int:
-    """Prints what a launch with these settings would use. Exit code 0, or 2 if settings are wrong."""
+def explain(found: Draft, *, as_json: bool = False, out: TextIO | None = None) -> int:
+    """Prints what a launch would use. Exit code 0, or 2 if settings are wrong."""
     target = sys.stdout if out is None else out
-    found = draft(settings, host)
     if as_json:
         text = to_json(found)
     elif target.isatty():

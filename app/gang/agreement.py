@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from app.host import PROJECT
+from app.config.project import PROJECT
 from app.plan import Plan
 
 Facts = Mapping[str, str]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from app.config.project import PROJECT
 from app.host.accelerators.nvidia import Gpus, read_gpus
 from app.host.files import number, text
 from app.host.limits import Limits, read_limits
@@ -14,8 +15,6 @@ from app.host.names import Answer, resolve_names
 from app.host.nics import Nic, Route, read_nics, read_routes
 from app.host.paths import Seen, importable, look_at
 from app.host.rdma import RdmaPort, RdmaSoftware, read_rdma_ports, read_rdma_software
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from app.config.errors import refusal
 from app.config.settings import read_settings
 from app.engine.torchrun import command_line
 from app.host.limits import Limits
-from app.plan import Plan, make_plan
+from app.plan import Plan, draft, make_plan
 from tests.machines.facts import drafted, host_of, settings_of
 from tests.machines.library import MACHINES
 from tests.unit.launch_facts import card, decide, given, machine, planned
@@ -32,7 +32,7 @@ class Terminal(io.StringIO):
 
 
 def shown(out: io.StringIO, **environ: str) -> tuple[int, str]:
-    code = explain(given(**environ), HOST, out=out)
+    code = explain(draft(given(**environ), HOST), out=out)
     return code, out.getvalue()
 
 
@@ -66,13 +66,13 @@ def test_broken_settings_are_all_told_with_what_could_still_be_decided() -> None
 
 def test_json_has_the_plan_the_decisions_and_what_is_wrong() -> None:
     out = io.StringIO()
-    assert explain(given(NODES="10.0.0.1,10.0.0.2"), HOST, as_json=True, out=out) == 0
+    assert explain(draft(given(NODES="10.0.0.1,10.0.0.2"), HOST), as_json=True, out=out) == 0
     content = json.loads(out.getvalue())
     assert content["plan"]["node_rank"] == 0
     assert content["plan"]["env"]["GLOO_SOCKET_IFNAME"] == "eth0"
     assert {"name", "value", "source", "reason", "rejected"} == content["decisions"][0].keys()
     out = io.StringIO()
-    assert explain(given(MASTER_PORT="x"), HOST, as_json=True, out=out) == 2
+    assert explain(draft(given(MASTER_PORT="x"), HOST), as_json=True, out=out) == 2
     assert json.loads(out.getvalue())["plan"] is None
     assert json.loads(out.getvalue())["problems"][0]["setting"] == "MASTER_PORT"
 
@@ -141,7 +141,7 @@ def test_a_secret_of_the_users_file_is_handed_on_and_never_shown(tmp_path: Path)
     assert plan.env["WANDB_API_KEY"] == "hunter2"
     for as_json in (False, True):
         out = io.StringIO()
-        explain(settings, HOST, as_json=as_json, out=out)
+        explain(draft(settings, HOST), as_json=as_json, out=out)
         assert "106" in out.getvalue()
         assert "hunter2" not in out.getvalue() + repr(plan) + short(plan)
 
