@@ -32,7 +32,7 @@ BYTES = 10_000
 WRITTEN_BACK = 256
 """Pages that the machine wrote to its disks between two looks: then a thread that waits for a disk does not hang."""
 SLOWEST_LOOK = 5.0
-STACK_BYTES, LINE_LENGTH, FRAMES = 20_000, 200, 100
+STACK_BYTES, LINE_LENGTH, NAME_LENGTH, FRAMES = 20_000, 200, 80, 100
 TCP_BYTES_ACKED = 120
 """Offset in struct tcp_info, with bytes_received after it (linux/tcp.h)."""
 DEBUGGERS = ("/pdb.py", "/bdb.py", "/pydevd.py", "/pydevd_bundle/", "/debugpy/")
@@ -120,7 +120,7 @@ def _look_again(heartbeat: str, patience: float) -> None:
             before = None
         else:
             look = _look(now, uses_gpu)
-            moved = before is not None and _has_worked(before, look)
+            moved = before is not None and has_worked(before, look)
             before = look
         if moved:
             since = now
@@ -169,7 +169,7 @@ def _look(now: float, uses_gpu: bool) -> Look:
     return Look(now, total.seconds - own, moved, states, _written_back(), _gpu_blocks(), recorded)
 
 
-def _has_worked(before: Look, now: Look) -> bool:
+def has_worked(before: Look, now: Look) -> bool:
     # A process that ended takes its figures with it, therefore abs.
     seconds = now.time - before.time
     return (
@@ -223,19 +223,17 @@ def _threads() -> list[tuple[str, str, float]]:
 
 def _waited_for_a_processor() -> float:
     """Seconds that the main thread could have run and did not come to a turn; 0 where the kernel does not tell."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        with open("/proc/self/schedstat", encoding="ascii") as file:  # noqa: PTH123
-            return int(file.read().split()[1]) / 1e9
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/schedstat", encoding="ascii") as file:  # noqa: PTH123
+        return int(file.read().split()[1]) / 1e9
     return 0.0
 
 
 def _bytes(path: str) -> int:
     """Of calls to read and write, and of a device where pages are mapped."""
     names = ("rchar", "wchar", "read_bytes", "write_bytes")
-    with contextlib.suppress(OSError, ValueError):
-        with open(path, encoding="ascii") as file:  # noqa: PTH123
-            fields = dict(line.split(": ") for line in file.read().splitlines())
-            return sum(int(fields.get(name, 0)) for name in names)
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:  # noqa: PTH123
+        fields = dict(line.split(": ") for line in file.read().splitlines())
+        return sum(int(fields.get(name, 0)) for name in names)
     return 0
 
 
@@ -266,9 +264,8 @@ def _received(descriptor: int, store: int) -> int:
 
 def _written_back() -> int:
     """Pages that this machine has written to disks and file servers since it started."""
-    with contextlib.suppress(OSError, ValueError):
-        with open("/proc/vmstat", encoding="ascii") as file:  # noqa: PTH123
-            return sum(int(line.split()[1]) for line in file if line.startswith("nr_written "))
+    with contextlib.suppress(OSError, ValueError), open("/proc/vmstat", encoding="ascii") as file:  # noqa: PTH123
+        return sum(int(line.split()[1]) for line in file if line.startswith("nr_written "))
     return 0
 
 
@@ -321,14 +318,17 @@ def _sequences() -> list[int]:
 
 
 def _recorded() -> list[Mapping[str, object]]:
-    """The newest entries of torch's flight recorders (c10d/FlightRecorder.hpp), oldest first: one holds Gloo's, another
-    NCCL's, and a torch may have them all in the first."""
+    """The newest entries of torch's flight recorders (c10d/FlightRecorder.hpp), each group's last among them.
+
+    Oldest first. One recorder holds Gloo's, another NCCL's, and a torch may have them all in the first."""
     found: dict[object, Mapping[str, object]] = {}
     for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
         with contextlib.suppress(Exception):  # As above.
             entries = json.loads(getattr(sys.modules["torch"]._C._distributed_c10d, name)())["entries"]
-            found |= {(each["time_created_ns"], each["record_id"]): each for each in entries[-ENTRIES:]}
-    return sorted(found.values(), key=lambda each: int(str(each["time_created_ns"])))[-ENTRIES:]
+            last = {str(each["process_group"]): each for each in entries}
+            kept = [*last.values(), *entries[-ENTRIES:]]
+            found |= {(each["time_created_ns"], each["record_id"]): each for each in kept}
+    return sorted(found.values(), key=lambda each: int(str(each["time_created_ns"])))
 
 
 def _collective(entry: Mapping[str, object]) -> dict[str, object] | None:
@@ -340,9 +340,9 @@ def _collective(entry: Mapping[str, object]) -> dict[str, object] | None:
     sizes, dtypes = _list(entry.get("input_sizes")), _list(entry.get("input_dtypes"))
     data = [f"{_dtype(dtype)}[{', '.join(map(str, _list(size)))}]" for size, dtype in zip(sizes, dtypes, strict=False)]
     return {
-        "group": ":".join((backend, *group)),
+        "group": ":".join((backend, *group))[:LINE_LENGTH],
         "sequence": entry["collective_seq_id"],
-        "name": name.lstrip("_"),
+        "name": name.lstrip("_")[:NAME_LENGTH],
         "data": ", ".join(data)[:LINE_LENGTH],
         "done": bool(entry.get("retired")) or entry.get("state") == "completed",
     }

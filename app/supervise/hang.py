@@ -63,7 +63,7 @@ def read_stalls(
 
     `heartbeats` is the caller's to keep from call to call, empty at first. A rank that has ended makes no progress,
     but all together have."""
-    found = {}
+    found: dict[int, Stall] = {}
     try:
         for file in (*folder.glob("rank*.ended"), *folder.glob("rank*.json")):
             stall = _read(json.loads(file.read_text(encoding="utf-8")), ended=file.suffix == ".ended")

@@ -42,7 +42,7 @@ class Gained:
         line = first_line(run_dir / "progress")
         if line is not None:
             steps = tuple(int(number) for number in re.findall(r"(?<![\d.])\d{1,18}(?![\d.])", line))
-            if steps > self._steps or (not steps and line not in self._seen):
+            if steps > self._steps or (line and not steps and line not in self._seen):
                 self.text, self._steps = line, max(steps, self._steps)
                 self._seen.add(line)
             return
