@@ -60,7 +60,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def image(checkout: Path) -> str:
-    """Built by the real compose file; what a registry, a base image or a wheelhouse needs comes from the user's shell."""
+    """Built by the real compose file, with BASE_IMAGE and WHEELHOUSE of the shell if they are set."""
     compose(checkout, {"IMAGE": IMAGE}, "build", timeout=BUILD_SECONDS)
     return IMAGE
 
