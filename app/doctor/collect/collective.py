@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.config.project import PROJECT
+from app.doctor.cluster_checks.transport import Collective, carrier, read_nccl
 from app.doctor.facts import Facts
 from app.doctor.meeting import ALL_REDUCE
-from app.doctor.transport import Collective, carrier, read_nccl
 from app.engine import torchrun
 from app.host import Host
 from app.host.files import entries, number
