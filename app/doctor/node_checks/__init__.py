@@ -24,15 +24,15 @@ def check_rank(facts: Facts) -> tuple[Finding, ...]:
         return (green("rank", "decided, but other settings are wrong") if rank else skipped("rank", "not decided"),)
     source = f" ({rank.source})" if rank else ""
     text = "{rank} of {nodes}, {address} on {interface}{source}"
-    nodes = len(plan.nodes)
+    nodes = plan.nodes.count
     return (
         green(
             "rank",
             text,
-            rank=plan.node_rank,
+            rank=plan.nodes.rank,
             nodes=nodes,
-            address=plan.address,
-            interface=plan.interface,
+            address=plan.network.address,
+            interface=plan.network.interface,
             source=source,
         ),
     )
@@ -43,7 +43,15 @@ def check_settings(facts: Facts) -> tuple[Finding, ...]:
     if not plan:
         return ()
     text = "{command}, {processes} per node, {backend}"
-    return (green("settings", text, command=" ".join(plan.command), processes=plan.nproc, backend=plan.backend),)
+    return (
+        green(
+            "settings",
+            text,
+            command=" ".join(plan.script.command),
+            processes=plan.workers.nproc,
+            backend=plan.workers.backend,
+        ),
+    )
 
 
 CHECKERS: tuple[Callable[[Facts], tuple[Finding, ...]], ...] = (

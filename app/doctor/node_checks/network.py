@@ -62,7 +62,7 @@ def check_names(facts: Facts) -> tuple[Finding, ...]:
         return (skipped("names", "the host name was not looked up"),)
     if not answer.addresses:
         # Not 127.0.1.1, as distributions have it: plain Gloo sends the other nodes to whatever the name stands for.
-        address = facts.plan.address if facts.plan else "ADDRESS"
+        address = facts.plan.network.address if facts.plan else "ADDRESS"
         which = "" if facts.plan else "   # this machine's address in the nodes' network"
         fix = f"echo '{address} {name}' | sudo tee -a /etc/hosts{which}"
         text = "This machine's name {name} has no address ({failure}): torch looks it up."
@@ -78,11 +78,11 @@ def check_ports(facts: Facts) -> tuple[Finding, ...]:
     plan = facts.plan
     if not plan:
         return (skipped("ports", "the ports are not decided, see the other findings"),)
-    master, control = plan.master_port, plan.control_port
-    if plan.node_rank:
+    master, control = plan.network.master_port, plan.network.control_port
+    if plan.nodes.rank:
         return (green("ports", "only node 0 listens on {master} and {control}", master=master, control=control),)
     wanted = {"MASTER_PORT": master}
-    if len(plan.nodes) > 1:
+    if plan.nodes.count > 1:
         wanted["CONTROL_PORT"] = control
     found = []
     for name, port in wanted.items():
@@ -100,9 +100,9 @@ def check_ports(facts: Facts) -> tuple[Finding, ...]:
 def _in_the_way(name: str, taker: str, plan: Plan) -> bool:
     """CONTROL_PORT is listened on at this node's address only; torchrun's store takes MASTER_PORT on all of IPv6 and
     IPv4, or else on all of IPv4 (c10d/TCPStoreLibUvBackend.cpp)."""
-    if taker in (plan.address, "0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
+    if taker in (plan.network.address, "0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
         return True
-    return name == "MASTER_PORT" and (":" not in taker or ":" in plan.address)
+    return name == "MASTER_PORT" and (":" not in taker or ":" in plan.network.address)
 
 
 def check_rdma(facts: Facts) -> tuple[Finding, ...]:
