@@ -114,7 +114,7 @@ class Attendant:
             "interface": plan.network.interface,
             "mtu": (nic.mtu or 0) if nic else 0,
             "speed": (speed_of(nic, self.facts.host) or 0) if nic else 0,
-            "transport": dict(plan.equal).get("transport of NCCL", "sockets"),
+            "transport": plan.network.transport,
             "facts": told_facts(self._compared()),
             "findings": told_findings(self.findings),
             "ports": [{"port": port} for port in self._answering.ports],

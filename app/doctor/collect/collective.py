@@ -17,8 +17,9 @@ from app.doctor.meeting import ALL_REDUCE
 from app.engine import torchrun
 from app.host import Host
 from app.host.files import entries, number
-from app.known_errors.catalog import diagnose
+from app.known_errors.diagnose import diagnose
 from app.plan import Plan
+from app.plan.rdma_access import direct
 
 LAUNCHER_WORDS = 3
 """Of torchrun.command_line: the interpreter, -P, and the agent that reports to a supervisor, which doctor has not."""
@@ -32,8 +33,8 @@ async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: 
         ranks=nproc * nnodes,
         alone=nnodes == 1,
         interface=plan.network.interface,
-        transport=dict(plan.equal).get("transport of NCCL", "sockets"),
-        expects_direct=any(each.name == "GPUDirect RDMA" and each.value != "no" for each in plan.decisions),
+        transport=plan.network.transport,
+        expects_direct=bool(direct(facts.host)),
         active_ports=sum(port.state == "ACTIVE" for port in facts.host.rdma_ports),
     )
     with tempfile.TemporaryDirectory(prefix="doctor-") as name:
@@ -111,9 +112,9 @@ async def _run(command: list[str], env: dict[str, str], output: Path) -> str:
 
 
 def _diagnosis(output: str) -> str:
-    symptom = diagnose(output)
-    if symptom is not None:
-        return f"{symptom.line} - {symptom.cause} {symptom.cure}"
+    known = diagnose(output)
+    if known is not None:
+        return f"{known.line} - {known.error.cause} {known.error.fix}"
     errors = [line for line in output.splitlines() if "Error" in line]
     return errors[0].strip()[:300] if errors else ""
 
