@@ -21,8 +21,9 @@ from app.known_errors.diagnose import diagnose
 from app.plan import Plan
 from app.plan.rdma_access import direct
 
-LAUNCHER_WORDS = 3
-"""Of torchrun.command_line: the interpreter, -P, and the agent that reports to a supervisor, which doctor has not."""
+LAUNCHER_WORDS = 4
+"""Of torchrun.command_line: the interpreter, -P, the agent that reports to a supervisor, which doctor has not, and its
+own flag."""
 
 
 async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: int) -> Collective:
