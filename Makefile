@@ -4,6 +4,8 @@ BIN := .venv/bin
 # PyTorch's CPU wheels are not on PyPI. A folder with one (PIP_FIND_LINKS) does as well; hashes decide what is accepted.
 TORCH_PAGE := $(if $(PIP_FIND_LINKS),,--find-links=https://download.pytorch.org/whl/cpu/torch/)
 FIGURES := launch_overhead container_speed image roll_call gang_throughput train_speed train_operability train_recovery
+# Tests run side by side: half of what they do is waiting. On engines each worker has nodes of its own.
+WORKERS ?= 2
 HARDWARE_KINDS := cpu nvidia nvidia-ib cdi
 
 .PHONY: demo test test-quick smoke audit lint unit native cluster figures bad-days lock clean
@@ -31,7 +33,7 @@ lint: .venv/.ready
 	for kind in $(HARDWARE_KINDS); do HARDWARE=$$kind $(BIN)/compose-lint compose.yaml || exit 1; done
 
 unit native cluster: .venv/.ready
-	$(BIN)/python -m pytest tests/$@
+	$(BIN)/python -m pytest tests/$@ -n $(WORKERS) --dist loadfile
 
 figures: .venv/.ready         ## the figures of the README, measured on this machine
 	for figure in $(FIGURES); do echo "== $$figure"; $(BIN)/python -m benchmarks.$$figure || exit 1; done
