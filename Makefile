@@ -6,9 +6,10 @@ TORCH_PAGE := $(if $(PIP_FIND_LINKS),,--find-links=https://download.pytorch.org/
 FIGURES := launch_overhead container_speed image roll_call gang_throughput train_speed train_operability train_recovery
 # Tests run side by side: half of what they do is waiting. On engines each worker has nodes of its own.
 WORKERS ?= 2
+MINUTES ?= 20
 HARDWARE_KINDS := cpu nvidia nvidia-ib cdi
 
-.PHONY: demo test test-quick smoke audit lint unit native cluster figures bad-days lock clean
+.PHONY: demo test test-quick smoke audit soak lint unit native cluster figures bad-days lock clean
 
 demo: .venv/.ready            ## two nodes train on this machine
 	@$(BIN)/python -m demo
@@ -20,6 +21,9 @@ test-quick: lint unit           ## lint, unit tests, and one job of two nodes on
 
 smoke: .venv/.ready           ## the image built, and two nodes trained, on this user's own engine; no root
 	$(BIN)/python -m pytest tests/smoke
+
+soak: .venv/.ready            ## random faults on four nodes, with the culprit and the losses checked: make soak MINUTES=60
+	SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -s tests/cluster/soak.py
 
 audit: .venv/.ready           ## known vulnerabilities of what the images hold; needs PyPI's advisories
 	for lock in cpu cuda; do $(BIN)/uv tool run pip-audit==2.9.0 --disable-pip --require-hashes -r requirements/$$lock.txt || exit 1; done
