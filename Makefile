@@ -39,7 +39,7 @@ lint: .venv/.ready
 unit native cluster: .venv/.ready
 	$(BIN)/python -m pytest tests/$@ -n $(WORKERS) --dist loadfile
 
-figures: .venv/.ready         ## the figures of the README, measured on this machine
+figures: .venv/.ready         ## the figures of docs/figures.md, measured on this machine
 	for figure in $(FIGURES); do echo "== $$figure"; $(BIN)/python -m benchmarks.$$figure || exit 1; done
 
 bad-days: .venv/.ready       ## the table of docs/troubleshooting.md: plain torchrun and ours on every bad day; 25 minutes
