@@ -14,7 +14,7 @@ from app.plan.consistency import must_be_equal
 from app.plan.decisions import Decision, Ledger, count, shown
 from app.plan.env_warnings import warn_costs, warn_elsewhere, warn_typos
 from app.plan.exports import Exports, common_exports, environment, keep_others, removals
-from app.plan.membership import Membership, names_to_resolve
+from app.plan.node_list import NodeList, names_to_resolve
 from app.plan.network import decide_interface
 from app.plan.nodes import decide_listed
 from app.plan.rdma import decide_rdma

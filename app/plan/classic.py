@@ -6,7 +6,7 @@ from app.host import Host
 from app.host.addresses import family, is_loopback, parse
 from app.plan.decisions import Ledger, shown
 from app.plan.local import Own, local_addresses, loopback_interface, own_towards
-from app.plan.membership import Membership, addresses_of, bare, malformed
+from app.plan.node_list import NodeList, addresses_of, bare, malformed
 from app.plan.schedulers import Scheduled, scheduled
 
 

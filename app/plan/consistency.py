@@ -4,7 +4,7 @@ from collections import Counter
 
 from app.config.settings import Settings
 from app.host import Host
-from app.plan.membership import Membership
+from app.plan.node_list import NodeList
 from app.plan.script import Script
 from app.plan.workers import Workers
 

@@ -8,7 +8,7 @@ from app.host.addresses import is_link_local
 from app.host.nics import Nic
 from app.plan.decisions import Ledger, shown
 from app.plan.local import Own
-from app.plan.membership import Membership
+from app.plan.node_list import NodeList
 from app.plan.resource_checks import speed_of
 from app.plan.typos import misspelt
 

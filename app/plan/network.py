@@ -5,7 +5,7 @@ from app.host.addresses import family
 from app.host.nics import Nic
 from app.plan.decisions import Ledger
 from app.plan.exports import Exports
-from app.plan.membership import Membership
+from app.plan.node_list import NodeList
 from app.plan.resource_checks import check_interface, speed_of
 
 

@@ -7,7 +7,7 @@ from app.host import Host
 from app.host.addresses import canonical, family, is_loopback, parse
 from app.plan.decisions import Ledger, count, shown
 from app.plan.local import listing, local_addresses, own_towards
-from app.plan.membership import Membership, addresses_of, bare, listed, malformed
+from app.plan.node_list import NodeList, addresses_of, bare, listed, malformed
 
 
 def decide_listed(written: Value, settings: Settings, host: Host, ledger: Ledger) -> Membership | None:

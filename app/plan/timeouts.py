@@ -5,7 +5,7 @@ import re
 from app.config.settings import Settings
 from app.host import Host
 from app.plan.decisions import Ledger, count, shown
-from app.plan.membership import Membership
+from app.plan.node_list import NodeList
 
 ENDING = 5
 """Seconds that a launcher takes to end what is left after STOP_GRACE."""
