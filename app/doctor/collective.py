@@ -17,7 +17,7 @@ from app.doctor.transport import Collective, carrier, read_nccl
 from app.engine import torchrun
 from app.host import Host
 from app.host.files import entries, number
-from app.known_errors.catalog import diagnose
+from app.known_errors.diagnose import diagnose
 from app.plan import Plan
 
 LAUNCHER_WORDS = 3
@@ -111,9 +111,9 @@ async def _run(command: list[str], env: dict[str, str], output: Path) -> str:
 
 
 def _diagnosis(output: str) -> str:
-    symptom = diagnose(output)
-    if symptom is not None:
-        return f"{symptom.line} - {symptom.cause} {symptom.cure}"
+    known = diagnose(output)
+    if known is not None:
+        return f"{known.line} - {known.error.cause} {known.error.fix}"
     errors = [line for line in output.splitlines() if "Error" in line]
     return errors[0].strip()[:300] if errors else ""
 

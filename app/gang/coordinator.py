@@ -210,7 +210,8 @@ class Hub:
         raise Final(
             ExitCode.UNREACHABLE,
             f"not here within {waited:.0f} s (START_TIMEOUT): {self.seats.names(missing)}. Start torchrun-compose "
-            f"there; if it runs there, let it connect to {self.plan.nodes.addresses[0]} port {self.plan.network.control_port}.",
+            f"there; if it runs there, let it connect to {self.plan.nodes.addresses[0]} port "
+            f"{self.plan.network.control_port}.",
         )
 
     async def _knock(self) -> None:

@@ -1,7 +1,6 @@
 """Which script runs, with which arguments, and in which folders."""
 
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 from app.config.envfile import Value
@@ -12,21 +11,12 @@ from app.host.mounts import mount_of
 from app.host.paths import Seen
 from app.plan.decisions import Ledger, count, shown
 from app.plan.launchers import Unwrapped, unwrap
+from app.plan.parts import Script
 from app.plan.places import on_host
 from app.plan.script_text import concerns
 
 IMAGE = Path("/opt/torchrun-compose")
 """Where this project lies in its image."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Script:
-    command: tuple[str, ...]
-    run_dir: Path
-    checkpoint_dir: Path
-    home: Path | None
-    """For HOME, where the container's own is in memory."""
-    token_file: Path | None
 
 
 NAMED = (
@@ -139,7 +129,6 @@ def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
         run_dir=run_dir,
         checkpoint_dir=checkpoints,
         home=_home(settings, host),
-        token_file=_token_file(settings, host, ledger),
     )
 
 
@@ -216,7 +205,8 @@ def _home(settings: Settings, host: Host) -> Path | None:
     return host.cwd / root / ".home" / str(host.uid)
 
 
-def _token_file(settings: Settings, host: Host, ledger: Ledger) -> Path | None:
+def decide_token(settings: Settings, host: Host, ledger: Ledger) -> Path | None:
+    """The file with the secret that the nodes share, if one is set."""
     value = settings.values.get("CLUSTER_TOKEN_FILE")
     if value is None:
         return None

@@ -67,7 +67,7 @@ def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started
     try:
         report = make_report(plan, int(verdict.code), verdict.text, before, started)
         if report.names_cause:
-            say(f"cause: {report.cause}\ncure: {report.cure}")
+            say(f"cause: {report.cause}\nfix: {report.fix}")
         say(f"kept for `report`: {write_report(plan, report)}")
     except Exception as error:
         say(f"no report: {type(error).__name__}: {error}")
@@ -156,7 +156,8 @@ async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:
         )
     except OSError as error:
         say(
-            f"node 0 cannot listen on {plan.network.address} port {plan.network.control_port}: {os.strerror(error.errno or 0).lower()}"
+            f"node 0 cannot listen on {plan.network.address} port {plan.network.control_port}: "
+            f"{os.strerror(error.errno or 0).lower()}"
         )
         return None
 

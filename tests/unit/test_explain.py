@@ -68,8 +68,8 @@ def test_json_has_the_plan_the_decisions_and_what_is_wrong() -> None:
     out = io.StringIO()
     assert explain(draft(given(NODES="10.0.0.1,10.0.0.2"), HOST), as_json=True, out=out) == 0
     content = json.loads(out.getvalue())
-    assert content["plan"]["node_rank"] == 0
-    assert content["plan"]["env"]["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert content["plan"]["nodes"]["rank"] == 0
+    assert content["plan"]["script"]["env"]["GLOO_SOCKET_IFNAME"] == "eth0"
     assert {"name", "value", "source", "reason", "rejected"} == content["decisions"][0].keys()
     out = io.StringIO()
     assert explain(draft(given(MASTER_PORT="x"), HOST), as_json=True, out=out) == 2
