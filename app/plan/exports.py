@@ -30,7 +30,7 @@ class Exports:
             why = f"as you set it; {reason}" if same else f"as you set it, in place of {value}"
             if given.source == COMPOSE:
                 why = reason
-            self.ledger.decide(name, given.text, given.source, why, rejected)
+            self.ledger.decide(name, given.shown, given.source, why, rejected)
             return
         self.env[name] = str(value)
         self.ledger.decide(name, value, "derived", reason, rejected)
@@ -108,5 +108,4 @@ def _home_exports(exports: Exports, home: Path, host: Host) -> None:
     exports.offer("TORCHINDUCTOR_CACHE_DIR", home / ".cache/inductor", "its default is in /tmp, where nothing may run")
     extensions = home / ".cache/torch_extensions" / host.packages.get("torch", "torch")
     exports.offer("TORCH_EXTENSIONS_DIR", extensions, "what was compiled for one torch does not fit another")
-    # The image knows no user of this number, and tools ask for the name.
-    exports.env |= {} if exports.settings.is_set("USER") else {"USER": "trainer"}
+    exports.offer("USER", "trainer", "tools ask for a name, and the image may know no user of this number")
