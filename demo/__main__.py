@@ -103,12 +103,7 @@ def compose_node(rank: int, run_name: str) -> Node:
             "trainer",
             "trainer",
         ],
-        environment={
-            **job(rank, run_name),
-            "RUNS": str(folder),
-            "RUNS_ROOT": "",
-            "RUN_AS": f"{os.getuid()}:{os.getgid()}",
-        },
+        environment={**job(rank, run_name), "RUNS": str(folder), "RUNS_ROOT": "", "RUN_AS": user},
         cleanup=[*compose, "down", "--timeout", "60"],
     )
 
