@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app.cli.arguments import command_of
+from app.config.console import close_streams, open_streams, say
 from app.config.errors import UserError
 
 Command = Callable[[Sequence[str]], int]
@@ -32,12 +33,12 @@ def main(arguments: Sequence[str]) -> int:
         name, rest = command_of(arguments, COMMANDS)
         return COMMANDS[name](rest)
     except UserError as error:
-        print(f"torchrun-compose: {error.message}", file=sys.stderr, flush=True)
+        say(error.message)
         return error.code
     except ModuleNotFoundError as error:
         if error.name not in ("dotenv", "psutil"):
             raise
-        print(f"torchrun-compose: {sys.executable} lacks {error.name}. {INSTALL}", file=sys.stderr, flush=True)
+        say(f"{sys.executable} lacks {error.name}. {INSTALL}")
         return 2
 
 
@@ -83,6 +84,13 @@ def diagnose(arguments: Sequence[str]) -> int:
     return name(arguments)
 
 
+def firewall(arguments: Sequence[str]) -> int:
+    """Prints the firewall rules that let only this job's nodes in; changes nothing."""
+    from app.cli.firewall import main as tell
+
+    return tell(arguments, os.environ, env_file())
+
+
 def healthcheck(_arguments: Sequence[str]) -> int:
     """Tells the engine how this node is doing; 0 is healthy."""
     from app.supervise.health import healthcheck as examine
@@ -101,8 +109,14 @@ COMMANDS: dict[str, Command] = {
     "bench": bench,
     "report": report,
     "diagnose": diagnose,
+    "firewall": firewall,
     "healthcheck": healthcheck,
 }
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    open_streams()
+    try:
+        code = main(sys.argv[1:])
+    finally:
+        close_streams()
+    sys.exit(code)
