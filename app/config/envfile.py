@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dotenv.parser import parse_stream
@@ -19,9 +19,13 @@ COMPOSE = "compose.yaml"
 FROM_COMPOSE = {
     "CLUSTER_TOKEN_FILE": "/run/secrets/cluster_token",
     "PYTHONUNBUFFERED": "1",
+    "RUNS": "runs",
     "RUNS_ROOT": "/runs",
     "STOPPED_EXIT_CODE": "0",
+    "WORKSPACE": "./workspace",
 }
+SECRETS = Path("secrets/env")
+"""Beside `.env`: variables that no output of ours shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,23 +35,31 @@ class EnvFile:
 
 
 def read_env_file(path: Path | None) -> EnvFile:
-    """Values of a `.env` file, without interpolation; the last of several lines for one name wins.
+    """Values of a `.env` file and of `secrets/env` beside it, without interpolation; the last of several lines for one
+    name wins, and `.env` over the secrets.
 
     A file that cannot be read is a problem, except the one that compose mounts: there only the line numbers are lost.
     """
     if path is None:
         return EnvFile(values={})
+    own = _read(path, path.name, "or name another file with ENV_FILE", optional=path == MOUNTED)
+    secrets = _read(path.parent / SECRETS, str(SECRETS), "or remove it")
+    hidden = {name: replace(value, secret=True) for name, value in secrets.values.items()}
+    return EnvFile(values={**hidden, **own.values}, problems=(*own.problems, *secrets.problems))
+
+
+def _read(path: Path, name: str, otherwise: str, *, optional: bool = False) -> EnvFile:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return EnvFile(values={})
     except (OSError, UnicodeDecodeError) as error:
-        found = () if path == MOUNTED else (_unreadable(path, error),)
+        found = () if optional else (_unreadable(path, error, otherwise),)
         return EnvFile(values={}, problems=found)
-    return _parse(text, path)
+    return _parse(text, name)
 
 
-def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> Problem:
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError, otherwise: str) -> Problem:
     why, fix = "{error}", "Make it readable by this user"
     if isinstance(error, UnicodeDecodeError):
         why, fix = "it is not UTF-8 text", "Save it as UTF-8"
@@ -57,26 +69,26 @@ def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> Problem:
         "settings.env-file-unreadable",
         "error",
         what=f"{{path}} cannot be read: {why}",
-        fix=f"{fix}, or name another file with ENV_FILE",
+        fix=f"{fix}, {otherwise}",
         setting="ENV_FILE",
         path=path,
         error=getattr(error, "strerror", ""),
     )
 
 
-def _parse(text: str, path: Path) -> EnvFile:
+def _parse(text: str, name: str) -> EnvFile:
     values: dict[str, Value[str]] = {}
     problems: list[Problem] = []
     for binding in parse_stream(io.StringIO(text)):
         # The parser's mark stands before blank lines that it skips on its way to the name.
         raw = binding.original.string
         line = binding.original.line + raw[: len(raw) - len(raw.lstrip())].count("\n")
-        source = f"{path.name}:{line}"
+        source = f"{name}:{line}"
         if binding.error or (binding.key is not None and binding.value is None):
             # The line's text is left out: it may hold a secret.
             what, fix = "{source} is not a line of the form NAME=value", "Correct it or put a # before it"
-            name = "settings.env-file-line"
-            problems.append(problem(name, "error", what=what, fix=fix, setting="ENV_FILE", source=source))
+            id = "settings.env-file-line"
+            problems.append(problem(id, "error", what=what, fix=fix, setting="ENV_FILE", source=source))
         elif binding.key is not None and binding.value is not None:
             values[binding.key] = plain(binding.key, binding.value, source)
     return EnvFile(values=values, problems=tuple(problems))
@@ -95,4 +107,6 @@ def merge(environ: Mapping[str, str], file: EnvFile, path: Path | None = None) -
         line = file.values.get(name)
         source = COMPOSE if given.get(name) == text else "environment"
         merged[name] = line if line is not None and line.text == text else plain(name, text, source)
-    return {name: plain(name, text, value.source) for name, value in merged.items() if (text := value.text.strip())}
+    return {
+        name: replace(value, text=text, value=text) for name, value in merged.items() if (text := value.text.strip())
+    }

@@ -25,7 +25,7 @@ class Problem:
     """The variable that it is about, `NODES` for instance; "" where it is about the machine."""
     values: Mapping[str, object] = field(default_factory=dict)
     what: str
-    """What is wrong, without the full stop; `{name}` stands for one of `values`, `{name:node|nodes}` for a number of."""
+    """What is wrong, without the full stop; `{name}` is one of `values`, `{n:process|processes}` a number of them."""
     fix: str = ""
     """What to do, in the same form."""
     details: tuple[str, ...] = ()
@@ -51,15 +51,15 @@ class Problem:
         sentences = " ".join(_ended(text) for text in (self.cause, self.remedy) if text)
         return "\n".join([sentences, *self.details])
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """The values as text."""
+        return {name: _SENTENCE.format_field(value, "") for name, value in self.values.items()}
+
     def to_dict(self) -> dict[str, object]:
         """For JSON: names, values as text, and the sentence."""
-        names = ("id", "severity", "check", "setting")
-        values = {name: printable(str(value)) for name, value in self.values.items()}
-        return {name: getattr(self, name) for name in names} | {
-            "values": values,
-            "message": self.message,
-            "fix": self.remedy,
-        }
+        names = ("id", "severity", "check", "setting", "message")
+        return {name: getattr(self, name) for name in names} | {"fix": self.remedy, "values": self.texts}
 
 
 def problem(

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,17 +39,19 @@ class Setting:
     scope: Scope
     """`cluster`: what it means must be equal on all nodes. `node`: may differ. `worker`: handed to the workers.
     `compose`: only compose.yaml reads it."""
+    check: str
+    """Where doctor shows a wrong value, as in `app.config.problems`."""
 
 
-def setting(parse: Callable[[str], T], default: str, scope: Scope = "cluster") -> Value[T]:
+def setting(parse: Callable[[str], T], default: str, scope: Scope = "cluster", check: str = "settings") -> Value[T]:
     """A line of the table; its name is that of the field in capitals."""
-    found: Any = field(metadata={"setting": Setting(parse=parse, default=default, scope=scope)})
+    found: Any = field(metadata={"setting": Setting(parse=parse, default=default, scope=scope, check=check)})
     return found  # type: ignore[no-any-return]  # a field stands for what it will hold, as in dataclasses.field
 
 
-def optional(parse: Callable[[str], T], scope: Scope = "cluster") -> Value[T] | None:
+def optional(parse: Callable[[str], T], scope: Scope = "cluster", check: str = "settings") -> Value[T] | None:
     """The same without a default."""
-    found: Any = field(default=None, metadata={"setting": Setting(parse=parse, scope=scope)})
+    found: Any = field(default=None, metadata={"setting": Setting(parse=parse, scope=scope, check=check)})
     return found  # type: ignore[no-any-return]  # as above
 
 
@@ -61,16 +63,16 @@ SWITCH = one_of("0", "1")
 class Settings:
     """What the user asked for on this node. Wrong values are in `problems`, and read as unset."""
 
-    nodes: Value[tuple[str, ...]] | None = optional(entries)
-    node_rank: Value[int] | None = optional(whole_number(0), scope="node")
-    nnodes: Value[int] | None = optional(whole_number(1))
-    master_addr: Value[str] | None = optional(bare, scope="node")
-    master_port: Value[int] = setting(PORT, "29400")
-    control_port: Value[int] | None = optional(PORT)
-    nproc_per_node: Value[int | str] = setting(processes, "auto")
+    nodes: Value[tuple[str, ...]] | None = optional(entries, check="rank")
+    node_rank: Value[int] | None = optional(whole_number(0), scope="node", check="rank")
+    nnodes: Value[int] | None = optional(whole_number(1), check="rank")
+    master_addr: Value[str] | None = optional(bare, scope="node", check="rank")
+    master_port: Value[int] = setting(PORT, "29400", check="ports")
+    control_port: Value[int] | None = optional(PORT, check="ports")
+    nproc_per_node: Value[int | str] = setting(processes, "auto", check="gpus")
     run_name: Value[str] = setting(run_name, "default")
-    hardware: Value[str] | None = optional(one_of("cpu", "nvidia", "nvidia-ib", "cdi"), scope="node")
-    backend: Value[str] = setting(one_of("auto", "gloo", "nccl"), "auto")
+    hardware: Value[str] | None = optional(one_of("cpu", "nvidia", "nvidia-ib", "cdi"), scope="node", check="gpus")
+    backend: Value[str] = setting(one_of("auto", "gloo", "nccl"), "auto", check="gpus")
     train_script: Value[tuple[str, ...]] = setting(shell_words, "-m app.train")
     train_args: Value[tuple[str, ...]] | None = optional(shell_words)
     runs_root: Value[Path] = setting(path, "runs", scope="node")
@@ -103,7 +105,9 @@ class Settings:
     base_image: Value[str] | None = optional(str, scope="compose")
     wheelhouse: Value[str] | None = optional(str, scope="compose")
     runs: Value[str] | None = optional(str, scope="compose")
+    run_as: Value[str] | None = optional(str, scope="compose")
     workspace: Value[str] | None = optional(str, scope="compose")
+    workspace_read_only: Value[str] | None = optional(str, scope="compose")
     data_dir: Value[str] | None = optional(str, scope="compose")
     shm_size: Value[str] | None = optional(str, scope="compose")
     restart: Value[str] | None = optional(str, scope="compose")
@@ -133,9 +137,7 @@ class Settings:
 
 def _table() -> tuple[Setting, ...]:
     found = [(each.name.upper(), each.metadata["setting"]) for each in fields(Settings) if each.metadata]
-    return tuple(
-        Setting(name=name, parse=each.parse, default=each.default, scope=each.scope) for name, each in found
-    )
+    return tuple(replace(each, name=name) for name, each in found)
 
 
 TABLE = _table()
@@ -155,10 +157,16 @@ def read_settings(environ: Mapping[str, str], env_file: Path | None, argv: Seque
         value = merged.get(each.name)
         try:
             if value is not None:
-                parsed[each.name.lower()] = _meant(each, value.text, value.source)
+                parsed[each.name.lower()] = Value(
+                    name=each.name,
+                    text=value.text,
+                    source=value.source,
+                    value=each.parse(value.text),
+                    secret=value.secret,
+                )
         except Malformed as wrong:
-            problems.append(refused(wrong, merged.pop(each.name)))
-    defaults = {each.name.lower(): _meant(each, each.default, "default") for each in TABLE if each.default is not None}
+            problems.append(refused(wrong, merged.pop(each.name), each.check))
+    defaults = {each.name.lower(): _default(each, each.default) for each in TABLE if each.default is not None}
     broken = {each.setting for each in problems}
     return Settings(
         values={name: value for name, value in merged.items() if name not in broken},
@@ -169,11 +177,11 @@ def read_settings(environ: Mapping[str, str], env_file: Path | None, argv: Seque
     )
 
 
-def _meant(each: Setting, text: str, source: str) -> Value[Any]:
-    return Value(name=each.name, text=text, source=source, value=each.parse(text))
+def _default(each: Setting, text: str) -> Value[Any]:
+    return Value(name=each.name, text=text, source="default", value=each.parse(text))
 
 
-def refused(wrong: Malformed, given: Value[Any], check: str = "settings") -> Problem:
+def refused(wrong: Malformed, given: Value[Any], check: str) -> Problem:
     """A value that means nothing, as a problem."""
     what = "{given} " + wrong.what.replace("{", "{{").replace("}", "}}")
     return problem(f"{check}.{wrong.id}", "error", what=what, fix=wrong.fix, given=given)

@@ -13,12 +13,18 @@ class Value(Generic[T]):
     name: str
     text: str
     source: str
-    """`.env:3`, `environment`, `compose.yaml`, `command line`, `default` or `detected`."""
+    """`.env:3`, `secrets/env:3`, `environment`, `compose.yaml`, `command line`, `default` or `detected`."""
     value: T
+    secret: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The text as explain, reports and logs may have it."""
+        return "(secret)" if self.secret else self.text
 
     def __str__(self) -> str:
         """`NODE_RANK=3 (.env:2)`: how every message names a value."""
-        return f"{self.name}={printable(self.text)} ({self.source})"
+        return f"{self.name}={printable(self.shown)} ({self.source})"
 
 
 def plain(name: str, text: str, source: str) -> Value[str]:

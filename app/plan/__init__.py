@@ -19,7 +19,15 @@ from app.plan.parts import Network, Nodes, Script, Timeouts, Workers
 from app.plan.ports import Ports, decide_ports
 from app.plan.rdma import decide_rdma
 from app.plan.resource_checks import check_needs
-from app.plan.script import decide_script, decide_token, files_to_look_at, log_dir, module_to_find
+from app.plan.script import (
+    decide_script,
+    decide_token,
+    files_to_look_at,
+    log_dir,
+    module_to_find,
+    program_to_find,
+    warn_script,
+)
 from app.plan.timeouts import decide_minimum, decide_timeouts
 from app.plan.workers import decide_workers
 
@@ -83,6 +91,7 @@ def probe_for(settings: Settings, root: Path = Path("/")) -> Host:
         paths=files_to_look_at(settings),
         module=module_to_find(settings),
         python_path=settings.text("PYTHONPATH"),
+        program=program_to_find(settings),
     )
 
 
@@ -110,6 +119,7 @@ def draft(settings: Settings, host: Host) -> Draft:
     timeouts = decide_timeouts(settings, host, ledger)
     minimum = decide_minimum(settings, None if nodes is None else len(nodes.addresses), ledger)
     if nodes is not None:
+        warn_script(script, settings, host, len(nodes.addresses), ledger)
         _show_command(nodes, workers, ports, script, ledger)
     keep_others(exports)
     env = environment(settings, exports)

@@ -45,14 +45,26 @@ class Ledger:
             )
         )
 
-    def take(self, check: str, value: Value, reason: str) -> None:
+    def take(self, check: str, value: Value[Any], reason: str) -> None:
         """Records a value that was given (or is the default) as it stands."""
-        self.decide(check, value.name, value.text, value.source, reason)
+        self.decide(check, value.name, value.shown, value.source, reason)
 
-    def refuse(self, id: str, *, what: str, fix: str = "", **rest: Any) -> None:
+    def refuse(
+        self, id: str, *, what: str, fix: str, setting: str = "", details: tuple[str, ...] = (), **values: object
+    ) -> None:
         """Something that keeps the plan from being made."""
-        self.problems.append(problem(id, "error", what=what, fix=fix, **rest))
+        self.problems.append(problem(id, "error", what=what, fix=fix, setting=setting, details=details, **values))
 
-    def warn(self, id: str, *, what: str, fix: str = "", severity: Severity = "warning", **rest: Any) -> None:
+    def warn(
+        self,
+        id: str,
+        *,
+        what: str,
+        fix: str = "",
+        setting: str = "",
+        details: tuple[str, ...] = (),
+        severity: Severity = "warning",
+        **values: object,
+    ) -> None:
         """Something that the job starts with, at a cost."""
-        self.warnings.append(problem(id, severity, what=what, fix=fix, **rest))
+        self.warnings.append(problem(id, severity, what=what, fix=fix, setting=setting, details=details, **values))

@@ -1,6 +1,7 @@
 """The environment that torchrun and the workers get. Whatever the user set stays as it is."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from app.config.envfile import COMPOSE
 from app.config.settings import TABLE, Settings
@@ -34,7 +35,7 @@ class Exports:
             why = f"as you set it; {reason}"
         else:
             why = f"as you set it, in place of {value}"
-        self.ledger.decide(check, name, given.text, given.source, why, rejected)
+        self.ledger.decide(check, name, given.shown, given.source, why, rejected)
 
     def keep(self, check: str, name: str, reason: str) -> None:
         """Records a variable that is exported only because the user set it."""
@@ -99,8 +100,24 @@ def common_exports(exports: Exports, host: Host, script: Script, ras_port: int, 
         exports.offer("settings", name, value, reason)
     exports.keep("settings", "CUDA_LAUNCH_BLOCKING", "as you set it")
     exports.keep("rdma", "GLOO_IB_DISABLE", "accepted, without effect: no version of Gloo reads it")
+    if script.home:
+        _home_exports(exports, script.home, host)
     exports.env["RUN_DIR"] = str(script.run_dir)
     exports.env["CHECKPOINT_DIR"] = str(script.checkpoint_dir)
     if script.command[:1] == ("-m",) and script.command[1:2] and script.command[1].startswith("app."):
         before = exports.settings.text("PYTHONPATH")
         exports.env["PYTHONPATH"] = f"{host.project}:{before}" if before else str(host.project)
+
+
+def _home_exports(exports: Exports, home: Path, host: Host) -> None:
+    """Everything that libraries keep follows HOME, but for what would lie in /tmp, or be of another torch."""
+    exports.env["HOME"] = str(home)
+    last = "caches and settings of libraries outlive the container there"
+    exports.ledger.decide("script", "HOME", home, "derived", last)
+    extensions = home / ".cache/torch_extensions" / host.packages.get("torch", "torch")
+    for name, value, reason in (
+        ("TORCHINDUCTOR_CACHE_DIR", home / ".cache/inductor", "its default is in /tmp, where nothing may run"),
+        ("TORCH_EXTENSIONS_DIR", extensions, "what was compiled for one torch does not fit another"),
+        ("USER", "trainer", "tools ask for a name, and the image may know no user of this number"),
+    ):
+        exports.offer("script", name, value, reason)

@@ -108,9 +108,7 @@ def _distinct(nodes: tuple[str, ...], written: Written, ledger: Ledger) -> bool:
     return True
 
 
-def _without_loopback(
-    nodes: tuple[str, ...], written: Written, host: Host, ledger: Ledger
-) -> tuple[str, ...] | None:
+def _without_loopback(nodes: tuple[str, ...], written: Written, host: Host, ledger: Ledger) -> tuple[str, ...] | None:
     """A machine's own name often stands for 127.0.1.1 in its /etc/hosts: find the address that the others use."""
     loops = [index for index, address in enumerate(nodes) if is_loopback(address)]
     if not loops or len(loops) == len(nodes):

@@ -18,20 +18,20 @@ class Ports:
 def decide_ports(settings: Settings, host: Host, ledger: Ledger) -> Ports:
     """torchrun's store, the nodes' own connections, and NCCL's health service on this machine."""
     master = settings.master_port
-    ledger.take("rank", master, "torchrun's store on node 0")
+    ledger.take("ports", master, "torchrun's store on node 0")
     control = settings.control_port
     if control is None:
         number = _near(master.value, 1)
         control = Value(name="CONTROL_PORT", text=str(number), source="derived", value=number)
-        ledger.take("rank", control, "the nodes' own connections, next to MASTER_PORT")
+        ledger.take("ports", control, "the nodes' own connections, next to MASTER_PORT")
     else:
-        ledger.take("rank", control, "the nodes' own connections")
+        ledger.take("ports", control, "the nodes' own connections")
     if control.value == master.value:
         fix = "Give them different ports"
         ledger.refuse("ports.clash", what="{given} is MASTER_PORT as well", fix=fix, given=control)
     for port in (master, control):
         _warn_port(port, host, ledger)
-    ras = next(port for step in (2, 3) if (port := _near(master.value, step)) != control.value)
+    ras = next(found for step in (2, 3) if (found := _near(master.value, step)) != control.value)
     return Ports(master=master.value, control=control.value, ras=ras)
 
 

@@ -50,7 +50,9 @@ def _slurm(settings: Settings) -> Scheduled | None:
         rank=rank,
         nnodes=_number(settings, "NNODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES") or listed,
         master=plain("MASTER_ADDR", names[0], source) if names else None,
-        wrong=_second_launcher(f"SLURM_LOCALID={local_id}", "srun --ntasks-per-node=1") if local_id.strip("0") else None,
+        wrong=_second_launcher(f"SLURM_LOCALID={local_id}", "srun --ntasks-per-node=1")
+        if local_id.strip("0")
+        else None,
     )
 
 

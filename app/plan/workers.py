@@ -104,7 +104,9 @@ def _backend(settings: Settings, host: Host, gpus: int, ledger: Ledger) -> str:
         ledger.take("gpus", asked, "as you set it")
         if asked.value == "nccl" and (absence or no_cuda):
             fix = "Set BACKEND=gloo, or leave it out"
-            ledger.refuse("gpus.nccl-without-gpu", what="{given}, but {why}", fix=fix, given=asked, why=absence or no_cuda)
+            ledger.refuse(
+                "gpus.nccl-without-gpu", what="{given}, but {why}", fix=fix, given=asked, why=absence or no_cuda
+            )
         return asked.value
     on_cpu = absence
     if not on_cpu and settings.hardware is not None and settings.hardware.value == "cpu":

@@ -74,11 +74,12 @@ def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started
 
 
 def make_folders(plan: Plan) -> None:
-    """The run's folder with its logs. Raises UserError."""
-    try:
-        plan.log_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"RUN_DIR={plan.script.run_dir} cannot be written: {error.strerror}.") from None
+    """What the script finds when it starts: its logs' folder, CHECKPOINT_DIR, HOME. Raises UserError."""
+    for path in filter(None, (plan.log_dir, plan.script.checkpoint_dir, plan.script.home)):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path} cannot be made: {error.strerror}.") from None
 
 
 def allow_many_files() -> None:

@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping
 
+from app.config.problems import count
 from app.doctor.collect.meter import Speed, headers
 from app.doctor.findings import Finding, Severity, Value, green, red, skipped, yellow
 from app.doctor.results import Found, Measured
 from app.gang.agreement import told_nodes
-from app.plan.decisions import count
 
 PROVEN = 5e9
 """Bits per second that one stream of plain sockets reaches on any machine; faster links are `bench`'s business."""
