@@ -6,7 +6,8 @@ from pathlib import Path
 
 from app.cli.explain import short
 from app.config.console import show
-from app.config.errors import UserError, refusal
+from app.config.errors import UserError
+from app.config.problems import refusal
 from app.config.settings import read_settings
 from app.plan import Plan, make_plan, probe_for
 from app.supervise.node import supervise
@@ -35,5 +36,5 @@ def start(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) 
         raise refusal(plan)
     show(f"{short(plan)}\n", sys.stdout)
     for warning in plan.warnings:
-        show(f"warning: {warning}\n", sys.stderr)
+        show(f"warning: {warning.message}\n", sys.stderr)
     return supervise(plan)
