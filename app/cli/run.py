@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from app.cli.explain import short
+from app.config.console import show
 from app.config.errors import UserError
 from app.config.options import Parser, script_line
 from app.config.problems import refusal
@@ -47,7 +48,7 @@ def start(script: Sequence[str], environ: Mapping[str, str], env_file: Path) -> 
     plan = make_plan(settings, probe_for(settings))
     if not isinstance(plan, Plan):
         raise refusal(plan)
-    print(short(plan), flush=True)
+    show(f"{short(plan)}\n", sys.stdout)
     for warning in plan.warnings:
-        print(f"warning: {warning.message}", file=sys.stderr, flush=True)
+        show(f"warning: {warning.message}\n", sys.stderr)
     return supervise(plan)
