@@ -60,7 +60,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
     wanted = options(arguments)
     settings = read_settings(environ, env_file)
     found = draft(settings, probe_for(settings))
-    run_dir = Path(next(each.value for each in found.decisions if each.name == "RUN_DIR"))
+    run_dir = found.run_dir
     try:
         if not wanted.bundle:
             print(told(run_dir))

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from app.cli.explain import short
-from app.config.errors import UserError, refusal
+from app.config.errors import UserError
+from app.config.problems import refusal
 from app.config.settings import read_settings
 from app.plan import Plan, make_plan, probe_for
 from app.supervise.node import supervise
@@ -34,5 +35,5 @@ def start(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) 
         raise refusal(plan)
     print(short(plan), flush=True)
     for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        print(f"warning: {warning.message}", file=sys.stderr, flush=True)
     return supervise(plan)

@@ -11,6 +11,8 @@ class Nodes:
 
     rank: int
     """This node's."""
+    rank_source: str = "detected"
+    """Where it comes from: `detected` by address, or the variable's source."""
     addresses: tuple[str, ...]
     """Literal addresses in rank order; "" where only the roll call can tell (classic variables)."""
     names: tuple[str, ...]
@@ -32,6 +34,8 @@ class Network:
     """This node's own address, on `interface`."""
     transport: str
     """What NCCL will use between nodes: `InfiniBand`, `RoCE` or `sockets`."""
+    rdma_ports: tuple[str, ...] = ()
+    """The ports that NCCL will take, as `device:port`."""
     master_addr: str
     master_port: int
     control_port: int

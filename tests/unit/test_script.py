@@ -191,9 +191,9 @@ def test_a_file_system_of_its_own_for_home_is_known_by_what_the_user_wrote() -> 
 def test_a_current_folder_that_cannot_be_written_is_told_with_the_command() -> None:
     host = container(WORKSPACE, files={".": Seen(kind="folder", obstacle=".", owner="1001:1002")})
     assert warned(host, TRAIN_SCRIPT="my.py").splitlines()[-1] == (
-        "user 1000 cannot make files and folders in /workspace (/home/me/stack/workspace on the host). Run `sudo chown "
-        "-R 1000:1000 /home/me/stack/workspace`, or set RUN_AS=1001:1002, its owner. What the script writes into its "
-        "current folder fails; WORKSPACE_READ_ONLY=true says that it writes nothing there."
+        "user 1000 cannot make files and folders in /workspace (/home/me/stack/workspace on the host): what the script "
+        "writes into its current folder fails. Run `sudo chown -R 1000:1000 /home/me/stack/workspace`, or set "
+        "RUN_AS=1001:1002, its owner; WORKSPACE_READ_ONLY=true says that it writes nothing there."
     )
     meant = container(Mount(point="/workspace", source="/w", read_only=True), files=host.files)
     assert "cannot make files" not in warned(meant, TRAIN_SCRIPT="my.py")
