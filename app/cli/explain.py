@@ -16,6 +16,7 @@ from app.config.problems import count
 from app.config.settings import BY_NAME, read_settings
 from app.plan import Draft, Plan, draft, probe_for
 from app.plan.decisions import Decision
+from app.plan.places import results
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Node", ("rank", "names", "ports")),
@@ -71,7 +72,7 @@ def explain(found: Draft, *, as_json: bool = False, out: TextIO | None = None) -
 
 
 def short(plan: Plan) -> str:
-    """The plan in five lines, printed at each start."""
+    """The plan in six lines, printed at each start."""
     workers, network = plan.workers, plan.network
     rdma = workers.backend == "nccl" and network.transport != "sockets"
     transport = f"RDMA through {','.join(network.rdma_ports)}" if rdma else "sockets only"
@@ -83,7 +84,8 @@ def short(plan: Plan) -> str:
             f"run {plan.run_name}: {node}",
             f"network: {network.interface}, {transport}",
             f"workers: {workers.nproc} of {plan.world_size} on {devices}, {workers.backend}",
-            f"script: {printable(shlex.join(plan.script.command))}, in {printable(str(plan.script.run_dir))}",
+            f"script: {printable(shlex.join(plan.script.command))}",
+            f"results: {printable(results(plan.script))}",
             f"store: {network.master_addr} port {network.master_port}; {warnings}run `explain` for details",
         ]
     )
