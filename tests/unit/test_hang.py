@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from app.engine.outcome import Collective, Stall
-from app.engine.watchdog import Look, activity, has_worked
+from app.engine.watchdog import Sample, activity, has_worked
 from app.gang.messages import Event
 from app.gang.round import Round
 from app.gang.stalls import verdict
@@ -238,7 +238,7 @@ def test_all_processes_below_a_rank_count_as_its_own(tmp_path: Path) -> None:
         activity(14, proc=str(tmp_path))
 
 
-STILL = Look(time=0, seconds=0, moved=0, states="SS", written_back=0, gpu=0, recorded=[])
+STILL = Sample(time=0, seconds=0, moved=0, states="SS", written_back=0, gpu=0, recorded=[])
 
 
 @pytest.mark.parametrize(
