@@ -93,8 +93,8 @@ def watch(folder: str, patience: float) -> None:
 
     The file holds `rank`, `seconds`, `at` (the script's own line), the collectives that this rank has `entered` last
     as torch's flight recorders have them, the `stack`, and the `recorder`'s last entries. FOLDER/rankN is written at
-    every wake-up and holds the pid. When it grows old, native code keeps the GIL from this thread. FOLDER/rankN.ended is
-    the same file as the first, of a script that has ended: others may wait for it.
+    every wake-up and holds the pid. When it grows old, native code keeps the GIL from this thread.
+    FOLDER/rankN.ended is the same file as the first, of a script that has ended: others may wait for it.
     """
     heartbeat = os.path.join(folder, f"rank{os.environ['RANK']}")  # noqa: PTH118 - no pathlib at start-up
     threading.Thread(target=_watch, args=(heartbeat, patience), name="torchrun-compose", daemon=True).start()
