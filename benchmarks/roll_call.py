@@ -116,7 +116,7 @@ async def be_node_0(count: int, port: int, token: bytes) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_SELF)
     head = Hub(plan, token, lambda text: print(text, file=sys.stderr))
     server = await asyncio.start_server(
-        head.serve, plan.nodes[0], plan.control_port, limit=wire.MAX_LINE, backlog=2 * count + 64
+        head.serve, plan.nodes.addresses[0], plan.network.control_port, limit=wire.MAX_LINE, backlog=2 * count + 64
     )
     begun = time.time()
     started: list[float] = []

@@ -26,14 +26,14 @@ def check_rank(facts: Facts) -> tuple[Finding, ...]:
     rank = facts.decision("NODE_RANK")
     why = f" ({rank.source})" if rank else ""
     plan = facts.plan
-    return (green("rank", f"{plan.node_rank} of {len(plan.nodes)}, {plan.address} on {plan.interface}{why}"),)
+    return (green("rank", f"{plan.nodes.rank} of {plan.nodes.count}, {plan.network.address} on {plan.network.interface}{why}"),)
 
 
 def check_settings(facts: Facts) -> tuple[Finding, ...]:
     if not facts.plan:
         return ()
-    command = " ".join(facts.plan.command)
-    return (green("settings", f"{command}, {facts.plan.nproc} per node, {facts.plan.backend}"),)
+    command = " ".join(facts.plan.script.command)
+    return (green("settings", f"{command}, {facts.plan.workers.nproc} per node, {facts.plan.workers.backend}"),)
 
 
 CHECKERS: tuple[Callable[[Facts], tuple[Finding, ...]], ...] = (

@@ -26,12 +26,12 @@ LAUNCHER_WORDS = 3
 
 async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: int) -> Collective:
     """Runs torchrun for at most ALL_REDUCE seconds and reads what it left. Never raises for what torchrun does."""
-    nproc = plan.nproc if plan.backend == "nccl" else 1 if nnodes > 1 else min(plan.nproc, 2)
+    nproc = plan.workers.nproc if plan.workers.backend == "nccl" else 1 if nnodes > 1 else min(plan.workers.nproc, 2)
     expected = Collective(
-        backend=plan.backend,
+        backend=plan.workers.backend,
         ranks=nproc * nnodes,
         alone=nnodes == 1,
-        interface=plan.interface,
+        interface=plan.network.interface,
         transport=dict(plan.equal).get("transport of NCCL", "sockets"),
         expects_direct=any(each.name == "GPUDirect RDMA" and each.value != "no" for each in plan.decisions),
         active_ports=sum(port.state == "ACTIVE" for port in facts.host.rdma_ports),
@@ -39,15 +39,13 @@ async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: 
     with tempfile.TemporaryDirectory(prefix="doctor-") as name:
         folder = Path(name)
         (folder / "logs").mkdir()
-        changed = replace(
-            plan, command=("-m", "app.doctor.allreduce"), nproc=nproc, nproc_per_node=str(nproc), run_dir=folder
-        )
+        changed = replace(plan, script=replace(plan.script, command=("-m", "app.doctor.allreduce"), run_dir=folder), workers=replace(plan.workers, nproc=nproc))
         command = torchrun.command_line(
             changed,
             node_rank=place,
             nnodes=nnodes,
-            master_addr=plan.master_addr,
-            master_port=plan.master_port,
+            master_addr=plan.network.master_addr,
+            master_port=plan.network.master_port,
             run_id=run_id,
         )
         engine = [sys.executable, "-m", "torch.distributed.run", *command[LAUNCHER_WORDS:]]
@@ -71,7 +69,7 @@ async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: 
         bus_bandwidth=found["size"] / found["seconds"] * 2 * (ranks - 1) / ranks,
         # RDMA passes the interfaces' counters by; what else they moved says nothing.
         carrier=""
-        if nnodes == 1 or (plan.backend == "nccl" and log.network != "Socket")
+        if nnodes == 1 or (plan.workers.backend == "nccl" and log.network != "Socket")
         else _above(facts.host, plan, through),
         log=log,
     )
@@ -128,7 +126,7 @@ def _bytes() -> dict[str, int]:
 
 def _above(host: Host, plan: Plan, name: str) -> str:
     """A bond's member or a VLAN's parent carries what was given to the bond or VLAN."""
-    nic = next((each for each in host.nics if each.name == plan.interface), None)
+    nic = next((each for each in host.nics if each.name == plan.network.interface), None)
     below = set(nic.lower) if nic else set()
     below |= {lower for each in host.nics if each.name in below for lower in each.lower}
-    return plan.interface if name in below else name
+    return plan.network.interface if name in below else name

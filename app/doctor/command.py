@@ -57,7 +57,7 @@ def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row
     from app.gang.connectivity import why
     from app.gang.token import read_token
 
-    tell_own(own, say, "meeting the others" if len(plan.nodes) > 1 else "now a collective")
+    tell_own(own, say, "meeting the others" if plan.nodes.count > 1 else "now a collective")
     try:
         token = read_token(plan)
         attendant = Attendant(facts=facts, plan=plan, token=token, findings=own.findings, say=say, reduce=all_reduce)
@@ -65,10 +65,10 @@ def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row
     except UserError as error:
         return [_with(own, "settings", error.message)]
     except NobodyError as error:
-        node0 = Row(rank=0, address=plan.nodes[0], findings=(red("present", str(error)),))
+        node0 = Row(rank=0, address=plan.nodes.addresses[0], findings=(red("present", str(error)),))
         return [node0, own] if own.rank else [_with(own, "present", str(error))]
     except OSError as error:
-        where = f"{plan.address} (MASTER_PORT {plan.master_port}, CONTROL_PORT {plan.control_port})"
+        where = f"{plan.network.address} (MASTER_PORT {plan.network.master_port}, CONTROL_PORT {plan.network.control_port})"
         return [_with(own, "ports", f"This node cannot listen on {where}: {why(error)}.")]
 
 
@@ -106,7 +106,7 @@ def gather_facts(settings: Settings, root: Path = Path("/")) -> Facts:
     name = socket.gethostname()
     host = probe(root, resolve=(*names_to_resolve(settings), name), paths=files_to_look_at(settings))
     found = draft(settings, host)
-    return Facts(host=host, draft=found, look=look(root, host, found.plan.checkpoint_dir if found.plan else None))
+    return Facts(host=host, draft=found, look=look(root, host, found.plan.script.checkpoint_dir if found.plan else None))
 
 
 def own_row(facts: Facts) -> Row:
@@ -114,7 +114,7 @@ def own_row(facts: Facts) -> Row:
     findings = check_node(facts)
     if plan is None:
         return Row(rank=-1, address=facts.host.hostname, findings=findings)
-    return Row(rank=plan.node_rank, address=plan.address, findings=findings)
+    return Row(rank=plan.nodes.rank, address=plan.network.address, findings=findings)
 
 
 def shown(rows: Sequence[Row], *, as_json: bool) -> str:

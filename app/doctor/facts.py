@@ -22,7 +22,7 @@ class Facts:
     @property
     def nic(self) -> Nic | None:
         """The interface that carries this node's address."""
-        return next((nic for nic in self.host.nics if self.plan and nic.name == self.plan.interface), None)
+        return next((nic for nic in self.host.nics if self.plan and nic.name == self.plan.network.interface), None)
 
     def decision(self, name: str) -> Decision | None:
         return next((each for each in self.draft.decisions if each.name == name), None)

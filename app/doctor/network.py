@@ -63,7 +63,7 @@ def check_names(facts: Facts) -> tuple[Finding, ...]:
     if not answer.addresses:
         sentence = f"This machine's name {facts.host.hostname} has no address ({answer.failure}): torch looks it up."
         # Not 127.0.1.1, as distributions have it: plain Gloo sends the other nodes to whatever the name stands for.
-        address = facts.plan.address if facts.plan else "ADDRESS"
+        address = facts.plan.network.address if facts.plan else "ADDRESS"
         which = "" if facts.plan else "   # this machine's address in the nodes' network"
         cure = f"echo '{address} {facts.host.hostname}' | sudo tee -a /etc/hosts{which}"
         return (Finding(check="names", level=Level.YELLOW, sentence=sentence, cure=cure),)
@@ -78,11 +78,11 @@ def check_ports(facts: Facts) -> tuple[Finding, ...]:
     plan = facts.plan
     if not plan:
         return (skipped("ports", "the ports are not decided, see the other findings"),)
-    if plan.node_rank:
-        return (green("ports", f"only node 0 listens on {plan.master_port} and {plan.control_port}"),)
-    wanted = {"MASTER_PORT": plan.master_port}
-    if len(plan.nodes) > 1:
-        wanted["CONTROL_PORT"] = plan.control_port
+    if plan.nodes.rank:
+        return (green("ports", f"only node 0 listens on {plan.network.master_port} and {plan.network.control_port}"),)
+    wanted = {"MASTER_PORT": plan.network.master_port}
+    if plan.nodes.count > 1:
+        wanted["CONTROL_PORT"] = plan.network.control_port
     found = []
     for name, port in wanted.items():
         takers = {address for address, taken in facts.look.listening if taken == port}
@@ -97,9 +97,9 @@ def check_ports(facts: Facts) -> tuple[Finding, ...]:
 def _in_the_way(name: str, taker: str, plan: Plan) -> bool:
     """CONTROL_PORT is listened on at this node's address only; torchrun's store takes MASTER_PORT on all of IPv6 and
     IPv4, or else on all of IPv4 (c10d/TCPStoreLibUvBackend.cpp)."""
-    if taker in (plan.address, "0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
+    if taker in (plan.network.address, "0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
         return True
-    return name == "MASTER_PORT" and (":" not in taker or ":" in plan.address)
+    return name == "MASTER_PORT" and (":" not in taker or ":" in plan.network.address)
 
 
 def check_rdma(facts: Facts) -> tuple[Finding, ...]:

@@ -39,18 +39,18 @@ def command_line(
         "-P",
         str(AGENT),
         f"--nnodes={nnodes}",
-        f"--nproc-per-node={plan.nproc_per_node}",
+        f"--nproc-per-node={plan.workers.nproc}",
         f"--node-rank={node_rank}",
         f"--master-addr={master_addr}",
         f"--master-port={master_port}",
         f"--rdzv-id={run_id}",
-        f"--rdzv-conf=timeout={max(300, round(plan.start_timeout))}",
+        f"--rdzv-conf=timeout={max(300, round(plan.timeouts.start))}",
         "--max-restarts=0",
-        f"--shutdown-timeout={round(plan.stop_grace)}",
+        f"--shutdown-timeout={round(plan.timeouts.stop_grace)}",
         f"--log-dir={plan.log_dir}",
         "--tee=3",
         str(WORKER),
-        *plan.command,
+        *plan.script.command,
     ]
 
 
@@ -58,10 +58,10 @@ def environment(plan: Plan, environ: Mapping[str, str], *, run_id: str) -> dict[
     """What torchrun and the workers see: `environ` without the names the plan removes, with those it exports.
 
     torchrun copies the first failing worker's error, traceback included, to `RUN_ID.error.json`."""
-    kept = {name: value for name, value in environ.items() if name not in plan.removed}
+    kept = {name: value for name, value in environ.items() if name not in plan.script.removed}
     prefix = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
     error_file = {"TORCHELASTIC_ERROR_FILE": str(plan.log_dir / f"{run_id}.error.json")}
-    return {**prefix, **kept, **dict(plan.env), **error_file}
+    return {**prefix, **kept, **dict(plan.script.env), **error_file}
 
 
 class Torchrun:

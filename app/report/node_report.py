@@ -100,9 +100,9 @@ def make_report(plan: Plan, code: int, verdict: str, before: Mapping[str, int], 
     grown = {name: after[name] - count for name, count in before.items() if after.get(name, count) > count}
     symptom = diagnosis(rounds[-1] if rounds else None, texts, verdict, memory_kills=MEMORY_KILLS in grown)
     return Report(
-        node_rank=plan.node_rank,
-        nodes=len(plan.nodes),
-        address=plan.address,
+        node_rank=plan.nodes.rank,
+        nodes=plan.nodes.count,
+        address=plan.network.address,
         run_name=plan.run_name,
         time=time.time(),
         code=code,

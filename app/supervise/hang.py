@@ -52,7 +52,7 @@ def forget_signs() -> None:
 
 
 def _patience(plan: Plan) -> float:
-    return min((seconds for seconds in (plan.hang_report, plan.hang_timeout) if seconds), default=0.0)
+    return min((seconds for seconds in (plan.timeouts.hang_report, plan.timeouts.hang_timeout) if seconds), default=0.0)
 
 
 def read_stalls(plan: Plan, silences: dict[int, Silence]) -> tuple[Stall, ...]:
@@ -73,7 +73,7 @@ def read_stalls(plan: Plan, silences: dict[int, Silence]) -> tuple[Stall, ...]:
         found |= {rank: mute for rank, mute in _mute(_patience(plan), silences).items() if rank not in found}
     except (OSError, ValueError, KeyError, TypeError):
         return ()
-    return tuple(found[rank] for rank in sorted(found)) if len(found) == plan.nproc else ()
+    return tuple(found[rank] for rank in sorted(found)) if len(found) == plan.workers.nproc else ()
 
 
 def _mute(patience: float, silences: dict[int, Silence]) -> dict[int, Stall]:

@@ -78,7 +78,7 @@ def make_folders(plan: Plan) -> None:
     try:
         plan.log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"RUN_DIR={plan.run_dir} cannot be written: {error.strerror}.") from None
+        raise UserError(f"RUN_DIR={plan.script.run_dir} cannot be written: {error.strerror}.") from None
 
 
 def allow_many_files() -> None:
@@ -95,9 +95,9 @@ async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) 
     one: node 0 may stay for a while to tell others."""
     hub = Hub(plan, token, say)
     server = await _listen(plan, hub)
-    presiding = asyncio.ensure_future(hub.preside()) if server or len(plan.nodes) == 1 else None
+    presiding = asyncio.ensure_future(hub.preside()) if server or plan.nodes.count == 1 else None
     looks = Looks(plan)
-    path, state = keep_state(plan.run_name, plan.node_rank, lambda: looks.progress)
+    path, state = keep_state(plan.run_name, plan.nodes.rank, lambda: looks.progress)
     around = Surroundings(
         dial=_dial_inside(hub) if presiding else _dial(plan),
         launch=lambda place: _launch(plan, place),
@@ -110,7 +110,7 @@ async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) 
         state=state,
     )
     watching = asyncio.ensure_future(traffic.watch(plan, say)) if traffic.watched(plan) else None
-    member = Member(plan, token, gather(plan) if len(plan.nodes) > 1 else {}, around)
+    member = Member(plan, token, gather(plan) if plan.nodes.count > 1 else {}, around)
     _on_signals(member.stop)
     part = asyncio.ensure_future(member.take_part())
     try:
@@ -148,19 +148,19 @@ def _on_signals(act: Callable[[], object]) -> None:
 async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:
     """Node 0's ear, on its fabric address only. None on other nodes, and where another process has the port: that one
     may be a second node 0 or another job, and will say so when this node comes as a guest."""
-    if plan.node_rank or len(plan.nodes) == 1:
+    if plan.nodes.rank or plan.nodes.count == 1:
         return None
     try:
-        return await listen(hub.serve, plan.address, plan.control_port, backlog=2 * len(plan.nodes) + 64)
+        return await listen(hub.serve, plan.network.address, plan.network.control_port, backlog=2 * plan.nodes.count + 64)
     except OSError as error:
-        say(f"node 0 cannot listen on {plan.address} port {plan.control_port}: {os.strerror(error.errno or 0).lower()}")
+        say(f"node 0 cannot listen on {plan.network.address} port {plan.network.control_port}: {os.strerror(error.errno or 0).lower()}")
         return None
 
 
 def _dial(plan: Plan) -> Callable[[], Awaitable[Wire]]:
     async def dial() -> Wire:
-        own = (plan.address, 0)
-        return Wire(*await asyncio.open_connection(plan.nodes[0], plan.control_port, local_addr=own, limit=MAX_LINE))
+        own = (plan.network.address, 0)
+        return Wire(*await asyncio.open_connection(plan.nodes.addresses[0], plan.network.control_port, local_addr=own, limit=MAX_LINE))
 
     return dial
 
@@ -182,8 +182,8 @@ def _launch(plan: Plan, place: Place) -> torchrun.Torchrun:
         plan,
         node_rank=place.node_rank,
         nnodes=place.nnodes,
-        master_addr=plan.master_addr,
-        master_port=plan.master_port,
+        master_addr=plan.network.master_addr,
+        master_port=plan.network.master_port,
         run_id=place.run_id,
     )
     if place.round > 1:

@@ -51,11 +51,11 @@ def progress(plan: Plan) -> str:
     hidden and temporary ones apart: a file by name and time, since many scripts write one again and again, a folder by
     name alone, since a script that always fails while it saves would renew its time."""
     try:
-        return (plan.run_dir / "progress").read_text(errors="replace").partition("\n")[0][:100]
+        return (plan.script.run_dir / "progress").read_text(errors="replace").partition("\n")[0][:100]
     except OSError:
         pass
     try:
-        found = [(entry.stat().st_mtime, entry) for entry in plan.checkpoint_dir.iterdir() if _is_complete(entry)]
+        found = [(entry.stat().st_mtime, entry) for entry in plan.script.checkpoint_dir.iterdir() if _is_complete(entry)]
     except OSError:
         return ""
     if not found:

@@ -62,7 +62,7 @@ def test_the_state_file_follows_the_launcher(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_progress_is_a_new_checkpoint_and_not_one_that_is_torn_again_and_again(tmp_path: Path) -> None:
     plan = planned(machine(), TRAIN_SCRIPT=__file__, RUN_DIR=str(tmp_path))
-    folder = plan.checkpoint_dir
+    folder = plan.script.checkpoint_dir
     folder.mkdir(parents=True)
     assert progress(plan) == ""
     (folder / ".tmp-step-1").mkdir()
