@@ -1,4 +1,4 @@
-"""One sentence about a job in which no rank moves, made of what each rank's watchdog has written."""
+"""Summarizes per-rank stall records in one sentence."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ NAMED = 4
 """Lines of a verdict that name ranks one by one; a large job has many."""
 
 
-def verdict(nodes: Mapping[str, Sequence[Stall]]) -> str:
+def describe(nodes: Mapping[str, Sequence[Stall]]) -> str:
     """Which rank did not enter which collective, from all ranks of all nodes (by the nodes' names)."""
     stalls = sorted((stall for each in nodes.values() for stall in each), key=lambda stall: stall.rank)
     where = {stall.rank: name for name, each in nodes.items() for stall in each}
