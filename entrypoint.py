@@ -5,6 +5,7 @@
     python entrypoint.py doctor [--alone] [--json]               is this cluster fit to train? on all nodes at once
     python entrypoint.py bench [ARGS...]                         what the network gives; on all nodes at once
     python entrypoint.py report [--bundle FILE]                  what went wrong on this node, last time
+    python entrypoint.py diagnose [FILE | -] [--json]            what the error in a log means, and its fix
     python entrypoint.py healthcheck                             waiting, running or stopping; for the engine
 
 Settings come from the environment and from `.env` in the current folder; `.env.example` describes them.
@@ -75,6 +76,13 @@ def report(arguments: Sequence[str]) -> int:
     return tell(arguments, os.environ, env_file())
 
 
+def diagnose(arguments: Sequence[str]) -> int:
+    """Names the known error in any log; 0 is known, 1 unknown."""
+    from app.cli.diagnose import main as name
+
+    return name(arguments)
+
+
 def healthcheck(_arguments: Sequence[str]) -> int:
     """Tells the engine how this node is doing; 0 is healthy."""
     from app.supervise.health import healthcheck as examine
@@ -92,6 +100,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": doctor,
     "bench": bench,
     "report": report,
+    "diagnose": diagnose,
     "healthcheck": healthcheck,
 }
 

@@ -69,7 +69,8 @@ def short(plan: Plan) -> str:
     warnings = f"{count(len(plan.warnings), 'warning')}; " if plan.warnings else ""
     return "\n".join(
         [
-            f"run {plan.run_name}: node {plan.nodes.rank} of {plan.nodes.count}, {plan.network.address} ({rank.source})",
+            f"run {plan.run_name}: node {plan.nodes.rank} of {plan.nodes.count}, "
+            f"{plan.network.address} ({rank.source})",
             f"network: {plan.network.interface}, {transport}",
             f"workers: {plan.workers.nproc} of {plan.world_size} on {devices}, {plan.workers.backend}",
             f"script: {found['TRAIN_SCRIPT'].value}{args}, in {found['RUN_DIR'].value}",
@@ -151,7 +152,8 @@ def to_json(found: Draft) -> str:
     plan = None
     if found.plan is not None:
         plan = {name: value for name, value in asdict(found.plan).items() if name not in ("decisions", "warnings")}
-        plan |= {"env": _public(found.plan), "equal": dict(found.plan.equal), "world_size": found.plan.world_size}
+        plan["script"]["env"] = _public(found.plan)
+        plan |= {"equal": dict(found.plan.equal), "world_size": found.plan.world_size}
     content = {
         "plan": plan,
         "decisions": [asdict(each) for each in found.decisions],

@@ -194,7 +194,9 @@ class Attendant:
         return {"failed": [{"rank": target.rank, "port": target.port, "why": why} for target, why in failed]}
 
     def _speed(self, peer: meter.Peer, *, calibrate: bool) -> Mapping[str, object]:
-        mine = meter.Peer(address=self.plan.network.address, tcp=self._meter.tcp, udp=self._meter.udp, key=self._meter.key)
+        mine = meter.Peer(
+            address=self.plan.network.address, tcp=self._meter.tcp, udp=self._meter.udp, key=self._meter.key
+        )
         try:
             own = meter.measure(self.plan.network.address, mine) if calibrate else None
             found = meter.measure(self.plan.network.address, peer)
@@ -262,7 +264,9 @@ async def meet(attendant: Attendant, wait: float) -> tuple[Row, ...]:
     meeting = Meeting(plan=plan, token=attendant.token, say=attendant.say, wait=wait)
     server = None
     if plan.nodes.count > 1:
-        server = await listen(meeting.serve, plan.network.address, plan.network.control_port, backlog=2 * plan.nodes.count + 64)
+        server = await listen(
+            meeting.serve, plan.network.address, plan.network.control_port, backlog=2 * plan.nodes.count + 64
+        )
     holding = asyncio.ensure_future(meeting.hold())
     own = asyncio.ensure_future(attendant.attend(_dial_inside(meeting), wait))
     try:
@@ -283,7 +287,11 @@ async def meet(attendant: Attendant, wait: float) -> tuple[Row, ...]:
 def _dial(plan: Plan) -> Callable[[], Awaitable[Wire]]:
     async def dial() -> Wire:
         own = (plan.network.address, 0)
-        return Wire(*await asyncio.open_connection(plan.nodes.addresses[0], plan.network.control_port, local_addr=own, limit=MAX_LINE))
+        return Wire(
+            *await asyncio.open_connection(
+                plan.nodes.addresses[0], plan.network.control_port, local_addr=own, limit=MAX_LINE
+            )
+        )
 
     return dial
 

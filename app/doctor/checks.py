@@ -26,7 +26,11 @@ def check_rank(facts: Facts) -> tuple[Finding, ...]:
     rank = facts.decision("NODE_RANK")
     why = f" ({rank.source})" if rank else ""
     plan = facts.plan
-    return (green("rank", f"{plan.nodes.rank} of {plan.nodes.count}, {plan.network.address} on {plan.network.interface}{why}"),)
+    return (
+        green(
+            "rank", f"{plan.nodes.rank} of {plan.nodes.count}, {plan.network.address} on {plan.network.interface}{why}"
+        ),
+    )
 
 
 def check_settings(facts: Facts) -> tuple[Finding, ...]:

@@ -17,11 +17,12 @@ from app.doctor.transport import Collective, carrier, read_nccl
 from app.engine import torchrun
 from app.host import Host
 from app.host.files import entries, number
-from app.known_errors.catalog import diagnose
+from app.known_errors.diagnose import diagnose
 from app.plan import Plan
 
-LAUNCHER_WORDS = 3
-"""Of torchrun.command_line: the interpreter, -P, and the agent that reports to a supervisor, which doctor has not."""
+LAUNCHER_WORDS = 4
+"""Of torchrun.command_line: the interpreter, -P, the agent that reports to a supervisor, which doctor has not, and its
+own flag."""
 
 
 async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: int) -> Collective:
@@ -39,7 +40,11 @@ async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: 
     with tempfile.TemporaryDirectory(prefix="doctor-") as name:
         folder = Path(name)
         (folder / "logs").mkdir()
-        changed = replace(plan, script=replace(plan.script, command=("-m", "app.doctor.allreduce"), run_dir=folder), workers=replace(plan.workers, nproc=nproc))
+        changed = replace(
+            plan,
+            script=replace(plan.script, command=("-m", "app.doctor.allreduce"), run_dir=folder),
+            workers=replace(plan.workers, nproc=nproc),
+        )
         command = torchrun.command_line(
             changed,
             node_rank=place,
@@ -107,9 +112,9 @@ async def _run(command: list[str], env: dict[str, str], output: Path) -> str:
 
 
 def _diagnosis(output: str) -> str:
-    symptom = diagnose(output)
-    if symptom is not None:
-        return f"{symptom.line} - {symptom.cause} {symptom.cure}"
+    known = diagnose(output)
+    if known is not None:
+        return f"{known.line} - {known.error.cause} {known.error.fix}"
     errors = [line for line in output.splitlines() if "Error" in line]
     return errors[0].strip()[:300] if errors else ""
 

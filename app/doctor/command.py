@@ -19,7 +19,7 @@ from app.doctor.look import look
 from app.doctor.table import WORDS, exit_code, to_json, to_lines, to_table, verdict
 from app.host import probe
 from app.plan import Plan, draft
-from app.plan.membership import names_to_resolve
+from app.plan.node_list import names_to_resolve
 from app.plan.script import files_to_look_at
 
 
@@ -68,7 +68,9 @@ def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row
         node0 = Row(rank=0, address=plan.nodes.addresses[0], findings=(red("present", str(error)),))
         return [node0, own] if own.rank else [_with(own, "present", str(error))]
     except OSError as error:
-        where = f"{plan.network.address} (MASTER_PORT {plan.network.master_port}, CONTROL_PORT {plan.network.control_port})"
+        where = (
+            f"{plan.network.address} (MASTER_PORT {plan.network.master_port}, CONTROL_PORT {plan.network.control_port})"
+        )
         return [_with(own, "ports", f"This node cannot listen on {where}: {why(error)}.")]
 
 
@@ -106,7 +108,9 @@ def gather_facts(settings: Settings, root: Path = Path("/")) -> Facts:
     name = socket.gethostname()
     host = probe(root, resolve=(*names_to_resolve(settings), name), paths=files_to_look_at(settings))
     found = draft(settings, host)
-    return Facts(host=host, draft=found, look=look(root, host, found.plan.script.checkpoint_dir if found.plan else None))
+    return Facts(
+        host=host, draft=found, look=look(root, host, found.plan.script.checkpoint_dir if found.plan else None)
+    )
 
 
 def own_row(facts: Facts) -> Row:

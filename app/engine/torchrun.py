@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.engine.outcome import Failure, Outcome
-from app.known_errors.consequences import CASCADE
+from app.known_errors.consequences import is_consequence
 from app.plan import Plan
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def command_line(
         sys.executable,
         "-P",
         str(AGENT),
+        f"--shutdown-timeout={round(plan.timeouts.stop_grace)}",
         f"--nnodes={nnodes}",
         f"--nproc-per-node={plan.workers.nproc}",
         f"--node-rank={node_rank}",
@@ -46,7 +47,6 @@ def command_line(
         f"--rdzv-id={run_id}",
         f"--rdzv-conf=timeout={max(300, round(plan.timeouts.start))}",
         "--max-restarts=0",
-        f"--shutdown-timeout={round(plan.timeouts.stop_grace)}",
         f"--log-dir={plan.log_dir}",
         "--tee=3",
         str(WORKER),
@@ -171,8 +171,8 @@ class Torchrun:
 
 def first_cause_first(failures: list[Failure]) -> tuple[Failure, ...]:
     """torchrun looks ten times in a second, so that the worker whose peer has gone may stand before that peer."""
-    own = [each for each in failures if each.text and not CASCADE.search(each.text)]
-    if own and CASCADE.search(failures[0].text):
+    own = [each for each in failures if each.text and not is_consequence(each.text)]
+    if own and is_consequence(failures[0].text):
         failures = [own[0], *(each for each in failures if each is not own[0])]
     return tuple(failures)
 

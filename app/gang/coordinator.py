@@ -119,7 +119,9 @@ class Coordinator(Session):
             for rank, (why, seen) in state.lost.items()
         ]
         failures += [
-            NodeFailure(node=self.membership.name(rank), what="was lost: no answer", seen=state.limit, code=ExitCode.LOST)
+            NodeFailure(
+                node=self.membership.name(rank), what="was lost: no answer", seen=state.limit, code=ExitCode.LOST
+            )
             for rank in sorted(state.pending)
         ]
         if blocked := state.blocked:

@@ -66,7 +66,11 @@ class Membership:
     def twin(self, hello: Hello) -> Hello | None:
         """The living node that has the rank of `hello` and is another process."""
         known = self._nodes.get(hello.rank)
-        if known and known.hello.instance_id != hello.instance_id and time.monotonic() - known.heard < 3 * self.interval:
+        if (
+            known
+            and known.hello.instance_id != hello.instance_id
+            and time.monotonic() - known.heard < 3 * self.interval
+        ):
             return known.hello
         return None
 

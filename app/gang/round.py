@@ -82,8 +82,15 @@ class RoundState:
 
     def check_hang(self, now: float) -> None:
         """Ends a round without progress for HANG_TIMEOUT. To be called again and again."""
-        if self._stalled_since and self.hang_timeout and now >= self._stalled_since + self.hang_timeout and not self.halted_at:
-            self.failures.append(NodeFailure(node="the job", what=f"hangs: {self.hang}", seen=self._stalled_since, abrupt=True))
+        if (
+            self._stalled_since
+            and self.hang_timeout
+            and now >= self._stalled_since + self.hang_timeout
+            and not self.halted_at
+        ):
+            self.failures.append(
+                NodeFailure(node="the job", what=f"hangs: {self.hang}", seen=self._stalled_since, abrupt=True)
+            )
             self._end("failure", HALT_GRACE, f"the job hangs (HANG_TIMEOUT={self.hang_timeout:g})", now)
 
     def _close(self, event: Event, node: str, now: float) -> None:

@@ -9,7 +9,7 @@ from signal import SIGABRT, SIGKILL, SIGTERM, Signals
 
 from app.config.exitcodes import ExitCode
 from app.gang.messages import WorkerReport
-from app.known_errors.consequences import CASCADE
+from app.known_errors.consequences import is_consequence
 
 BROKEN = re.compile(r"(ModuleNotFoundError|ImportError|SyntaxError|IndentationError|TabError): ")
 REFUSED = "It ended as scripts do that refuse their arguments: see its own message, and correct TRAIN_ARGS"
@@ -132,7 +132,7 @@ def worker_failure(node: str, report: WorkerReport, seen: float) -> NodeFailure:
 
 def _weight(report: WorkerReport) -> Weight:
     if report.text:
-        return Weight.CONSEQUENCE if CASCADE.search(report.text) else Weight.CAUSE
+        return Weight.CONSEQUENCE if is_consequence(report.text) else Weight.CAUSE
     if report.halted and report.exitcode in {-SIGTERM, -SIGKILL, 1, 128 + SIGTERM}:
         return Weight.FOLLOWED
     if report.exitcode == -SIGABRT:

@@ -67,7 +67,7 @@ def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started
     try:
         report = make_report(plan, int(verdict.code), verdict.text, before, started)
         if report.names_cause:
-            say(f"cause: {report.cause}\ncure: {report.cure}")
+            say(f"cause: {report.cause}\nfix: {report.fix}")
         say(f"kept for `report`: {write_report(plan, report)}")
     except Exception as error:
         say(f"no report: {type(error).__name__}: {error}")
@@ -151,16 +151,25 @@ async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:
     if plan.nodes.rank or plan.nodes.count == 1:
         return None
     try:
-        return await listen(hub.serve, plan.network.address, plan.network.control_port, backlog=2 * plan.nodes.count + 64)
+        return await listen(
+            hub.serve, plan.network.address, plan.network.control_port, backlog=2 * plan.nodes.count + 64
+        )
     except OSError as error:
-        say(f"node 0 cannot listen on {plan.network.address} port {plan.network.control_port}: {os.strerror(error.errno or 0).lower()}")
+        say(
+            f"node 0 cannot listen on {plan.network.address} port {plan.network.control_port}: "
+            f"{os.strerror(error.errno or 0).lower()}"
+        )
         return None
 
 
 def _dial(plan: Plan) -> Callable[[], Awaitable[Wire]]:
     async def dial() -> Wire:
         own = (plan.network.address, 0)
-        return Wire(*await asyncio.open_connection(plan.nodes.addresses[0], plan.network.control_port, local_addr=own, limit=MAX_LINE))
+        return Wire(
+            *await asyncio.open_connection(
+                plan.nodes.addresses[0], plan.network.control_port, local_addr=own, limit=MAX_LINE
+            )
+        )
 
     return dial
 

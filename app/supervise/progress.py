@@ -55,7 +55,9 @@ def progress(plan: Plan) -> str:
     except OSError:
         pass
     try:
-        found = [(entry.stat().st_mtime, entry) for entry in plan.script.checkpoint_dir.iterdir() if _is_complete(entry)]
+        found = [
+            (entry.stat().st_mtime, entry) for entry in plan.script.checkpoint_dir.iterdir() if _is_complete(entry)
+        ]
     except OSError:
         return ""
     if not found:

@@ -374,7 +374,9 @@ def test_a_torchrun_whose_last_words_are_torn_has_ended_all_the_same() -> None:
     async def story(job: Job) -> None:
         engine, launched = Engine(broken=True), asyncio.Event()
         plan = a_plan(1, MAX_RESTARTS="0")
-        member = a_member(replace(plan, network=replace(plan.network, master_port=free_port())), job.connect, engine, launched)
+        member = a_member(
+            replace(plan, network=replace(plan.network, master_port=free_port())), job.connect, engine, launched
+        )
         part = asyncio.ensure_future(member.take_part())
         await launched.wait()
         engine.ended.set()

@@ -59,7 +59,7 @@ def test_a_machine_gets_the_rank_card_and_variables_that_its_owner_would_choose(
     rank, interface, address, nproc, backend, infiniband = EXPECTED[name]
     plan = plan_of(drafted(name, tmp_path))
     assert (plan.nodes.rank, plan.network.interface, plan.network.address) == (rank, interface, address)
-    assert (plan.workers.nproc, plan.workers.nproc, plan.workers.backend) == (nproc, str(nproc), backend)
+    assert (plan.workers.nproc, plan.workers.backend) == (nproc, backend)
     assert plan.script.env["NCCL_SOCKET_IFNAME"] == f"={interface}"
     assert plan.script.env["GLOO_SOCKET_IFNAME"] == interface
     assert {key: value for key, value in plan.script.env.items() if key.startswith("NCCL_IB_")} == infiniband
@@ -90,8 +90,8 @@ def test_no_file_is_left_of_a_machine_that_is_gone() -> None:
 def test_both_hosts_of_the_classic_script_agree(tmp_path: Path) -> None:
     first, second = plan_of(drafted("classic_a", tmp_path / "a")), plan_of(drafted("classic_b", tmp_path / "b"))
     assert first.equal == second.equal
-    assert (first.nodes, first.master_addr) == (second.nodes, second.master_addr)
-    assert first.env["NCCL_SOCKET_IFNAME"] != second.env["NCCL_SOCKET_IFNAME"]
+    assert first.nodes.addresses == second.nodes.addresses
+    assert first.script.env["NCCL_SOCKET_IFNAME"] != second.script.env["NCCL_SOCKET_IFNAME"]
 
 
 @pytest.mark.parametrize(

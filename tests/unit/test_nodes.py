@@ -200,7 +200,12 @@ def test_several_nodes_on_one_machine_use_loopback_addresses_and_node_rank() -> 
 
 def test_nothing_set_is_one_node_that_uses_no_network() -> None:
     plan = planned(HOST)
-    assert (plan.nodes.rank, plan.nodes.addresses, plan.network.address, plan.network.interface) == (0, ("127.0.0.1",), "127.0.0.1", "lo")
+    assert (plan.nodes.rank, plan.nodes.addresses, plan.network.address, plan.network.interface) == (
+        0,
+        ("127.0.0.1",),
+        "127.0.0.1",
+        "lo",
+    )
     assert planned(HOST, NNODES="1", NODE_RANK="0").nodes.addresses == ("127.0.0.1",)
 
 
@@ -216,7 +221,11 @@ def test_one_listed_node_uses_its_own_interface() -> None:
 
 def test_the_classic_variables_place_the_known_nodes_and_leave_the_others_to_the_roll_call() -> None:
     plan = planned(HOST, NNODES="3", NODE_RANK="2", MASTER_ADDR="10.0.0.1")
-    assert (plan.nodes.rank, plan.nodes.addresses, plan.network.address) == (2, ("10.0.0.1", "", "10.0.0.2"), "10.0.0.2")
+    assert (plan.nodes.rank, plan.nodes.addresses, plan.network.address) == (
+        2,
+        ("10.0.0.1", "", "10.0.0.2"),
+        "10.0.0.2",
+    )
     assert "NODES" not in dict(plan.equal)
 
 
@@ -227,7 +236,10 @@ def test_the_classic_variables_on_node_0() -> None:
 
 
 def test_classic_nodes_on_one_machine_get_an_address_each() -> None:
-    assert planned(HOST, NNODES="2", NODE_RANK="1", MASTER_ADDR="127.0.0.1").nodes.addresses == ("127.0.0.1", "127.0.0.2")
+    assert planned(HOST, NNODES="2", NODE_RANK="1", MASTER_ADDR="127.0.0.1").nodes.addresses == (
+        "127.0.0.1",
+        "127.0.0.2",
+    )
 
 
 @pytest.mark.parametrize(

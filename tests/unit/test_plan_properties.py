@@ -214,7 +214,16 @@ def test_a_node_of_a_cluster_has_a_plan_that_keeps_its_users_variables(
     plan = make_plan(read_settings(environ, None), host)
     assert isinstance(plan, Plan), plan
     assert (plan.nodes.rank, plan.network.address) == (rank, f"10.0.0.{rank + 1}")
-    assert len({plan.network.master_port, plan.network.control_port, int(plan.script.env["NCCL_RAS_ADDR"].rpartition(":")[2])}) == 3
+    assert (
+        len(
+            {
+                plan.network.master_port,
+                plan.network.control_port,
+                int(plan.script.env["NCCL_RAS_ADDR"].rpartition(":")[2]),
+            }
+        )
+        == 3
+    )
     assert str(plan.network.master_port) == environ.get("MASTER_PORT", "29400")
     assert not environ.keys() & plan.script.env.keys()
     assert not environ.keys() & set(plan.script.removed)

@@ -161,7 +161,7 @@ def test_a_port_with_addresses_in_two_networks_is_kept_to_that_of_the_nodes() ->
     plan = planned(gpu_host(roce(gids=table), nics=nics), NODES=NODES)
     assert plan.script.env["NCCL_IB_ADDR_RANGE"] == "10.0.0.0/24"
     own = planned(gpu_host(roce(gids=table), nics=nics), NODES=NODES, NCCL_IB_GID_INDEX="5")
-    assert "NCCL_IB_ADDR_RANGE" not in own.env
+    assert "NCCL_IB_ADDR_RANGE" not in own.script.env
 
 
 def test_a_port_without_a_routable_address_is_told() -> None:

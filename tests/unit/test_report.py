@@ -20,10 +20,10 @@ from app.engine.outcome import Failure, Outcome
 from app.engine.torchrun import command_line, environment
 from app.gang.verdict import Verdict
 from app.plan import Draft, Plan
-from app.report.history import Round, keep_round
+from app.report.history import RoundRecord, keep_round
 from app.report.node_report import (
     READ_BYTES,
-    Report,
+    NodeReport,
     forget_report,
     make_report,
     read_counters,
@@ -73,20 +73,20 @@ def test_the_last_error_the_ends_of_the_logs_and_what_grew_are_in_the_report(tmp
     assert "gone0 rx_errors" not in report.counters
 
 
-def test_a_known_error_in_a_workers_log_is_named_with_its_cure(tmp_path: Path) -> None:
+def test_a_known_error_in_a_workers_log_is_named_with_its_fix(tmp_path: Path) -> None:
     plan, _ = planned(tmp_path)
     text = "RuntimeError: CUDA error: system not yet initialized"
     write(plan.script.run_dir / "logs/node0/default-1-abc_x/attempt_0/0/stderr.log", text)
     report = make_report(plan, 5, "verdict", {}, 0.0)
-    assert report.symptom
-    assert report.cure
+    assert report.known_error
+    assert report.fix
     assert "system not yet initialized" in report.line
 
 
 def test_without_any_log_the_report_says_that_the_cause_is_elsewhere(tmp_path: Path) -> None:
     plan, _ = planned(tmp_path)
     report = make_report(plan, 6, "node 2 was lost", {}, 0.0)
-    assert (report.rounds, dict(report.logs), report.symptom) == ((), {}, "")
+    assert (report.rounds, dict(report.logs), report.known_error) == ((), {}, "")
     assert "first error here: none, no worker of this node failed by itself" in summary(report, FOLDER)
 
 
@@ -114,7 +114,7 @@ def test_a_round_in_which_this_node_was_told_to_end_is_no_failure_of_its_own(tmp
     keep_round(plan, "default-1-abc", Outcome(code=1, failures=(killed(0, 0, -15),), halted=True))
     report = make_report(plan, 5, "node 1 - rank 3 failed with ValueError: x (exit code 1)", {}, 0.0)
     assert "first error here: none, no worker of this node failed by itself" in summary(report, FOLDER)
-    assert report.symptom == ""
+    assert report.known_error == ""
 
 
 def test_a_torn_line_of_the_history_is_left_out(tmp_path: Path) -> None:
@@ -145,12 +145,12 @@ def test_a_worker_that_was_killed_is_not_given_the_exception_of_a_neighbour(tmp_
     keep_round(plan, "default-1-abc", Outcome(code=1, failures=(killed(3, 1), killed(2, 0, 1, closed))))
     report = make_report(plan, 5, "verdict", {}, 0.0)
     assert "first error here: rank 3 was ended by SIGKILL" in summary(report, FOLDER)
-    assert report.symptom == "killed-9"
+    assert report.known_error == "killed-9"
 
 
 def test_nodes_that_share_a_folder_keep_their_logs_and_errors_apart(tmp_path: Path) -> None:
     first, _ = planned(tmp_path)
-    second = replace(first, node_rank=1)
+    second = replace(first, nodes=replace(first.nodes, rank=1))
     places = {"nnodes": 2, "master_addr": "10.0.0.1", "master_port": 29400, "run_id": "default-1-abc"}
     seen = []
     for plan, text in ((first, "first"), (second, "second")):
@@ -178,7 +178,7 @@ def test_an_error_file_that_is_none_is_left_out(content: str, tmp_path: Path) ->
     assert make_report(plan, 5, "verdict", {}, 0.0).rounds == ()
 
 
-FULL = Report(
+FULL = NodeReport(
     node_rank=1,
     nodes=2,
     address="10.0.0.2",
@@ -187,7 +187,7 @@ FULL = Report(
     code=5,
     verdict="\n".join(f"verdict line {number}" for number in range(30)),
     rounds=tuple(
-        Round(run_id=f"r{number}", message="ValueError: bad\nmore", traceback=TRACE, code=1, time=number)
+        RoundRecord(run_id=f"r{number}", message="ValueError: bad\nmore", traceback=TRACE, code=1, time=number)
         for number in range(9)
     ),
     logs={},
@@ -195,11 +195,11 @@ FULL = Report(
     counters_before={},
     counters_after={},
     xids=("0000:18:00 Xid 79",) * 20,
-    symptom="gpu-lost",
+    known_error="gpu-lost",
     names_cause=True,
     line="x" * 5000,
     cause="y" * 5000,
-    cure="z" * 5000,
+    fix="z" * 5000,
     stalls=("rank0.json", "rank1.json"),
     flight_records=("a", "b"),
     decisions=(),
@@ -251,12 +251,12 @@ def test_a_report_that_fails_is_told_and_hides_nothing(
     assert capsys.readouterr().err == "torchrun-compose: no report: RecursionError: a bug\n"
 
 
-def test_the_cause_and_the_cure_of_a_known_error_are_told_with_the_verdict_and_a_consequence_is_not(
+def test_the_cause_and_the_fix_of_a_known_error_are_told_with_the_verdict_and_a_consequence_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, _ = planned(tmp_path)
     peer, disk = "RuntimeError: Connection closed by peer [10.0.0.2]", "OSError: [Errno 28] No space left on device"
-    for message, words in ((disk, ["cause:", "cure:", "kept"]), (peer, ["kept"])):
+    for message, words in ((disk, ["cause:", "fix:", "kept"]), (peer, ["kept"])):
         error_file(plan.script.run_dir, "default-1-abc", message)
         tell_report(plan, Verdict(code=ExitCode.TRAINING, text="verdict"), {}, 0.0)
         lines = capsys.readouterr().err.splitlines()
@@ -273,7 +273,7 @@ def test_a_job_that_ends_well_removes_the_report_of_an_earlier_one_and_keeps_sta
     other = replace(plan, nodes=replace(plan.nodes, rank=1), script=replace(plan.script, run_dir=tmp_path / "other"))
     write_report(other, FULL)
     forget_report(other)
-    assert not (other.run_dir / "report").exists()
+    assert not (other.script.run_dir / "report").exists()
 
 
 def test_the_command_says_that_a_job_began_after_the_reported_one(tmp_path: Path) -> None:
@@ -285,7 +285,11 @@ def test_the_command_says_that_a_job_began_after_the_reported_one(tmp_path: Path
     os.utime(report, (1_800_000_100, 1_800_000_100))
     assert "since then" not in told(plan.script.run_dir)
     os.utime(report, (1_799_999_000, 1_799_999_000))
-    assert told(plan.script.run_dir).splitlines()[-1].startswith("since then: a round began here at 2027-01-15 08:00:00 UTC")
+    assert (
+        told(plan.script.run_dir)
+        .splitlines()[-1]
+        .startswith("since then: a round began here at 2027-01-15 08:00:00 UTC")
+    )
 
 
 def test_only_folders_of_nodes_are_reports_in_the_order_of_their_ranks(tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ def test_nproc_means_what_torchrun_takes_it_for(text: str, on_gpus: tuple[int, s
     for host, expected in ((GPU_HOST, on_gpus), (CPU_HOST, on_cpus)):
         plan = planned(host, NPROC_PER_NODE=text)
         assert (plan.workers.nproc, plan.workers.backend) == expected
-        assert plan.workers.nproc == str(plan.workers.nproc)
         assert plan.script.env["BACKEND"] == plan.workers.backend
 
 
@@ -203,10 +202,13 @@ def test_the_scripts_content_must_be_equal_on_all_nodes() -> None:
 def test_folders_follow_the_run_unless_they_are_set() -> None:
     host = machine(cwd=Path("/here"))
     plan = planned(host, RUN_NAME="r1")
-    assert (plan.script.run_dir, plan.script.checkpoint_dir) == (Path("/here/runs/r1"), Path("/here/runs/r1/checkpoints"))
+    assert (plan.script.run_dir, plan.script.checkpoint_dir) == (
+        Path("/here/runs/r1"),
+        Path("/here/runs/r1/checkpoints"),
+    )
     assert plan.script.env["TORCH_FR_DUMP_TEMP_FILE"] == "/here/runs/r1/logs/node0/flight_recorder_rank_"
     own = planned(host, RUNS_ROOT="/runs", CHECKPOINT_DIR="/nfs/c")
-    assert (own.run_dir, own.env["CHECKPOINT_DIR"]) == (Path("/runs/default"), "/nfs/c")
+    assert (own.script.run_dir, own.script.env["CHECKPOINT_DIR"]) == (Path("/runs/default"), "/nfs/c")
 
 
 def test_a_token_file_must_be_there_and_hold_a_token() -> None:
@@ -226,7 +228,7 @@ def test_ports_follow_master_port_and_must_differ() -> None:
     plan = planned(CPU_HOST, MASTER_PORT="5000")
     assert (plan.network.control_port, plan.script.env["NCCL_RAS_ADDR"]) == (5001, "localhost:5002")
     top = planned(CPU_HOST, MASTER_PORT="65535")
-    assert (top.control_port, top.env["NCCL_RAS_ADDR"]) == (65534, "localhost:65533")
+    assert (top.network.control_port, top.script.env["NCCL_RAS_ADDR"]) == (65534, "localhost:65533")
     assert "Give them different ports" in refused(CPU_HOST, MASTER_PORT="5000", CONTROL_PORT="5000")
     assert planned(CPU_HOST, MASTER_PORT="5000", CONTROL_PORT="5002").script.env["NCCL_RAS_ADDR"] == "localhost:5003"
 
