@@ -11,13 +11,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
-from app.doctor import meter
+from app.doctor.cluster_checks.transport import Collective
+from app.doctor.collect import meter
+from app.doctor.collect.look import within
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Row
-from app.doctor.look import within
 from app.doctor.meeting import ANSWER, BEAT, Meeting, run_of
 from app.doctor.talk import read_findings, read_peer, told_collective, told_facts, told_findings
-from app.doctor.transport import Collective
 from app.gang import connectivity
 from app.gang.agreement import gather, host_id
 from app.gang.connect import NobodyError, Waiting, arrive
@@ -114,7 +114,7 @@ class Attendant:
             "interface": plan.network.interface,
             "mtu": (nic.mtu or 0) if nic else 0,
             "speed": (speed_of(nic, self.facts.host) or 0) if nic else 0,
-            "transport": dict(plan.equal).get("transport of NCCL", "sockets"),
+            "transport": plan.network.transport,
             "facts": told_facts(self._compared()),
             "findings": told_findings(self.findings),
             "ports": [{"port": port} for port in self._answering.ports],

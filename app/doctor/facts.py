@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from app.doctor.look import Look
+from app.doctor.collect.look import Look
 from app.host import Host
 from app.host.nics import Nic
 from app.plan import Draft, Plan

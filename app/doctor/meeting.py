@@ -10,11 +10,11 @@ import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from app.doctor.cluster import judge
+from app.doctor.cluster_checks import judge
+from app.doctor.cluster_checks.links import slowness
+from app.doctor.collect.meter import Speed
 from app.doctor.findings import Row
-from app.doctor.links import slowness
-from app.doctor.measured import Measured
-from app.doctor.meter import Speed
+from app.doctor.results import Measured
 from app.doctor.talk import Seat, read_collective, read_seat, told_findings
 from app.gang import connectivity
 from app.gang.connection import HANDSHAKE, Message, UntrustedError, Wire, WireError, challenge, integer, items, text

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.doctor.attend import Attendant
+from app.doctor.cluster_checks.transport import Collective
+from app.doctor.collect.look import Disk
 from app.doctor.facts import Facts
-from app.doctor.look import Disk
-from app.doctor.transport import Collective
 from app.gang import connectivity
 from app.gang.connection import Message
 from app.plan import Plan

@@ -11,14 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.config.project import PROJECT
+from app.doctor.cluster_checks.transport import Collective, carrier, read_nccl
 from app.doctor.facts import Facts
 from app.doctor.meeting import ALL_REDUCE
-from app.doctor.transport import Collective, carrier, read_nccl
 from app.engine import torchrun
 from app.host import Host
 from app.host.files import entries, number
 from app.known_errors.diagnose import diagnose
 from app.plan import Plan
+from app.plan.rdma_access import direct
 
 LAUNCHER_WORDS = 4
 """Of torchrun.command_line: the interpreter, -P, the agent that reports to a supervisor, which doctor has not, and its
@@ -33,8 +34,8 @@ async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: 
         ranks=nproc * nnodes,
         alone=nnodes == 1,
         interface=plan.network.interface,
-        transport=dict(plan.equal).get("transport of NCCL", "sockets"),
-        expects_direct=any(each.name == "GPUDirect RDMA" and each.value != "no" for each in plan.decisions),
+        transport=plan.network.transport,
+        expects_direct=bool(direct(facts.host)),
         active_ports=sum(port.state == "ACTIVE" for port in facts.host.rdma_ports),
     )
     with tempfile.TemporaryDirectory(prefix="doctor-") as name:
