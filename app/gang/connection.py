@@ -155,7 +155,9 @@ def text(message: Message, name: str, limit: int = 500, *, lines: bool = False) 
 
 
 def printable(value: str, *, lines: bool = False) -> str:
-    return "".join(char if char.isprintable() or (lines and char == "\n") else "?" for char in value)
+    if not lines:
+        value = value.replace("\n", " ")
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in value)
 
 
 def integer(message: Message, name: str, low: int, high: int) -> int:

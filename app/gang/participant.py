@@ -240,8 +240,8 @@ class Participant:
         self._listener.close()
         self._listener = probes.ProbeListener(self._key)
         try:
-            for port in self._ports:
-                probes.try_port(port)
+            for fixed in self._ports:
+                probes.try_port(fixed)
             if self.plan.nodes.count > 1:
                 await self._listener.open(self.plan.network.address, self._ports)
         except OSError as error:

@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from app.config.exitcodes import ExitCode
@@ -73,12 +73,12 @@ class Session:
                     await asyncio.sleep(PRESENCE)
         except ProtocolError as error:
             if node:
-                self._lose(node, f"protocol error: {error}")
+                self.lose(node, f"protocol error: {error}")
             else:
                 self._log_rejected(connection, error)
         except OSError as error:
             if node:
-                self._lose(node, f"{error} (its container, engine or machine ended)")
+                self.lose(node, f"{error} (its container, engine or machine ended)")
             else:
                 self._log_rejected(connection, error)
         except asyncio.CancelledError:
@@ -107,7 +107,7 @@ class Session:
             connection.send("refuse", code=int(ExitCode.DISAGREE), text=objection)
             raise RefusedError(f"refused: {objection}")
         if before := self.membership.get(hello.rank):
-            self._lose(before, "reconnected after its connection dropped")
+            self.lose(before, "reconnected after its connection dropped")
         connection.give_up_after(PATIENCE * self.plan.timeouts.heartbeat)
         connection.send("joined")
         self.welcome(connection)
@@ -151,7 +151,8 @@ class Session:
                 node.hello = replace(node.hello, ports=read_ports(said), progress=text(said, "progress", 200))
             self._events.put_nowait(event)
 
-    def _lose(self, node: NodeConnection, why: str) -> None:
+    def lose(self, node: NodeConnection, why: str) -> None:
+        """Counts a node as lost, if it is still here."""
         if self.membership.remove(node):
             self._events.put_nowait(Event(rank=node.hello.rank, kind="lost", why=why))
 
@@ -168,7 +169,7 @@ class Session:
             self._logged = time.monotonic()
             self.say(f"rejected connection from {connection.peer}: {error}")
 
-    async def ask(self, rank: int, question: str, seconds: float, **fields: object) -> Message | None:
+    async def ask(self, rank: int, question: str, fields: Mapping[str, object], seconds: float) -> Message | None:
         """One node's answer; None if it is lost, or does not answer in time and is given up."""
         node = self.membership.get(rank)
         if node is None:
@@ -178,9 +179,10 @@ class Session:
         node.connection.send("ask", question=question, number=number, **fields)
         try:
             async with asyncio.timeout(seconds):
-                return await answer
+                found: Message | None = await answer
+                return found
         except TimeoutError:
-            self._lose(node, f"no answer to {question!r} within {seconds:.0f} s")
+            self.lose(node, f"no answer to {question!r} within {seconds:.0f} s")
             return None
 
     async def roll_call(self, waiting: Waiting, settled: Callable[[], bool]) -> None:
@@ -283,7 +285,7 @@ class Session:
             # Whoever stood still itself (SIGSTOP, a machine that slept) has heard nobody, and reads first.
             for node in [] if late else self.membership.silent():
                 why = f"no heartbeat for {self.plan.timeouts.heartbeat:g} s (machine down, or its link is cut)"
-                self._lose(node, why)
+                self.lose(node, why)
 
     def tell(self, what: str) -> None:
         """Prints on all nodes that are here, node 0 included."""

@@ -4,18 +4,18 @@ import asyncio
 import os
 import resource
 import signal
-import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 from app.config.console import say
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
 from app.engine import torchrun
 from app.gang.agreement import gather
-from app.gang.connection import MAX_LINE, Wire, listen
-from app.gang.coordinator import LAST_WORD, LINGER, Hub
-from app.gang.participant import Member, Place, Surroundings
+from app.gang.connection import Connection, dial, dial_inside, listen
+from app.gang.coordinator import LAST_WORD, LINGER, Coordinator
+from app.gang.participant import NodeServices, Participant, RoundAssignment
 from app.gang.token import read_token
 from app.gang.verdict import Verdict
 from app.host.ports import holder
@@ -33,7 +33,7 @@ MOST_FILES = 65_536
 
 
 def supervise(plan: Plan) -> int:
-    """Brings this node into the gang, runs torchrun round by round, and returns the exit code (`ExitCode`).
+    """Joins the job, runs torchrun round by round, and returns the exit code (`ExitCode`).
 
     Raises UserError where a file or folder of the settings cannot be used."""
     token = read_token(plan)
@@ -93,45 +93,45 @@ def allow_many_files() -> None:
 async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) -> tuple[Verdict, bool]:
     """The verdict, and whether the stop came from this node's own user. `tell` prints the verdict as soon as there is
     one: node 0 may stay for a while to tell others."""
-    hub = Hub(plan, token, say)
-    server = await _listen(plan, hub)
-    presiding = asyncio.ensure_future(hub.preside()) if server or plan.nodes.count == 1 else None
+    coordinator = Coordinator(plan, token, say)
+    server = await _listen(plan, coordinator)
+    leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
     looks = Looks(plan)
     path, state = keep_state(plan.run_name, plan.nodes.rank, lambda: looks.progress)
-    around = Surroundings(
-        dial=_dial_inside(hub) if presiding else _dial(plan),
-        launch=lambda place: _launch(plan, place),
+    services = NodeServices(
+        dial=dial_inside(coordinator.serve) if leading else _dial(plan),
+        launch=lambda assignment: _launch(plan, assignment),
         clean=torchrun.sweep,
         progress=lambda: looks.progress,
         stalls=lambda: looks.stalls,
-        look=looks.renew,
+        refresh=looks.renew,
         holder=holder,
         say=say,
         state=state,
     )
     watching = asyncio.ensure_future(traffic.watch(plan, say)) if traffic.watched(plan) else None
-    member = Member(plan, token, gather(plan) if plan.nodes.count > 1 else {}, around)
-    _on_signals(member.stop)
-    part = asyncio.ensure_future(member.take_part())
+    participant = Participant(plan, token, gather(plan) if plan.nodes.count > 1 else {}, services)
+    _on_signals(participant.stop)
+    part = asyncio.ensure_future(participant.take_part())
     try:
-        # A bug in node 0's hub must end the job with its traceback, not leave it waiting for a verdict.
-        await asyncio.wait([part, presiding] if presiding else [part], return_when=asyncio.FIRST_COMPLETED)
-        if presiding and presiding.done():
-            presiding.result()
+        # A bug in the coordinator must end the job with its traceback, not leave it waiting for a verdict.
+        await asyncio.wait([part, leading] if leading else [part], return_when=asyncio.FIRST_COMPLETED)
+        if leading and leading.done():
+            leading.result()
         verdict = await part
-        own_stop = member.stops > 0
+        own_stop = participant.stops > 0
         tell(verdict)
-        if presiding and member.stops < 2:
-            # The others are told meanwhile. What made this node's member leave by itself, the hub does not know yet.
-            hub.conclude(verdict)
-            _on_signals(presiding.cancel)
-            await asyncio.wait([presiding], timeout=LINGER + 2 * LAST_WORD)
+        if leading and participant.stops < 2:
+            # The others are told meanwhile. Why this node's participant left by itself, the coordinator does not know.
+            coordinator.conclude(verdict)
+            _on_signals(leading.cancel)
+            await asyncio.wait([leading], timeout=LINGER + 2 * LAST_WORD)
     finally:
         part.cancel()
         if watching:
             watching.cancel()
-        if presiding:
-            presiding.cancel()
+        if leading:
+            leading.cancel()
         path.unlink(missing_ok=True)
         forget_signs()
         if server:
@@ -145,57 +145,33 @@ def _on_signals(act: Callable[[], object]) -> None:
         asyncio.get_running_loop().add_signal_handler(number, act)
 
 
-async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:
-    """Node 0's ear, on its fabric address only. None on other nodes, and where another process has the port: that one
-    may be a second node 0 or another job, and will say so when this node comes as a guest."""
+async def _listen(plan: Plan, coordinator: Coordinator) -> asyncio.Server | None:
+    """The coordinator's listening socket, on node 0's fabric address only. None on other nodes, and where another
+    process has the port: that one may be a second node 0 or another job, and will say so when this node connects."""
     if plan.nodes.rank or plan.nodes.count == 1:
         return None
+    address, port = plan.network.address, plan.network.control_port
     try:
-        return await listen(
-            hub.serve, plan.network.address, plan.network.control_port, backlog=2 * plan.nodes.count + 64
-        )
+        return await listen(coordinator.serve, address, port, plan.nodes.count)
     except OSError as error:
-        say(
-            f"node 0 cannot listen on {plan.network.address} port {plan.network.control_port}: "
-            f"{os.strerror(error.errno or 0).lower()}"
-        )
+        say(f"node 0 cannot listen on {address} port {port}: {os.strerror(error.errno or 0).lower()}")
         return None
 
 
-def _dial(plan: Plan) -> Callable[[], Awaitable[Wire]]:
-    async def dial() -> Wire:
-        own = (plan.network.address, 0)
-        return Wire(
-            *await asyncio.open_connection(
-                plan.nodes.addresses[0], plan.network.control_port, local_addr=own, limit=MAX_LINE
-            )
-        )
-
-    return dial
+def _dial(plan: Plan) -> Callable[[], Awaitable[Connection]]:
+    return partial(dial, plan.network.address, plan.nodes.addresses[0], plan.network.control_port)
 
 
-def _dial_inside(hub: Hub) -> Callable[[], Awaitable[Wire]]:
-    """Node 0 is a member of its own gang, over a pair of sockets that nobody else can reach."""
-    tasks = set()
-
-    async def dial() -> Wire:
-        here, there = socket.socketpair()
-        tasks.add(asyncio.ensure_future(hub.serve(*await asyncio.open_connection(sock=there, limit=MAX_LINE))))
-        return Wire(*await asyncio.open_connection(sock=here, limit=MAX_LINE))
-
-    return dial
-
-
-def _launch(plan: Plan, place: Place) -> torchrun.Torchrun:
+def _launch(plan: Plan, assignment: RoundAssignment) -> torchrun.Torchrun:
     command = torchrun.command_line(
         plan,
-        node_rank=place.node_rank,
-        nnodes=place.nnodes,
+        node_rank=assignment.node_rank,
+        nnodes=assignment.nnodes,
         master_addr=plan.network.master_addr,
         master_port=plan.network.master_port,
-        run_id=place.run_id,
+        run_id=assignment.run_id,
     )
-    if place.round > 1:
-        say(f"round {place.round}: node rank {place.node_rank} of {place.nnodes}")
-    environment = {**torchrun.environment(plan, os.environ, run_id=place.run_id), **watched(plan)}
-    return torchrun.Torchrun(command, environment, lambda outcome: keep_round(plan, place.run_id, outcome))
+    if assignment.round > 1:
+        say(f"round {assignment.round}: node rank {assignment.node_rank} of {assignment.nnodes}")
+    environment = {**torchrun.environment(plan, os.environ, run_id=assignment.run_id), **watched(plan)}
+    return torchrun.Torchrun(command, environment, lambda outcome: keep_round(plan, assignment.run_id, outcome))
