@@ -6,12 +6,21 @@ TORCH_PAGE := $(if $(PIP_FIND_LINKS),,--find-links=https://download.pytorch.org/
 FIGURES := launch_overhead container_speed image roll_call gang_throughput train_speed train_operability train_recovery
 HARDWARE_KINDS := cpu nvidia nvidia-ib cdi
 
-.PHONY: demo test lint unit native cluster figures bad-days lock clean
+.PHONY: demo test test-quick smoke audit lint unit native cluster figures bad-days lock clean
 
 demo: .venv/.ready            ## two nodes train on this machine
 	@$(BIN)/python -m demo
 
 test: lint unit native cluster  ## everything; `CLUSTER_TESTS=skip make test` leaves out what needs a Docker engine and root
+
+test-quick: lint unit           ## lint, unit tests, and one job of two nodes on real engines; four minutes
+	$(BIN)/python -m pytest tests/cluster/test_two_nodes.py tests/cluster/test_smoke_gloo.py
+
+smoke: .venv/.ready           ## the image built, and two nodes trained, on this user's own engine; no root
+	$(BIN)/python -m pytest tests/smoke
+
+audit: .venv/.ready           ## known vulnerabilities of what the images hold; needs PyPI's advisories
+	for lock in cpu cuda; do $(BIN)/uv tool run pip-audit==2.9.0 --disable-pip --require-hashes -r requirements/$$lock.txt || exit 1; done
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -83,6 +83,13 @@ def diagnose(arguments: Sequence[str]) -> int:
     return name(arguments)
 
 
+def firewall(arguments: Sequence[str]) -> int:
+    """Prints the firewall rules that let only this job's nodes in; changes nothing."""
+    from app.cli.firewall import main as tell
+
+    return tell(arguments, os.environ, env_file())
+
+
 def healthcheck(_arguments: Sequence[str]) -> int:
     """Tells the engine how this node is doing; 0 is healthy."""
     from app.supervise.health import healthcheck as examine
@@ -101,6 +108,7 @@ COMMANDS: dict[str, Command] = {
     "bench": bench,
     "report": report,
     "diagnose": diagnose,
+    "firewall": firewall,
     "healthcheck": healthcheck,
 }
 
