@@ -83,7 +83,7 @@ def test_a_rank_in_native_code_that_holds_pythons_lock_is_named_though_it_cannot
         # Open in both directions a pipe has its writer.
         with held.open("rb+", buffering=0):
             for launcher in made.launchers:
-                launcher.wait_for("the ranks move again")
+                launcher.wait_for("progress resumed")
         with freed.open("rb+", buffering=0):
             assert [launcher.end(60) for launcher in made.launchers] == [0, 0]
         made_here = {f"torchrun-compose-looks-{launcher.process.pid}" for launcher in made.launchers}

@@ -10,8 +10,8 @@ import pytest
 
 from app.engine.outcome import Stall
 from app.gang.messages import Event
-from app.gang.round import Round
-from app.gang.stalls import verdict
+from app.gang.round import RoundState
+from app.gang.stalls import describe
 from app.plan import Plan
 from app.supervise import hang
 from app.supervise.hang import Silence
@@ -27,7 +27,7 @@ def stall(
 
 
 def told(*stalls: Stall) -> str:
-    return verdict({NODES[0]: stalls[:2], NODES[1]: stalls[2:]})
+    return describe({NODES[0]: stalls[:2], NODES[1]: stalls[2:]})
 
 
 def test_the_rank_that_did_not_enter_a_collective_is_named_with_its_node_and_line() -> None:
@@ -98,7 +98,7 @@ def test_a_rank_without_a_sign_of_life_that_uses_no_processor_holds_pythons_lock
     (mute, other) = hang.read_stalls(plan, silence(0, 30))
     assert (mute.rank, mute.seconds, mute.at) == (0, 30, "native code that holds Python's lock (no stack)")
     assert other == stall(1)
-    assert "rank 0 did not enter all_reduce (number 6)" in verdict({NODES[0]: (mute, other)})
+    assert "rank 0 did not enter all_reduce (number 6)" in describe({NODES[0]: (mute, other)})
 
 
 @pytest.mark.parametrize(("age", "used", "pid"), [(3, 0, os.getpid()), (30, 5, os.getpid()), (30, 0, 1 << 30)])
@@ -118,8 +118,8 @@ def test_silence_counts_from_the_last_sign_and_from_when_the_rank_computed_no_mo
         assert [each.rank for each in hang.read_stalls(plan, quiet)] == [0, 1]
 
 
-def a_round(said: list[str], timeout: float = 100) -> Round:
-    return Round(
+def a_round(said: list[str], timeout: float = 100) -> RoundState:
+    return RoundState(
         names=NODES,
         stop_grace=30,
         patience=10,
@@ -142,8 +142,8 @@ def test_a_standstill_is_told_once_when_the_last_node_stands_still_and_withdrawn
     course.take(stalled(1, stall(1)), 1002.0)
     assert [text[:31] for text in said] == ["no rank has moved for 60 s: all"]
     course.take(stalled(0), 1003.0)
-    assert said[1:] == ["the ranks move again"]
-    course.lose_patience(5000.0)
+    assert said[1:] == ["progress resumed"]
+    course.check_hang(5000.0)
     assert len(said) == 2
 
 
@@ -153,11 +153,11 @@ def test_only_hang_timeout_ends_a_job_that_stands_still() -> None:
         course = a_round(said, timeout)
         course.take(stalled(0, stall(0)), 1000.0)
         course.take(stalled(1, stall(1, number=5)), 1000.0)
-        course.lose_patience(1039.0)
+        course.check_hang(1039.0)
         assert len(said) == 1
-        course.lose_patience(1041.0)
+        course.check_hang(1041.0)
         assert said[1:] == (["failure: the job hangs (HANG_TIMEOUT=100)"] if ends else [])
-        assert [trouble.what[:33] for trouble in course.troubles] == ["hangs: no rank has moved for 60 s"] * ends
+        assert [failure.what[:33] for failure in course.failures] == ["hangs: no rank has moved for 60 s"] * ends
 
 
 def test_what_a_node_says_that_waits_for_the_next_round_ends_none_but_its_stop_does() -> None:
