@@ -5,18 +5,18 @@ import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from app.config.exitcodes import ExitCode
-from app.engine.outcome import Failure, Outcome, Stall
+from app.engine.outcome import Collective, Failure, Outcome, Stall
 from app.gang import probes
 from app.gang.agreement import host_id
 from app.gang.connect import BusyError, NoAnswerError, Waiting, connect
 from app.gang.connection import PATIENCE, Connection, Message, ProtocolError, UntrustedError, integer, items, text
 from app.gang.handshake import introduce
 from app.gang.membership import BEATS
-from app.gang.messages import LAST_ROUND, MOST_RANKS, YEAR_2100, Say
+from app.gang.messages import LAST_ROUND, MOST_ENTERED, MOST_RANKS, YEAR_2100, Say
 from app.gang.verdict import JobEnded, Verdict
 from app.plan import Plan
 
@@ -125,7 +125,7 @@ class Participant:
         self._halted = False
         """The engine was told to end."""
         self._heard = 0.0
-        self._stalled, self._run_id = list[tuple[int, str, int]](), ""
+        self._stalled, self._run_id = list[tuple[int, str, tuple[Collective, ...]]](), ""
 
     def stop(self) -> None:
         """The user wants this job to end; called a second time, at once."""
@@ -305,7 +305,10 @@ class Participant:
         # What was seen a moment ago may be of the round before.
         seen = [stall for stall in self.services.stalls() if stall.run_id in ("", self._run_id)]
         stalls = seen[:MOST_RANKS] if self._engine else []
-        places = [(stall.rank, stall.at, stall.sequence) for stall in stalls]
+        # A line has room for some 128 collectives.
+        most = max(1, min(MOST_ENTERED, 128 // max(1, len(stalls))))
+        stalls = [replace(stall, entered=stall.entered[-most:]) for stall in stalls]
+        places = [(stall.rank, stall.at, stall.entered) for stall in stalls]
         if places != self._stalled:
             self._stalled = places
             connection.send("stalled", ranks=[asdict(stall) for stall in stalls])

@@ -66,9 +66,10 @@ class RoundState:
 
     def _judge(self, now: float) -> None:
         """Says once that no rank of the job makes progress, and why; and that it goes on, if it does."""
+        seconds = [stall.seconds for each in self._stalls.values() for stall in each if not stall.ended]
         stands = self.running == self.names.keys() == {rank for rank, each in self._stalls.items() if each}
-        if stands and not self._stalled_since and not self.halted_at:
-            self._stalled_since = now - min(stall.seconds for each in self._stalls.values() for stall in each)
+        if stands and seconds and not self._stalled_since and not self.halted_at:
+            self._stalled_since = now - min(seconds)
             self.tell(self.hang)
         elif self._stalled_since and not stands:
             self._stalled_since = 0.0
