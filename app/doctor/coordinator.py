@@ -56,10 +56,10 @@ class DoctorCoordinator(Session):
             return sentence
         return ""
 
-    def lose(self, node: NodeConnection, why: str) -> None:
+    def lose(self, node: NodeConnection, why: str, *, silent: bool = False) -> None:
         if not self._open and self.membership.holds(node):
             self.measured.lost[node.hello.rank] = why
-        super().lose(node, why)
+        super().lose(node, why, silent=silent)
 
     async def run(self) -> tuple[Row, ...]:
         """Leads the session to its end; returns the table that every node was told."""

@@ -6,7 +6,7 @@ One coroutine, `Coordinator.run`, decides; each connection hands on what its nod
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from app.config.exitcodes import ExitCode
 from app.gang import probes
@@ -17,7 +17,7 @@ from app.gang.membership import NodeConnection
 from app.gang.messages import LAST_ROUND, Hello, Say
 from app.gang.round import RoundState
 from app.gang.session import LAST_WORD, Session
-from app.gang.verdict import JobEnded, NodeFailure, Verdict, first_causes, summarize
+from app.gang.verdict import JobEnded, NodeFailure, Verdict, first_causes, summarize, suspect_self
 from app.plan import Plan
 
 __all__ = ["LAST_WORD", "LINGER", "Coordinator"]
@@ -33,8 +33,12 @@ NAMED = 8
 class Coordinator(Session):
     """The session of a training."""
 
-    def __init__(self, plan: Plan, token: bytes, say: Say) -> None:
+    def __init__(self, plan: Plan, token: bytes, say: Say, link: Callable[[], str] = lambda: "") -> None:
+        """`link` tells that this node's own link is down, "" where it is not."""
         super().__init__(plan, token, say)
+        self._link = link
+        self._signature = ("", "")
+        """Of the last round's first cause, as long as there is no progress."""
         self.round = 0
         self.failures = 0
         self._running = False
@@ -151,7 +155,7 @@ class Coordinator(Session):
         fix = "NCCL and Gloo use random ports, so open all ports between the nodes" if several else "Open it"
         return f"{told}. {fix}; on node {pair.target}: {probes.allow(source, target)}"
 
-    async def _run_round(self, nodes: Mapping[int, NodeConnection]) -> list[NodeFailure]:
+    async def _run_round(self, nodes: Mapping[int, NodeConnection]) -> Sequence[NodeFailure]:
         """Runs one round to its end. Returns what went wrong; raises JobEnded when it ended well or was stopped."""
         before = {rank: node.hello.progress for rank, node in nodes.items()}
         run_id = f"{self.plan.run_name}-{self.round}-{next(iter(nodes.values())).hello.instance_id[:6]}"
@@ -185,8 +189,8 @@ class Coordinator(Session):
         self._running = False
         after = {rank: node.hello.progress for rank, node in self.membership.all().items()}
         if any(before.get(rank, progress) != progress for rank, progress in after.items()):
-            self.failures, self._has_progressed = 0, True
-        return state.result()
+            self.failures, self._has_progressed, self._signature = 0, True, ("", "")
+        return suspect_self(state.result(), self.membership.name(0), len(nodes) - 1, self._link())
 
     async def _restart_or_fail(self, failures: Sequence[NodeFailure]) -> None:
         """Another round after a pause, or JobEnded."""
@@ -195,10 +199,14 @@ class Coordinator(Session):
         self._cause = told = summarize(failures)
         if cause.not_retryable and not self._has_progressed:
             end = "Not started again, since it would end the same way."
-            raise JobEnded(cause.code, f"{told}. {cause.not_retryable}. {end}")
+            raise JobEnded(cause.code, f"{told}. {cause.not_retryable}. {end}", cause.cause, cause.fix)
         if self.failures > most:
             tries = f"{self.failures} failures in a row without a new checkpoint (MAX_RESTARTS={most})"
-            raise JobEnded(cause.code, f"{told}. {tries}" if most else told)
+            raise JobEnded(cause.code, f"{told}. {tries}" if most else told, cause.cause, cause.fix)
+        if any(cause.signature) and cause.signature == self._signature:
+            twice = "The same error at the same place twice, without a new checkpoint between: not started again."
+            raise JobEnded(cause.code, f"{told}. {twice}", cause.cause, cause.fix)
+        self._signature = cause.signature
         pause = min(2.0 ** (self.failures - 2), LONGEST_PAUSE) if self.failures > 1 else 0.0
         when = f" in {pause:.0f} s" if pause else ""
         self.tell(f"{told}. All nodes start again{when} (restart {self.failures} of {most})")

@@ -51,6 +51,13 @@ class WorkerReport:
     """Seconds since the epoch, on the clock of its node."""
     halted: bool
     """It had been told to end before it failed."""
+    alike: int = 0
+    """Other ranks of the node that the same signal has ended at the same moment."""
+    place: str = ""
+    """The script's own line, where an exception tells it."""
+    cause: str = ""
+    fix: str = ""
+    """Of a known error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +68,8 @@ class Event:
     kind: str
     """joined, lost, reached, failing, stalled, ended or stop."""
     why: str = ""
+    silent: bool = False
+    """Lost because it was not heard any more."""
     code: int = 0
     report: WorkerReport | None = None
     blocked: tuple[tuple[int, int, str], ...] = ()
@@ -147,4 +156,8 @@ def _read_report(message: Message) -> WorkerReport:
         text=text(message, "text"),
         time=integer(message, "time", 0, YEAR_2100) / 1000,
         halted=message.get("halted") is True,
+        alike=integer(message, "alike", 0, 1 << 20),
+        place=text(message, "place"),
+        cause=text(message, "cause", 1000),
+        fix=text(message, "fix", 1000),
     )

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import secrets
+import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -54,6 +55,20 @@ async def _nothing() -> None:
     """There is nothing to bring up to date."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What this node knows of the failure of one of its workers."""
+
+    words: str = ""
+    place: str = ""
+    cause: str = ""
+    fix: str = ""
+
+
+async def _no_explanation(_run_id: str, failure: Failure) -> Explanation:
+    return Explanation(words=failure.text)
+
+
 async def _no_answer(question: str, _fields: Message) -> Mapping[str, object]:
     raise ProtocolError(f"unknown question {question!r}")
 
@@ -78,6 +93,10 @@ class NodeServices:
     """All ranks of this node, if none of them made progress a moment ago."""
     refresh: Callable[[], Awaitable[None]] = _nothing
     """Brings `progress` and `stalls` up to date, if the file system answers soon."""
+    explain: Callable[[str, Failure], Awaitable[Explanation]] = _no_explanation
+    """Reads what a worker of the run has left, if the file system answers soon."""
+    link: Callable[[], str] = lambda: ""
+    """Says that this node's own link is down; "" where it is not."""
     state: Callable[[str, int], None] = lambda _state, _round: None
     """Told of every change: (waiting, running or stopping; the round)."""
 
@@ -229,7 +248,7 @@ class Participant:
                 raise BusyError(text(reply, "text"))
             if reply["kind"] != "joined":
                 verdict = _verdict(reply)
-                raise JobEnded(verdict.code, verdict.text)
+                raise JobEnded(verdict.code, verdict.text, verdict.cause, verdict.fix)
         except BaseException:
             connection.close()
             raise
@@ -294,7 +313,7 @@ class Participant:
             await asyncio.sleep(beat)
             silence = time.monotonic() - self._heard
             if silence > self.plan.timeouts.heartbeat:
-                self._silence = f"no heartbeat for {silence:.0f} s"
+                self._silence = self.services.link() or f"no heartbeat for {silence:.0f} s"
                 connection.abort()
                 return
             if silence > 3 * beat:
@@ -408,22 +427,36 @@ class Participant:
         with contextlib.suppress(OSError):
             await self._open_listener()
         self.services.state("waiting", self._round)
-        self._send("ended", code=_clamp(outcome.code), failures=self._reports(outcome), **self._readiness())
+        reports = await self._reports(outcome)
+        self._send("ended", code=_clamp(outcome.code), failures=reports, **self._readiness())
 
     def _fails(self) -> None:
         """A worker failed: the first sign, long before torchrun says which and why."""
         if not self._halted:
             self._send("failing")
 
-    def _reports(self, outcome: Outcome) -> list[dict[str, object]]:
+    async def _reports(self, outcome: Outcome) -> list[dict[str, object]]:
         """At most one failure: the first worker's, or torchrun's own."""
         itself = Failure(rank=-1, exitcode=outcome.code, text="", time=time.time())
         first = next(iter(outcome.failures), itself)
         if not outcome.code or (outcome.halted and first is itself):
             return []
         at = max(0, min(YEAR_2100, round(first.time * 1000)))
-        told = {"rank": first.rank, "exitcode": _clamp(first.exitcode), "text": first.text, "time": at}
-        return [{**told, "halted": outcome.halted}]
+        found = await self.services.explain(self._run_id, first)
+        alike = [each for each in outcome.failures if _ended_with(first, each)]
+        return [
+            {
+                "rank": first.rank,
+                "exitcode": _clamp(first.exitcode),
+                "text": found.words,
+                "time": at,
+                "halted": outcome.halted,
+                "alike": max(0, len(alike) - 1),
+                "place": found.place,
+                "cause": found.cause,
+                "fix": found.fix,
+            }
+        ]
 
     def _end(self, *, gently: bool, grace: float) -> None:
         # Once: a second SIGTERM would cut torchrun's own orderly end short.
@@ -446,10 +479,17 @@ class Participant:
         return task
 
 
+def _ended_with(first: Failure, other: Failure) -> bool:
+    """Whether the same signal has ended both at the same moment. torchrun itself ends the others by SIGTERM."""
+    same = first.exitcode == other.exitcode and first.exitcode < 0 and first.exitcode != -signal.SIGTERM
+    return same and abs(first.time - other.time) <= 1.0
+
+
 def _verdict(message: Message) -> Verdict:
     code = integer(message, "code", 0, 255)
     known = ExitCode(code) if code in {*ExitCode} else ExitCode.FAILED
-    return Verdict(code=known, text=text(message, "text", 8000, lines=True))
+    cause, fix = text(message, "cause", 1000), text(message, "fix", 1000)
+    return Verdict(code=known, text=text(message, "text", 8000, lines=True), cause=cause, fix=fix)
 
 
 def _target(item: Message) -> probes.Target:

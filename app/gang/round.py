@@ -130,5 +130,11 @@ class RoundState:
 
 def lost(event: Event, node: str, now: float) -> NodeFailure:
     return NodeFailure(
-        node=node, what=f"was lost: {event.why}", seen=now, clock=time.time(), code=ExitCode.LOST, abrupt=True
+        node=node,
+        what=f"was lost: {event.why}",
+        seen=now,
+        clock=time.time(),
+        code=ExitCode.LOST,
+        abrupt=True,
+        silent=event.silent,
     )

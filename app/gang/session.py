@@ -100,11 +100,11 @@ class Session:
         if self.verdict:
             self._told.add(hello.rank)
             self._events.put_nowait(Event(rank=hello.rank, kind="joined"))
-            connection.send("verdict", code=int(self.verdict.code), text=self.verdict.text)
+            connection.send("verdict", **_told(self.verdict))
             await connection.closed()
             return None
         if objection := self._beyond(hello) or self.objection(hello):
-            connection.send("refuse", code=int(ExitCode.DISAGREE), text=objection)
+            connection.send("refuse", **_told(Verdict(code=ExitCode.DISAGREE, text=objection)))
             raise RefusedError(f"refused: {objection}")
         if before := self.membership.get(hello.rank):
             self.lose(before, "reconnected after its connection dropped")
@@ -123,12 +123,12 @@ class Session:
                 connection.send("busy", text=f"{self.job} is running there")
                 raise RefusedError(f"{self.job} was not started there: it waits to train")
             told = f"{here} runs the {self.job} {self.plan.run_name!r}, which {job} would disturb"
-            connection.send("refuse", code=int(ExitCode.DISAGREE), text=f"{told}. Stop it first.")
+            connection.send("refuse", **_told(Verdict(code=ExitCode.DISAGREE, text=f"{told}. Stop it first.")))
             raise RefusedError(f"it came for {job}, and this is a {self.job}")
         if run != self.plan.run_name:
             told = f"{here} belongs to another job, run {self.plan.run_name!r}; this node's is {run!r}"
             fix = "Set the same RUN_NAME, or another MASTER_PORT."
-            connection.send("refuse", code=int(ExitCode.DISAGREE), text=f"{told}. {fix}")
+            connection.send("refuse", **_told(Verdict(code=ExitCode.DISAGREE, text=f"{told}. {fix}")))
             raise RefusedError(f"its RUN_NAME is {run!r}, here it is {self.plan.run_name!r}")
 
     def _beyond(self, hello: Hello) -> str:
@@ -151,10 +151,10 @@ class Session:
                 node.hello = replace(node.hello, ports=read_ports(said), progress=text(said, "progress", 200))
             self._events.put_nowait(event)
 
-    def lose(self, node: NodeConnection, why: str) -> None:
+    def lose(self, node: NodeConnection, why: str, *, silent: bool = False) -> None:
         """Counts a node as lost, if it is still here."""
         if self.membership.remove(node):
-            self._events.put_nowait(Event(rank=node.hello.rank, kind="lost", why=why))
+            self._events.put_nowait(Event(rank=node.hello.rank, kind="lost", why=why, silent=silent))
 
     def _log_rejected(self, connection: Connection, error: Exception) -> None:
         """Says at once why a listed node was rejected; of others one line in a while, so that an attacker does not fill
@@ -241,7 +241,7 @@ class Session:
         """Tells everyone the verdict, and waits a little until they have hung up: then they have read it. Those who are
         still missing are told for `linger` seconds, if they come: they would wait until START_TIMEOUT."""
         self.verdict = verdict
-        self.membership.broadcast("verdict", code=int(verdict.code), text=verdict.text)
+        self.membership.broadcast("verdict", **_told(verdict))
         late = {*self.membership.missing()} - {0} if linger else set[int]()
         if late:
             self.say(f"waiting up to {linger:.0f} s to deliver the verdict to {self.membership.names(late)}")
@@ -266,7 +266,7 @@ class Session:
     async def next_event(self, until: float) -> Event | None:
         """The next event; None after a moment, or at `until`. Raises JobEnded once there is a verdict."""
         if self.verdict:
-            raise JobEnded(self.verdict.code, self.verdict.text)
+            raise JobEnded(self.verdict.code, self.verdict.text, self.verdict.cause, self.verdict.fix)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, min(0.3, until - time.monotonic()))):
                 return await self._events.get()
@@ -285,8 +285,12 @@ class Session:
             # Whoever stood still itself (SIGSTOP, a machine that slept) has heard nobody, and reads first.
             for node in [] if late else self.membership.silent():
                 why = f"no heartbeat for {self.plan.timeouts.heartbeat:g} s (machine down, or its link is cut)"
-                self.lose(node, why)
+                self.lose(node, why, silent=True)
 
     def tell(self, what: str) -> None:
         """Prints on all nodes that are here, node 0 included."""
         self.membership.broadcast("news", text=what)
+
+
+def _told(verdict: Verdict) -> dict[str, object]:
+    return {"code": int(verdict.code), "text": verdict.text, "cause": verdict.cause, "fix": verdict.fix}

@@ -29,14 +29,17 @@ class Verdict:
 
     code: ExitCode
     text: str
+    cause: str = ""
+    fix: str = ""
+    """Of the known error that the first cause is, for all nodes: its logs are on one."""
 
 
 class JobEnded(Exception):  # noqa: N818 - an end, not always an error
     """The job ends here."""
 
-    def __init__(self, code: ExitCode, text: str) -> None:
+    def __init__(self, code: ExitCode, text: str, cause: str = "", fix: str = "") -> None:
         super().__init__(text)
-        self.verdict = Verdict(code=code, text=text)
+        self.verdict = Verdict(code=code, text=text, cause=cause, fix=fix)
 
 
 class Weight(IntEnum):
@@ -69,10 +72,25 @@ class NodeFailure:
     weight: Weight = Weight.CAUSE
     abrupt: bool = False
     """A lost node or a signal, which may be noticed later than what it caused."""
+    silent: bool = False
+    """Lost because it was not heard any more, on an open connection."""
     words: str = ""
     """The exception."""
+    how: str = ""
+    """The words, or how it ended without any: other ranks that failed alike are no rivals."""
+    place: str = ""
+    """The script's own line."""
+    cause: str = ""
+    fix: str = ""
+    """Of a known error."""
     not_retryable: str = ""
     """What the user must change, where another try would end the same way."""
+
+    @property
+    def signature(self) -> tuple[str, str]:
+        """Type and place of an error in its own words: twice the same without progress is not worth a third try."""
+        kind = self.words.partition(":")[0] if self.place else self.words
+        return (kind, self.place) if self.words and self.weight == Weight.CAUSE else ("", "")
 
     @property
     def noticed(self) -> float:
@@ -84,9 +102,11 @@ def first_causes(failures: Sequence[NodeFailure]) -> list[NodeFailure]:
     decides between them."""
     weight = min(each.weight for each in failures)
     rivals = sorted((each for each in failures if each.weight == weight), key=lambda each: each.noticed)
-    if weight == Weight.CAUSE and not rivals[0].abrupt:
-        return rivals[:1]
-    return [each for each in rivals if each.abrupt == rivals[0].abrupt and each.seen - rivals[0].seen < TOGETHER]
+    first = rivals[0]
+    if weight == Weight.CAUSE and not first.abrupt:
+        return [first]
+    together = [each for each in rivals if each.abrupt == first.abrupt and each.seen - first.seen < TOGETHER]
+    return [first] if weight == Weight.EXIT_CODE and {each.how for each in together} == {first.how} else together
 
 
 def is_unclear(causes: Sequence[NodeFailure]) -> bool:
@@ -98,7 +118,7 @@ def summarize(failures: Sequence[NodeFailure]) -> str:
     """One line: the culprit, what it died of, when, and who followed."""
     causes = first_causes(failures)
     named = {each.node for each in causes}
-    alike = sorted({each.node for each in failures if each.words and each.words == causes[0].words} - named)
+    alike = sorted({each.node for each in failures if each.how and each.how == causes[0].how} - named)
     followers = sorted({each.node for each in failures} - named - {*alike})
     also = [f"{_few(alike)} failed alike"] if alike else []
     also += [f"{_few(followers)} stopped as a result"] if followers and not is_unclear(causes) else []
@@ -109,10 +129,12 @@ def summarize(failures: Sequence[NodeFailure]) -> str:
 def worker_failure(node: str, report: WorkerReport, seen: float) -> NodeFailure:
     """What a node's report means for the search of the first cause."""
     code, who = report.exitcode, f"rank {report.rank}" if report.rank >= 0 else "torchrun"
+    if report.alike:
+        who += f" and {report.alike} other rank{'s' if report.alike > 1 else ''} of the node"
     if code < 0:
         name = Signals(-code).name if -code in {*Signals} else f"signal {-code}"
         hint = " (out of memory, or killed by hand)" if code == -SIGKILL else ""
-        how, silent = name, f"was ended by {name}{hint}"
+        how, silent = name, f"{'were' if report.alike else 'was'} ended by {name}{hint}"
     else:
         how, silent = f"exit code {code}", f"ended with exit code {code}"
     # An exception comes first, whatever the interpreter died of on its way out (gloo's threads: SIGABRT).
@@ -126,8 +148,31 @@ def worker_failure(node: str, report: WorkerReport, seen: float) -> NodeFailure:
         # SIGABRT is how NCCL's watchdog ends a healthy worker whose peer has gone.
         abrupt=code < 0 and code != -SIGABRT and not report.text and not report.halted,
         words=report.text,
+        how=report.text or how,
+        place=report.place,
+        cause=report.cause,
+        fix=report.fix,
         not_retryable=REFUSED if code == USAGE else UNFIT if BROKEN.match(report.text) else "",
     )
+
+
+def suspect_self(failures: Sequence[NodeFailure], own: str, others: int, link: str) -> Sequence[NodeFailure]:
+    """Who hears nobody any more suspects itself: node 0 (`own`) when all `others` fell silent at once, or when its own
+    link is known to be down (`link` says so)."""
+    silent = [each for each in failures if each.silent]
+    if not silent or (len(silent) < others and not link):
+        return failures
+    names = "any other node" if others > 1 else silent[0].node
+    told = link or ("its own link is cut" if others > 1 else "the link of one of the two is cut")
+    cut = NodeFailure(
+        node=own,
+        what=f"no longer hears {names}: {told}",
+        seen=min(each.seen for each in silent),
+        clock=silent[0].clock,
+        code=ExitCode.LOST,
+        abrupt=True,
+    )
+    return [cut, *(each for each in failures if not each.silent)]
 
 
 def _weight(report: WorkerReport) -> Weight:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -15,15 +16,16 @@ from app.config.console import say
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
 from app.engine import torchrun
-from app.engine.outcome import Outcome
+from app.engine.outcome import Failure, Outcome
 from app.gang.agreement import gather
 from app.gang.connection import Connection, dial, dial_inside, listen
 from app.gang.coordinator import LAST_WORD, LINGER, Coordinator
-from app.gang.participant import NodeServices, Participant, RoundAssignment
+from app.gang.participant import Explanation, NodeServices, Participant, RoundAssignment
 from app.gang.token import read_token
 from app.gang.verdict import Verdict
 from app.host.ports import holder
 from app.plan import Plan
+from app.report.culprit import examine
 from app.report.history import keep_round
 from app.report.node_report import forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
@@ -38,6 +40,8 @@ MOST_FILES = 65_536
 FILES = 30.0
 """Seconds that the file system of the run's folder has for one act."""
 REAP_EVERY = 1.0
+EXAMINE = 3.0
+"""Seconds for what a failed worker has left: all nodes wait for it."""
 
 
 def supervise(plan: Plan) -> int:
@@ -78,9 +82,10 @@ def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started
     wrong with a report (a full disk, a bug), the verdict must be told."""
     try:
         report = make_report(plan, int(verdict.code), verdict.text, before, started)
-        if report.names_cause:
-            say(f"cause: {report.cause}\nfix: {report.fix}")
-        say(f"kept for `report`: {write_report(plan, report)}")
+        # What the culprit's own node knows is more than what another finds in the verdict.
+        if verdict.cause or report.names_cause:
+            say(f"cause: {verdict.cause or report.cause}\nfix: {verdict.fix or report.fix}")
+        say(f"report written to {write_report(plan, report)}")
     except Exception as error:
         say(f"no report: {type(error).__name__}: {error}")
 
@@ -109,7 +114,7 @@ async def _take_part(plan: Plan, token: bytes, folder: Path) -> tuple[Verdict, b
     """The verdict, printed, and whether the stop came from this node's own user."""
     started, before = time.time(), read_counters()
     node = Node(plan=plan, folder=folder)
-    coordinator = Coordinator(plan, token, say)
+    coordinator = Coordinator(plan, token, say, lambda: down_link(plan.network.interface))
     server = await _listen(plan, coordinator)
     leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
     progress = Progress(plan, folder, say, lambda: node.engine)
@@ -121,6 +126,8 @@ async def _take_part(plan: Plan, token: bytes, folder: Path) -> tuple[Verdict, b
         progress=lambda: progress.text,
         stalls=lambda: progress.stalls,
         refresh=progress.renew,
+        explain=node.explain,
+        link=lambda: down_link(plan.network.interface),
         holder=holder,
         say=say,
         state=state.change,
@@ -173,6 +180,16 @@ async def _watch_traffic(plan: Plan) -> None:
         await traffic.watch(plan, say)
 
 
+def down_link(interface: str, root: Path = Path("/")) -> str:
+    """Says that an interface has no link; "" where it has one, or where that is unknown."""
+    try:
+        carrier = (root / "sys/class/net" / interface / "carrier").read_text().strip()
+    except OSError as error:
+        # The file of an interface that is switched off cannot be read.
+        return f"its link {interface} is down" if error.errno == errno.EINVAL else ""
+    return f"its link {interface} is down" if carrier == "0" else ""
+
+
 def _on_signals(act: Callable[[], object]) -> None:
     for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, act)
@@ -221,6 +238,13 @@ class Node:
         engine = torchrun.Torchrun(command, environment, lambda outcome: self._keep(assignment.run_id, outcome))
         self.engine = engine.process.pid
         return engine
+
+    async def explain(self, run_id: str, failure: Failure) -> Explanation:
+        try:
+            found = await off_loop(lambda: examine(self.plan, run_id, failure), EXAMINE)
+        except (OSError, TimeoutError):
+            return Explanation(words=failure.text)
+        return Explanation(words=found.words, place=found.place, cause=found.cause, fix=found.fix)
 
     def _keep(self, run_id: str, outcome: Outcome) -> None:
         start_thread(lambda: keep_round(self.plan, run_id, outcome), "history")

@@ -217,9 +217,7 @@ def test_a_node_that_never_comes_is_named_when_the_start_timeout_is_over(tmp_pat
     with nodes(tmp_path, 2, ALL_REDUCE, START_TIMEOUT="3") as job:
         first = job.start(0, "10")
         assert first.end() == 3
-    assert (
-        "timed out after 3 s (START_TIMEOUT) waiting for node 1 (127.0.0.2): connection refused" in first.said[-1]
-    )
+    assert "timed out after 3 s (START_TIMEOUT) waiting for node 1 (127.0.0.2): connection refused" in first.said[-1]
 
 
 def test_a_lost_node_that_does_not_come_back_is_named_with_what_happened(tmp_path: Path) -> None:
