@@ -108,9 +108,12 @@ class Membership:
                 answer.set_result(None)
         return self.holds(node) and bool(self._nodes.pop(node.hello.rank))
 
-    def reject(self, address: str, why: str) -> int | None:
-        """Notes why a connection was closed; the missing node that has this address, if one has."""
-        rank = next((rank for rank in self.missing() if address and self._plan.nodes.addresses[rank] == address), None)
+    def reject(self, address: str, told: int, why: str) -> int | None:
+        """Notes why the connection of a missing node was closed; its rank, as `told` or by its address, if that is
+        news."""
+        addresses, missing = self._plan.nodes.addresses, self.missing()
+        by_address = (rank for rank in missing if address and addresses[rank] == address)
+        rank = told if told in missing else next(by_address, None)
         if rank is None or self.rejected.get(rank) == why:
             return None
         self.rejected[rank] = self.absent[rank] = why

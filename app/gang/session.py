@@ -30,7 +30,11 @@ PRESENCE = 0.25
 
 
 class RefusedError(ProtocolError):
-    """A node of this cluster that cannot take part as it is."""
+    """A node of this cluster that cannot take part as it is; `rank` where it told, else -1."""
+
+    def __init__(self, text: str, rank: int = -1) -> None:
+        super().__init__(text)
+        self.rank = rank
 
 
 class Session:
@@ -95,7 +99,8 @@ class Session:
                 connection.send("beat")
             return None
         if "unfit" in message:
-            raise RefusedError(f"it cannot start: {text(message, 'unfit', 2000)}")
+            why = f"it cannot start: {text(message, 'unfit', 2000)}"
+            raise RefusedError(why, integer(message, "rank", -1, 1 << 16))
         hello = read_hello(message, connection.peer)
         if self.verdict:
             self._told.add(hello.rank)
@@ -160,7 +165,8 @@ class Session:
         """Says at once why a listed node was rejected; of others one line in a while, so that an attacker does not fill
         the log."""
         known = isinstance(error, (UntrustedError, RefusedError))
-        rank = self.membership.reject(connection.peer, str(error)) if known else None
+        told = error.rank if isinstance(error, RefusedError) else -1
+        rank = self.membership.reject(connection.peer, told, str(error)) if known else None
         if rank is not None:
             self.tell(f"{self.membership.name(rank)} was turned away: {error}")
             if not len(self.membership):

@@ -34,6 +34,15 @@ for step in range(30):
 print("trained", flush=True)
 """
 
+ALWAYS_DIES = """
+import os, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+for step in range(100):
+    dist.all_reduce(torch.ones(1))
+    if step == 5 and dist.get_rank() == 1:
+        os._exit(3)
+"""
+
 ALWAYS_FAILS = """
 import os, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -90,13 +99,70 @@ def test_the_exception_of_one_worker_is_the_last_line_on_both_nodes(tmp_path: Pa
 
 
 def test_three_failures_in_a_row_end_the_job_and_say_that_there_was_no_progress(tmp_path: Path) -> None:
-    with nodes(tmp_path, 2, ALWAYS_FAILS, MAX_RESTARTS="2") as job:
+    with nodes(tmp_path, 2, ALWAYS_DIES, MAX_RESTARTS="2") as job:
         launchers = job.start_all()
         assert ends(launchers, 60) == [5, 5]
     for launcher in launchers:
         assert "3 failures in a row without a new checkpoint (MAX_RESTARTS=2)" in launcher.said[-1]
         again = [line.partition("All nodes start again ")[2] for line in launcher.said if "All nodes start" in line]
         assert again == ["(restart 1 of 2)", "in 1 s (restart 2 of 2)"], "only the first restart comes at once"
+
+
+def test_the_same_error_at_the_same_place_twice_without_progress_ends_the_job(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, ALWAYS_FAILS, MAX_RESTARTS="5") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 60) == [5, 5]
+    for launcher in launchers:
+        assert "rank 1 failed with ValueError: bad batch" in launcher.said[-1]
+        assert "The same error at the same place twice" in launcher.said[-1]
+        assert sum("All nodes start again" in line for line in launcher.said) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (
+            "try: raise ValueError('bad batch')\n        except Exception as error: print(error); sys.exit(1)",
+            "bad batch",
+        ),
+        ("print('MyError: no such shard', file=sys.stderr); sys.exit(1)", "no such shard"),
+    ],
+)
+def test_a_script_that_prints_its_error_and_leaves_with_1_is_blamed_with_its_words(
+    tmp_path: Path, end: str, words: str
+) -> None:
+    lines = ALWAYS_FAILS.replace('raise ValueError("bad batch")', end).replace("import os,", "import os, sys,")
+    with nodes(tmp_path, 2, lines, MAX_RESTARTS="0") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 60) == [5, 5]
+    for launcher in launchers:
+        assert launcher.said[-1].startswith("node 1 (127.0.0.2) - rank 1 failed with ")
+        assert words in launcher.said[-1]
+
+
+def test_ranks_that_are_killed_together_are_all_named_and_none_followed(tmp_path: Path) -> None:
+    dies = "import os, signal, time\ntime.sleep(1 - time.time() % 1)\nos.kill(os.getpid(), signal.SIGKILL)"
+    with nodes(tmp_path, 2, dies, MAX_RESTARTS="0") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 60) == [5, 5]
+    for launcher in launchers:
+        assert "node 0 (127.0.0.1) - rank 0 was ended by SIGKILL" in launcher.said[-1]
+        assert "node 1 (127.0.0.2) - rank 1 was ended by SIGKILL" in launcher.said[-1]
+        assert "as a result" not in launcher.said[-1]
+
+
+def test_a_node_that_its_own_settings_refuse_is_known_to_the_others_at_once(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3, ALL_REDUCE) as job:
+        first, second = job.start(0, "10"), job.start(1, "10")
+        for launcher in (first, second):
+            launcher.wait_for(r"waiting \d+ s for node 2")
+        third = job.start(2, "10", NPROC_PER_NODE="many")
+        assert third.end() == 2
+        for launcher in (first, second):
+            launcher.wait_for(r"node 2 \(127\.0\.0\.3\) was turned away: it cannot start: .*NPROC_PER_NODE=many", 5)
+            launcher.wait_for(r"waiting \d+ s for node 2 \(127\.0\.0\.3\): it cannot start: .*NPROC_PER_NODE=many", 15)
+        fixed = job.start(2, "10")
+        assert ends([first, second, fixed]) == [0, 0, 0]
 
 
 def test_a_killed_worker_is_named_with_its_signal_and_the_next_round_trains_to_the_end(tmp_path: Path) -> None:
