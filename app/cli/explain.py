@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
+from app.config.envfile import SECRETS
 from app.config.settings import BY_NAME, read_settings
 from app.plan import Draft, Plan, draft, probe_for
 from app.plan.decisions import Decision, count
@@ -164,6 +165,7 @@ def to_json(found: Draft) -> str:
 
 
 def _public(plan: Plan) -> dict[str, str]:
-    # Without Docker, lines of .env that we know nothing about are handed on too, and may be secrets.
-    ours = {*BY_NAME, "PYTHONPATH", *(each.name for each in plan.decisions)}
-    return {name: value if name in ours else "(as in .env)" for name, value in plan.script.env.items()}
+    # Lines of secrets/env are handed on too, and without Docker those of .env that we know nothing about.
+    hidden = {each.name for each in plan.decisions if each.source.startswith(str(SECRETS))}
+    ours = {*BY_NAME, "PYTHONPATH", *(each.name for each in plan.decisions)} - hidden
+    return {name: value if name in ours else "(not shown)" for name, value in plan.script.env.items()}

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dotenv.parser import parse_stream
@@ -18,9 +18,13 @@ COMPOSE = "compose.yaml"
 FROM_COMPOSE = {
     "CLUSTER_TOKEN_FILE": "/run/secrets/cluster_token",
     "PYTHONUNBUFFERED": "1",
+    "RUNS": "runs",
     "RUNS_ROOT": "/runs",
     "STOPPED_EXIT_CODE": "0",
+    "WORKSPACE": "./workspace",
 }
+SECRETS = Path("secrets/env")
+"""Beside `.env`: variables that no output of ours shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +33,13 @@ class Value:
 
     text: str
     source: str
-    """`.env:3`, `environment`, `compose.yaml`, `command line`, `default` or `detected`."""
+    """`.env:3`, `secrets/env:3`, `environment`, `compose.yaml`, `command line`, `default` or `detected`."""
+    secret: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The text as explain, reports and logs may have it."""
+        return "(secret)" if self.secret else self.text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,22 +49,30 @@ class EnvFile:
 
 
 def read_env_file(path: Path | None) -> EnvFile:
-    """Values of a `.env` file, without interpolation; the last of several lines for one name wins.
+    """Values of a `.env` file and of `secrets/env` beside it, without interpolation; the last of several lines for one
+    name wins, and `.env` over the secrets.
 
     A file that cannot be read is a problem, except the one that compose mounts: there only the line numbers are lost.
     """
     if path is None:
         return EnvFile(values={})
+    own = _read(path, path.name, "or name another file with ENV_FILE", optional=path == MOUNTED)
+    secrets = _read(path.parent / SECRETS, str(SECRETS), "or remove it")
+    hidden = {name: replace(value, secret=True) for name, value in secrets.values.items()}
+    return EnvFile(values={**hidden, **own.values}, problems=(*own.problems, *secrets.problems))
+
+
+def _read(path: Path, name: str, otherwise: str, *, optional: bool = False) -> EnvFile:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return EnvFile(values={})
     except (OSError, UnicodeDecodeError) as error:
-        if path == MOUNTED:
+        if optional:
             return EnvFile(values={})
-        why = f"{path} cannot be read: {_why(error)}, or name another file with ENV_FILE."
+        why = f"{path} cannot be read: {_why(error)}, {otherwise}."
         return EnvFile(values={}, problems=(Problem(setting="ENV_FILE", message=why),))
-    return _parse(text, path)
+    return _parse(text, name)
 
 
 def _why(error: OSError | UnicodeDecodeError) -> str:
@@ -65,14 +83,14 @@ def _why(error: OSError | UnicodeDecodeError) -> str:
     return f"{error.strerror}. Make it readable by this user"
 
 
-def _parse(text: str, path: Path) -> EnvFile:
+def _parse(text: str, name: str) -> EnvFile:
     values: dict[str, Value] = {}
     problems: list[Problem] = []
     for binding in parse_stream(io.StringIO(text)):
         # The parser's mark stands before blank lines that it skips on its way to the name.
         raw = binding.original.string
         line = binding.original.line + raw[: len(raw) - len(raw.lstrip())].count("\n")
-        source = f"{path.name}:{line}"
+        source = f"{name}:{line}"
         if binding.error or (binding.key is not None and binding.value is None):
             # The line's text is left out: it may hold a secret.
             message = f"{source} is not a line of the form NAME=value. Correct it or put a # before it."

@@ -6,7 +6,7 @@
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from app.config.envfile import Value, merge, read_env_file
@@ -126,7 +126,9 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="BASE_IMAGE", scope="compose"),
     Setting(name="WHEELHOUSE", scope="compose"),
     Setting(name="RUNS", scope="compose"),
+    Setting(name="RUN_AS", scope="compose"),
     Setting(name="WORKSPACE", scope="compose"),
+    Setting(name="WORKSPACE_READ_ONLY", scope="compose"),
     Setting(name="DATA_DIR", scope="compose"),
     Setting(name="SHM_SIZE", scope="compose"),
     Setting(name="RESTART", scope="compose"),
@@ -181,7 +183,7 @@ def read_settings(environ: Mapping[str, str], env_file: Path | None, argv: Seque
 
 
 def _stripped(value: Value) -> Value:
-    return Value(text=value.text.strip(), source=value.source)
+    return replace(value, text=value.text.strip())
 
 
 def _missing_file(environ: Mapping[str, str], env_file: Path | None) -> list[Problem]:
@@ -200,6 +202,6 @@ def _wrong_values(values: Mapping[str, Value]) -> list[Problem]:
         value = values.get(setting.name)
         wrong = None if value is None else setting.check(value.text)
         if value is not None and wrong is not None:
-            message = f"{setting.name}={printable(value.text)} ({value.source}) {wrong}"
+            message = f"{setting.name}={printable(value.shown)} ({value.source}) {wrong}"
             problems.append(Problem(setting=setting.name, message=message))
     return problems

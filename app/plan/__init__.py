@@ -19,7 +19,15 @@ from app.plan.nodes import decide_listed
 from app.plan.parts import Network, Nodes, Script, Timeouts, Workers
 from app.plan.rdma import decide_rdma
 from app.plan.resource_checks import check_needs
-from app.plan.script import decide_script, decide_token, files_to_look_at, log_dir, module_to_find
+from app.plan.script import (
+    decide_script,
+    decide_token,
+    files_to_look_at,
+    log_dir,
+    module_to_find,
+    program_to_find,
+    warn_script,
+)
 from app.plan.timeouts import decide_times
 from app.plan.workers import decide_workers
 
@@ -89,6 +97,7 @@ def probe_for(settings: Settings, root: Path = Path("/")) -> Host:
         paths=files_to_look_at(settings),
         module=module_to_find(settings),
         python_path=settings.text("PYTHONPATH"),
+        program=program_to_find(settings),
     )
 
 
@@ -115,6 +124,7 @@ def draft(settings: Settings, host: Host) -> Draft:
     common_exports(exports, host, script, ports.ras, 0 if member is None else member.rank)
     min_nodes = decide_times(settings, host, member, ledger)
     if member is not None:
+        warn_script(script, settings, host, len(member.addresses), ledger)
         _decide_command(member, workers, ports, script, ledger)
     keep_others(exports)
     env = environment(settings, exports)

@@ -37,7 +37,7 @@ class Ledger:
 
     def take(self, name: str, value: Value, reason: str) -> None:
         """Records a value that was given (or is the default) as it stands."""
-        self.decide(name, value.text, value.source, reason)
+        self.decide(name, value.shown, value.source, reason)
 
     def refuse(self, setting: str, message: str) -> None:
         self.problems.append(Problem(setting=setting, message=message))
@@ -48,7 +48,7 @@ class Ledger:
 
 def shown(name: str, value: Value) -> str:
     """`NODE_RANK=3 (.env:2)`: how every message names a value."""
-    return f"{name}={printable(value.text)} ({value.source})"
+    return f"{name}={printable(value.shown)} ({value.source})"
 
 
 def count(number: int, noun: str, plural: str = "") -> str:

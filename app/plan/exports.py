@@ -1,6 +1,7 @@
 """The environment that torchrun and the workers get. Whatever the user set stays as it is."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from app.config.envfile import COMPOSE
 from app.config.settings import TABLE, Settings
@@ -29,7 +30,7 @@ class Exports:
             why = f"as you set it; {reason}" if same else f"as you set it, in place of {value}"
             if given.source == COMPOSE:
                 why = reason
-            self.ledger.decide(name, given.text, given.source, why, rejected)
+            self.ledger.decide(name, given.shown, given.source, why, rejected)
             return
         self.env[name] = str(value)
         self.ledger.decide(name, value, "derived", reason, rejected)
@@ -91,8 +92,20 @@ def common_exports(exports: Exports, host: Host, script: Script, ras_port: int, 
     exports.offer("PYTHONUNBUFFERED", "1", "a worker's last line must not be lost in a buffer")
     exports.keep("CUDA_LAUNCH_BLOCKING", "as you set it")
     exports.keep("GLOO_IB_DISABLE", "accepted, without effect: no version of Gloo reads it")
+    if script.home:
+        _home_exports(exports, script.home, host)
     exports.env["RUN_DIR"] = str(script.run_dir)
     exports.env["CHECKPOINT_DIR"] = str(script.checkpoint_dir)
     if script.command[:1] == ("-m",) and script.command[1:2] and script.command[1].startswith("app."):
         before = exports.settings.values.get("PYTHONPATH")
         exports.env["PYTHONPATH"] = str(host.project) + (f":{before.text}" if before else "")
+
+
+def _home_exports(exports: Exports, home: Path, host: Host) -> None:
+    """Everything that libraries keep follows HOME, but for what would lie in /tmp, or be of another torch."""
+    exports.env["HOME"] = str(home)
+    exports.ledger.decide("HOME", home, "derived", "caches and settings of libraries outlive the container there")
+    exports.offer("TORCHINDUCTOR_CACHE_DIR", home / ".cache/inductor", "its default is in /tmp, where nothing may run")
+    extensions = home / ".cache/torch_extensions" / host.packages.get("torch", "torch")
+    exports.offer("TORCH_EXTENSIONS_DIR", extensions, "what was compiled for one torch does not fit another")
+    exports.offer("USER", "trainer", "tools ask for a name, and the image may know no user of this number")

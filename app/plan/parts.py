@@ -56,6 +56,8 @@ class Script:
     """The script part of torchrun's command."""
     run_dir: Path
     checkpoint_dir: Path
+    home: Path | None = None
+    """For HOME, where the container's own is in memory."""
     env: Mapping[str, str] = field(repr=False, default_factory=dict)
     """To add to the process environment for torchrun, sorted by name; secrets of the user's included."""
     removed: tuple[str, ...] = ()

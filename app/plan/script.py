@@ -1,6 +1,5 @@
 """Which script runs, with which arguments, and in which folders."""
 
-import re
 import shlex
 from pathlib import Path
 
@@ -8,9 +7,13 @@ from app.config.envfile import Value
 from app.config.errors import printable
 from app.config.settings import Settings
 from app.host import Host
+from app.host.mounts import mount_of
 from app.host.paths import Seen
 from app.plan.decisions import Ledger, count, shown
+from app.plan.launchers import Unwrapped, unwrap
 from app.plan.parts import Script
+from app.plan.places import on_host
+from app.plan.script_text import concerns
 
 IMAGE = Path("/opt/torchrun-compose")
 """Where this project lies in its image."""
@@ -21,6 +24,8 @@ NAMED = (
     ("RUN_NAME", "names the job: its folder, and whom nodes answer"),
     ("RUNS_ROOT", "holds a folder for each run"),
 )
+IMAGE_HOME = "/tmp"  # noqa: S108 - as in the Dockerfile
+CURRENT = "."
 SHORTEST_TOKEN = 16
 """Bytes, as in app.supervise.node."""
 
@@ -40,18 +45,29 @@ def requested(settings: Settings) -> tuple[Value, Value | None]:
 def files_to_look_at(settings: Settings) -> tuple[str, ...]:
     """Paths that the plan depends on, for `probe`."""
     script, _ = requested(settings)
-    words = shlex.split(script.text)
+    words = _words(script).words
     run_dir = settings.text("RUN_DIR") or str(_run_dir(settings))
-    folders = [str(Path(text)) for text in (run_dir, settings.text("CHECKPOINT_DIR")) if text]
+    named = (run_dir, settings.text("CHECKPOINT_DIR"), settings.text("RUNS_ROOT"))
+    folders = [str(Path(text)) for text in named if text]
     # The whole text too: a file with a space in its name was meant, if it is there.
-    scripts = [] if words[:1] == ["-m"] else [*words[:1], script.text]
-    return tuple(dict.fromkeys(filter(None, [*scripts, settings.text("CLUSTER_TOKEN_FILE"), *folders])))
+    scripts = [] if words[:1] == ("-m",) else [*words[:1], script.text]
+    return tuple(dict.fromkeys(filter(None, [*scripts, settings.text("CLUSTER_TOKEN_FILE"), *folders, CURRENT])))
 
 
 def module_to_find(settings: Settings) -> str:
     """The module that `-m` names, for `probe`."""
-    words = shlex.split(requested(settings)[0].text)
-    return words[1] if words[:1] == ["-m"] and len(words) > 1 else ""
+    words = _words(requested(settings)[0]).words
+    return words[1] if words[:1] == ("-m",) and len(words) > 1 else ""
+
+
+def program_to_find(settings: Settings) -> str:
+    """The script, or the program of the image, for `probe`."""
+    words = _words(requested(settings)[0]).words
+    return "" if words[:1] == ("-m",) else "".join(words[:1])
+
+
+def _words(script: Value) -> Unwrapped:
+    return unwrap(shlex.split(script.text))
 
 
 def log_dir(run_dir: Path, node_rank: int) -> Path:
@@ -59,12 +75,45 @@ def log_dir(run_dir: Path, node_rank: int) -> Path:
     return run_dir / "logs" / f"node{node_rank}"
 
 
+def warn_script(script: Script, settings: Settings, host: Host, nnodes: int, ledger: Ledger) -> None:
+    """What will stand in the way of the user's own script, though it may be meant."""
+    if requested(settings)[0].source == "default":
+        return
+    here = host.files.get(CURRENT, Seen())
+    mount = mount_of(host.cwd, host.mounts)
+    if here.obstacle and not (mount and mount.read_only):
+        ledger.warn(
+            f"{_unwritable(here, settings, host)} What the script writes into its current folder fails; "
+            "WORKSPACE_READ_ONLY=true says that it writes nothing there."
+        )
+    place, text = host.program
+    for line, sentence in concerns(text, nnodes):
+        ledger.warn(f"{Path(place).name}:{line}: {printable(sentence)}.")
+
+
+def _unwritable(seen: Seen, settings: Settings, host: Host) -> str:
+    """What cannot be written, by whom, and the command that lets them."""
+    path = host.cwd / seen.obstacle
+    place = on_host(path, host, settings)
+    mount = mount_of(path, host.mounts)
+    if mount and mount.read_only and host.container:
+        return f"{printable(str(path))} is mounted read-only. Remove :ro from RUNS, or name another folder."
+    outside = f" ({printable(str(place))} on the host)" if place else ""
+    user = f"user {host.uid} cannot make files and folders in {printable(str(path))}{outside}"
+    if not place or not seen.owner:
+        return f"{user}. Correct the path, or let that user write there."
+    owner = f"`sudo chown -R {host.uid}:{host.gid} {shlex.quote(str(place))}`"
+    return f"{user}. Run {owner}, or set RUN_AS={seen.owner}, its owner."
+
+
 def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
     """Command and folders; what is not there or cannot be used is a problem."""
     script, arguments = requested(settings)
-    words = shlex.split(script.text)
-    ledger.take("TRAIN_SCRIPT", script, _reason(settings, words, script.source))
-    _check_command(words, script, host, ledger)
+    asked = _words(script)
+    words = _found(asked.words, host)
+    ledger.take("TRAIN_SCRIPT", script, _reason(settings, asked, words, script.source))
+    if wrong := asked.wrong or _wrong_script(words, script, host):
+        ledger.refuse("TRAIN_SCRIPT", f"{shown('TRAIN_SCRIPT', script)}: {wrong}")
     if arguments is not None:
         own = settings.values.get("TRAIN_ARGS", arguments)
         why = "the script's arguments" if own == arguments else f"in place of {shown('TRAIN_ARGS', own)}"
@@ -79,6 +128,7 @@ def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
         command=(*words, *shlex.split(arguments.text if arguments else "")),
         run_dir=run_dir,
         checkpoint_dir=checkpoints,
+        home=_home(settings, host),
     )
 
 
@@ -86,38 +136,43 @@ def _run_dir(settings: Settings) -> Path:
     return Path(settings.text("RUNS_ROOT")) / settings.text("RUN_NAME")
 
 
-def _reason(settings: Settings, words: list[str], source: str) -> str:
+def _found(words: tuple[str, ...], host: Host) -> tuple[str, ...]:
+    """The same, with the whole path of a program that lies on PATH."""
+    place = host.program[0]
+    found = words and host.files.get(words[0], Seen()).kind == "missing" and place
+    return (place, *words[1:]) if found else words
+
+
+def _reason(settings: Settings, asked: Unwrapped, words: tuple[str, ...], source: str) -> str:
     if source == "default":
         return "the script of this project; TRAIN_SCRIPT names yours"
     args = settings.values.get("TRAIN_ARGS")
     if args is not None and source == "command line":
         return f"in place of TRAIN_SCRIPT and {shown('TRAIN_ARGS', args)}"
-    return f"module {words[1]}" if words[:1] == ["-m"] and len(words) > 1 else "as you set it"
+    if asked.left_out:
+        return f"{shlex.join(words)}, without {asked.left_out}: torchrun starts it"
+    if words != asked.words:
+        return f"the program {words[0]}"
+    return f"module {words[1]}" if words[:1] == ("-m",) and len(words) > 1 else "as you set it"
 
 
-def _check_command(words: list[str], script: Value, host: Host, ledger: Ledger) -> None:
-    if wrong := _wrong_script(words, script, host):
-        ledger.refuse("TRAIN_SCRIPT", f"{shown('TRAIN_SCRIPT', script)}: {wrong}")
-
-
-def _wrong_script(words: list[str], script: Value, host: Host) -> str:
-    """What is wrong with it, and the cure; empty if it can be started."""
-    if not words or words == ["-m"]:
+def _wrong_script(words: tuple[str, ...], script: Value, host: Host) -> str:
+    """What is wrong with it, and the fix; empty if it can be started."""
+    if not words or words == ("-m",):
         return "it names no script. Write a path, or -m and a module."
     if words[0] == "-m":
         missing = (
             f"Python finds no {printable(words[1].partition('.')[0])!r} here. Correct the name, or set PYTHONPATH."
         )
         return "" if host.module else missing
-    if re.fullmatch(r"(.*/)?(python[0-9.]*|torchrun)", words[0]):
-        return "that is a program. Write the script and its arguments alone: torchrun and Python are started for it."
     if len(words) > 1 and script.text in host.files and host.files[script.text].kind == "file":
         return f"the space ends the name. Quote it in the value: TRAIN_SCRIPT=\"'{printable(script.text)}'\"."
     where = "here"
     if host.project == IMAGE:
         where = "in the container, which has ./workspace of the stack's folder as /workspace"
+    bare = "" if "/" in words[0] or "." in words[0] else ", and no program of this name on PATH"
     wrong = {
-        "missing": f"there is no such file {where}. Correct the path, or write -m for a module.",
+        "missing": f"there is no such file {where}{bare}. Correct the path, or write -m for a module.",
         "folder": "this is a folder. Write the path of a script, or -m for a module.",
         "unreadable": f"user {host.uid} cannot read it. Let that user read it, or correct the path.",
     }.get(host.files.get(words[0], Seen()).kind, "")
@@ -133,15 +188,21 @@ def _folder(name: str, default: Path, settings: Settings, host: Host, ledger: Le
     else:
         source, reason = value.source, "as you set it"
     ledger.decide(name, host.cwd / wanted, source, reason)
-    obstacle = host.files.get(str(wanted), Seen()).obstacle
-    if obstacle:
+    seen = host.files.get(str(wanted), Seen())
+    if seen.obstacle:
         by, cause = (name, value) if value else ("RUNS_ROOT", settings.get("RUNS_ROOT"))
-        ledger.refuse(
-            name,
-            f"{shown(by, cause) if cause else name}: user {host.uid} cannot make files and folders in "
-            f"{printable(obstacle)}. Correct the path, or let that user write there.",
-        )
+        told = shown(by, cause) if cause else name
+        ledger.refuse(name, f"{told}: {_unwritable(seen, settings, host)}")
     return host.cwd / wanted
+
+
+def _home(settings: Settings, host: Host) -> Path | None:
+    """Of each user one, since RUN_AS may change, and beside the runs, where there is room and what lies there lasts."""
+    root = settings.text("RUNS_ROOT")
+    own = settings.values.get("HOME")
+    if not host.container or host.files.get(root, Seen()).obstacle or (own and own.text != IMAGE_HOME):
+        return None
+    return host.cwd / root / ".home" / str(host.uid)
 
 
 def decide_token(settings: Settings, host: Host, ledger: Ledger) -> Path | None:

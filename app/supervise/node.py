@@ -3,13 +3,13 @@
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import resource
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from app.config.console import say
@@ -91,14 +91,14 @@ def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started
 
 
 def make_folders(plan: Plan) -> None:
-    """The run's folder with its logs. Raises UserError."""
-    where = f"RUN_DIR={plan.script.run_dir}"
-    try:
-        in_time(lambda: plan.log_dir.mkdir(parents=True, exist_ok=True), FILES)
-    except TimeoutError:
-        raise UserError(f"{where} does not answer within {FILES:.0f} s: is its file server up?") from None
-    except OSError as error:
-        raise UserError(f"{where} cannot be written: {error.strerror}.") from None
+    """What the script finds when it starts: its logs' folder, CHECKPOINT_DIR, HOME. Raises UserError."""
+    for path in filter(None, (plan.log_dir, plan.script.checkpoint_dir, plan.script.home)):
+        try:
+            in_time(functools.partial(path.mkdir, parents=True, exist_ok=True), FILES)
+        except TimeoutError:
+            raise UserError(f"{path} does not answer within {FILES:.0f} s: is its file server up?") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be made: {error.strerror}.") from None
 
 
 def allow_many_files() -> None:
@@ -209,7 +209,7 @@ async def _listen(plan: Plan, coordinator: Coordinator) -> asyncio.Server | None
 
 
 def _dial(plan: Plan) -> Callable[[], Awaitable[Connection]]:
-    return partial(dial, plan.network.address, plan.nodes.addresses[0], plan.network.control_port)
+    return functools.partial(dial, plan.network.address, plan.nodes.addresses[0], plan.network.control_port)
 
 
 @dataclass(slots=True, kw_only=True)

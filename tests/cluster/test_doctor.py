@@ -125,7 +125,7 @@ def test_a_link_slowed_ten_times_is_red(cluster2: Cluster) -> None:
     cluster2.nodes[1].slow("1gbit")
     told = doctors(cluster2.nodes)[0]
     assert re.match(
-        r"FAIL: With node 0: sends (?:0\.\d|1\.0) Gb/s, receives (?:0\.\d|1\.0) Gb/s of a link of 10 Gb/s",
+        r"FAIL: (Sends (?:0\.\d|1\.0) Gb/s to|Receives (?:0\.\d|1\.0) Gb/s from) node 0, \d+ % of the link's 10.0 Gb/s",
         told.bad()["1", "speed"],
     )
     assert {check for _, check in told.bad()} == {"speed"}

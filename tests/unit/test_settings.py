@@ -1,6 +1,7 @@
 """Settings: sources, empty values, broken values, and one table for code, `.env.example` and compose.yaml."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from app.config import envfile
 from app.config.envfile import Value
 from app.config.settings import TABLE, Settings, read_settings
+from app.plan.typos import known_variables
+from app.train import settings as train
 
 PROJECT = Path(__file__).parents[2]
 
@@ -182,15 +185,31 @@ def test_every_line_of_the_example_is_valid_without_its_comment_sign(tmp_path: P
     assert read(tmp_path, re.sub(r"^# (?=[A-Z][A-Z0-9_]+=)", "", text, flags=re.MULTILINE)).problems == ()
 
 
+def test_every_variable_that_we_know_passes_from_the_shell() -> None:
+    listed = re.findall(r"^ {6}([A-Za-z_0-9]+):$", (PROJECT / "hardware/shell.yaml").read_text(), re.MULTILINE)
+    stack = (PROJECT / "compose.yaml").read_text(encoding="utf-8")
+    passed = {*listed, *re.findall(r"^ {6}([A-Z][A-Z0-9_]+):", stack, re.MULTILINE)}
+    # torchrun's own, what the image sets, and folders, which are others in the container.
+    not_passed = re.compile(r"TORCHELASTIC_|.*(_HOME|_VERSION|_CACHE_PATH|_CACHE_DIR|_EXTENSIONS_DIR)$")
+    assert {name for name in known_variables() if not not_passed.match(name)} <= passed
+    of_train = {item.metadata["variable"] or f"TRAIN_{item.name.upper()}" for item in fields(train.Settings)}
+    assert of_train <= passed
+    assert len(listed) == len(set(listed))
+    for file in (PROJECT / "hardware").glob("*.yaml"):
+        assert re.search(
+            r"extends: \{file: shell.yaml, service: shell\}|file: nvidia.yaml|^  shell:", file.read_text(), re.M
+        )
+
+
 def test_compose_passes_every_setting_on_and_reads_those_of_its_own() -> None:
     stack = (PROJECT / "compose.yaml").read_text(encoding="utf-8")
     fragments = "".join(file.read_text(encoding="utf-8") for file in (PROJECT / "hardware").glob("*.yaml"))
     block = stack.split("    environment:\n")[1].split("\n\n")[0]
     passed = re.findall(r"^ {6}([A-Z][A-Z0-9_]+):", block, re.MULTILINE)
     inside = {setting.name for setting in TABLE if setting.scope != "compose"}
-    assert set(passed) == inside | {"ENV_FILE"}
+    assert set(passed) == inside | {"ENV_FILE", "RUNS", "STACK_DIR", "WORKSPACE"}
     # BASE_IMAGE is a build argument without a value, which Compose fills in the same way.
     read_by_compose = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+)", stack + fragments)) | {"BASE_IMAGE"}
     own = {setting.name for setting in TABLE if setting.scope == "compose"}
     assert own <= read_by_compose
-    assert read_by_compose - own <= inside
+    assert read_by_compose - own <= inside | {"PWD"}
