@@ -60,6 +60,7 @@ class Explanation:
     """What this node knows of the failure of one of its workers."""
 
     words: str = ""
+    note: str = ""
     place: str = ""
     cause: str = ""
     fix: str = ""
@@ -436,7 +437,16 @@ class Participant:
             await self._open_listener()
         self.services.state("waiting", self._round)
         reports = await self._reports(outcome)
-        self._send("ended", code=_clamp(outcome.code), failures=reports, **self._readiness())
+        finished = "" if outcome.failures else self._finished()
+        self._send("ended", code=_clamp(outcome.code), failures=reports, finished=finished, **self._readiness())
+
+    def _finished(self) -> str:
+        """After which collective all ranks of this node ended by themselves; "" if not all have, or it is unknown."""
+        ended = [stall for stall in self.services.stalls() if stall.ended and stall.run_id == self._run_id]
+        if len(ended) < self.plan.workers.nproc:
+            return ""
+        last = max((stall.entered[-1] for stall in ended if stall.entered), key=lambda one: one.sequence, default=None)
+        return f"{last.name} #{last.sequence}" if last else "no collective"
 
     def _fails(self) -> None:
         """A worker failed: the first sign, long before torchrun says which and why."""
@@ -460,6 +470,7 @@ class Participant:
                 "time": at,
                 "halted": outcome.halted,
                 "alike": max(0, len(alike) - 1),
+                "note": found.note,
                 "place": found.place,
                 "cause": found.cause,
                 "fix": found.fix,

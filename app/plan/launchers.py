@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from app.config.parsers import Malformed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unwrapped:
@@ -12,7 +14,7 @@ class Unwrapped:
     """The script (or -m and a module) and its arguments."""
     left_out: str = ""
     """The launcher that stood before it."""
-    wrong: str = ""
+    wrong: Malformed | None = None
     """Why it cannot be started like this, and what to write."""
 
 
@@ -66,11 +68,13 @@ def _python(words: Sequence[str]) -> Unwrapped:
     while rest[:1] == ["-u"]:
         del rest[0]
     if not rest or (rest[0].startswith("-") and rest[0] != "-m"):
-        return Unwrapped(
-            words=tuple(words),
-            wrong="Python is started for the script. Write the script and its arguments alone; Python's options have "
-            "variables, such as PYTHONOPTIMIZE=1 for -O, PYTHONWARNINGS for -W.",
+        wrong = Malformed(
+            "python-options",
+            "Python is started for the script",
+            "Write the script and its arguments alone; Python's options have variables, such as PYTHONOPTIMIZE=1 for "
+            "-O, PYTHONWARNINGS for -W",
         )
+        return Unwrapped(words=tuple(words), wrong=wrong)
     inner = unwrap(rest)
     return Unwrapped(words=inner.words, left_out=inner.left_out or words[0], wrong=inner.wrong)
 
@@ -84,10 +88,9 @@ def _launcher(name: str, words: Sequence[str]) -> Unwrapped:
         return Unwrapped(words=script, left_out=name)
     variables, others = _variables(asked)
     write = " ".join([f"TRAIN_SCRIPT={shlex.quote(shlex.join(script))}", *variables])
-    rest = f" For {', '.join(others)} see docs/own-script.md." if others else ""
-    return Unwrapped(
-        words=script, wrong=f"{name} is not needed: torchrun is started for the script. Write {write}.{rest}"
-    )
+    rest = f". For {', '.join(others)} see docs/own-script.md" if others else ""
+    what = f"{name} is not needed: torchrun is started for the script"
+    return Unwrapped(words=script, wrong=Malformed("other-launcher", what, f"Write {write}{rest}"))
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -123,6 +126,5 @@ def _variables(options: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _instead(words: Sequence[str], name: str, write: str) -> Unwrapped:
-    return Unwrapped(
-        words=tuple(words), wrong=f"{name} starts processes of its own, and torchrun has started them. Write {write}."
-    )
+    what = f"{name} starts processes of its own, and torchrun has started them"
+    return Unwrapped(words=tuple(words), wrong=Malformed("other-launcher", what, f"Write {write}"))

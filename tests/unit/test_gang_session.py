@@ -113,10 +113,13 @@ def test_a_number_out_of_range_ends_one_connection_and_not_node_0() -> None:
             "halted": False,
             "alike": 0,
             "place": "",
+            "note": "",
             "cause": "",
             "fix": "",
         }
-        nodes[1].connection.send("ended", code=1, failures=[{**report, "time": 1 << 45}], ports=[], progress="")
+        nodes[1].connection.send(
+            "ended", code=1, failures=[{**report, "time": 1 << 45}], finished="", ports=[], progress=""
+        )
         halt = await nodes[0].hears("halt")
         assert "node 1 (10.0.0.2) was lost" in str(halt["text"])
         assert not job.leading.done()

@@ -11,7 +11,7 @@ from app.host.mounts import Mount, mount_of, read_mounts
 from app.host.paths import Seen, look_at, read_program
 from app.plan import draft, probe_for
 from app.plan.launchers import unwrap
-from app.plan.places import on_host, volume
+from app.plan.places import on_host, results, volume
 from app.plan.script_text import concerns
 from tests.unit.launch_facts import given, machine, planned, reason, refused, warned
 
@@ -180,6 +180,15 @@ def test_a_path_of_the_container_is_told_as_the_host_has_it() -> None:
     assert volume(Path("/home/me")) == ""
 
 
+def test_results_are_told_as_people_find_them() -> None:
+    assert results(planned(machine(), RUNS_ROOT="/r").script) == "/r/default"
+    own = planned(container(WORKSPACE, VOLUME), RUNS_ROOT="/runs", CHECKPOINT_DIR="out").script
+    assert results(own) == (
+        "/runs/default in volume torchrun-compose_runs (`docker compose cp trainer:/runs/default .`); "
+        "checkpoints: /home/me/stack/workspace/out on this host"
+    )
+
+
 def test_a_file_system_of_its_own_for_home_is_known_by_what_the_user_wrote() -> None:
     host = container(Mount(point="/workspace", source="/me/stack/work"))
     settings = given(STACK_DIR="/home/me/stack", WORKSPACE="./work", RUNS="runs")
@@ -191,9 +200,9 @@ def test_a_file_system_of_its_own_for_home_is_known_by_what_the_user_wrote() -> 
 def test_a_current_folder_that_cannot_be_written_is_told_with_the_command() -> None:
     host = container(WORKSPACE, files={".": Seen(kind="folder", obstacle=".", owner="1001:1002")})
     assert warned(host, TRAIN_SCRIPT="my.py").splitlines()[-1] == (
-        "user 1000 cannot make files and folders in /workspace (/home/me/stack/workspace on the host). Run `sudo chown "
-        "-R 1000:1000 /home/me/stack/workspace`, or set RUN_AS=1001:1002, its owner. What the script writes into its "
-        "current folder fails; WORKSPACE_READ_ONLY=true says that it writes nothing there."
+        "user 1000 cannot make files and folders in /workspace (/home/me/stack/workspace on the host): what the script "
+        "writes into its current folder fails. Run `sudo chown -R 1000:1000 /home/me/stack/workspace`, or set "
+        "RUN_AS=1001:1002, its owner; WORKSPACE_READ_ONLY=true says that it writes nothing there."
     )
     meant = container(Mount(point="/workspace", source="/w", read_only=True), files=host.files)
     assert "cannot make files" not in warned(meant, TRAIN_SCRIPT="my.py")

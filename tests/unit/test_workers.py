@@ -256,11 +256,12 @@ def test_a_grace_that_docker_cuts_short_is_told(period: str, grace: str, told: s
 def test_limits_below_what_the_plan_needs_are_told() -> None:
     small = machine(gpus=TWO_GPUS, limits=Limits(cpus=8, shm=64 << 20, open_files=1024, memory=1 << 30))
     text = warned(small)
-    assert "Shared memory (/dev/shm) has 64 MiB, and 2 processes with NCCL want about 2 GiB" in text
+    assert "Shared memory (/dev/shm) has 64 MiB; NCCL with 2 processes will take about 2 GiB. Set SHM_SIZE" in text
     assert "Only 1024 files and connections may be open at once (the hard limit)" in text
     one = machine(limits=Limits(cpus=8, shm=32 << 20, open_files=1 << 20))
     (warning,) = planned(one, NPROC_PER_NODE="1").warnings
-    assert "has 32 MiB, and the data loaders of 1 process want about 64 MiB. Set SHM_SIZE" in warning
+    assert (warning.id, warning.setting) == ("limits.shm", "SHM_SIZE")
+    assert warning.values == {"size": "32 MiB", "wanted": "64 MiB", "nproc": 1}
     assert "The memory limit is 1 GiB for 2 processes" in text
 
 

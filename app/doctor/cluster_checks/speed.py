@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from app.config.problems import count
 from app.doctor.findings import Finding, Severity, Value, green, yellow
-from app.plan.decisions import count
 
 FAR = 0.002
 """Seconds of round trip; a data centre has less than a tenth."""
