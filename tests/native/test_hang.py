@@ -123,6 +123,27 @@ def test_sizes_and_groups_are_read_of_torchs_own_recorder(tmp_path: Path, kind: 
         assert launcher.end() == 143
 
 
+TIMES_OUT = """
+import datetime, time, torch, torch.distributed as dist
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=6))
+dist.all_reduce(torch.ones(1))
+if dist.get_rank() == 1:
+    time.sleep(60)
+dist.all_reduce(torch.ones(1))
+"""
+
+
+def test_after_torchs_own_time_out_the_verdict_names_the_collective_and_the_rank_that_did_not_come(
+    tmp_path: Path,
+) -> None:
+    with nodes(tmp_path, 2, TIMES_OUT, HANG_REPORT="2", MAX_RESTARTS="0") as made:
+        made.start_all()
+        for launcher in made.launchers:
+            assert launcher.end(60) == 5
+            assert "the job hung: no progress on any rank for" in launcher.said[-1]
+            assert "rank 1 has not reached all_reduce #2" in launcher.said[-1]
+
+
 ONE_ENDS = """
 import os, sys
 if os.environ["RANK"] == "0":

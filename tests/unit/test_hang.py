@@ -13,9 +13,10 @@ import pytest
 
 from app.engine.outcome import Collective, Stall
 from app.engine.watchdog import Sample, activity, has_worked
-from app.gang.messages import Event
+from app.gang.messages import Event, WorkerReport
 from app.gang.round import RoundState
 from app.gang.stalls import describe
+from app.gang.verdict import first_causes
 from app.plan import Plan
 from app.supervise import hang
 from app.supervise.hang import StalledHeartbeat
@@ -288,6 +289,31 @@ def test_a_standstill_is_told_once_when_the_last_node_stands_still_and_withdrawn
     assert said[1:] == ["progress resumed"]
     course.check_hang(5000.0)
     assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "exitcode", "cause"),
+    [
+        (0, 1, "the job"),
+        (0, -signal.SIGABRT, "the job"),
+        (0, -signal.SIGKILL, NODES[0]),
+        (1, 1, NODES[1]),
+    ],
+)
+def test_what_a_rank_dies_of_that_was_blocked_in_a_hang_is_a_consequence(rank: int, exitcode: int, cause: str) -> None:
+    """torch's time-out ends the rank that waits, in words of its own; the rank that did not come is the cause, and its
+    own words say more than the hang does."""
+    course = a_round([])
+    course.take(stalled(0, stall(0)), 1000.0)
+    course.take(stalled(1, stall(1, entered(number=5, done=True))), 1000.0)
+    course.take(Event(rank=rank, kind="failing"), 1100.0)
+    for node in NODES:
+        course.take(stalled(node), 1101.0)
+    report = WorkerReport(
+        rank=rank, exitcode=exitcode, text="AssertionError" if exitcode > 0 else "", time=5, halted=False
+    )
+    course.take(Event(rank=rank, kind="ended", code=1, report=report), 1102.0)
+    assert [each.node for each in first_causes(course.failures)] == [cause]
 
 
 def test_a_job_whose_ranks_have_all_ended_does_not_hang() -> None:
