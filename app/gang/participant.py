@@ -445,7 +445,8 @@ class Participant:
         ended = [stall for stall in self.services.stalls() if stall.ended and stall.run_id == self._run_id]
         if len(ended) < self.plan.workers.nproc:
             return ""
-        last = max((stall.entered[-1] for stall in ended if stall.entered), key=lambda one: one.sequence, default=None)
+        entered = [one for stall in ended for one in stall.entered[-1:] if one.sequence]
+        last = max(entered, key=lambda one: one.sequence, default=None)
         return f"{last.name} #{last.sequence}" if last else "no collective"
 
     def _fails(self) -> None:

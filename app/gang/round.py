@@ -73,8 +73,9 @@ class RoundState:
 
     def _judge(self, now: float) -> None:
         """Says once that no rank of the job makes progress, and why; and that it goes on, if it does."""
-        seconds = [stall.seconds for each in self._stalls.values() for stall in each if not stall.ended]
-        stands = self.running == self.names.keys() == {rank for rank, each in self._stalls.items() if each}
+        stalls = {rank: self._stalls.get(rank, ()) for rank in self.running}
+        seconds = [stall.seconds for each in stalls.values() for stall in each if not stall.ended]
+        stands = all(stalls.values())
         if stands and seconds and not self._stalled_since and not self.halted_at:
             self._stalled_since = now - min(seconds)
             self.tell(self.hang)
@@ -86,7 +87,12 @@ class RoundState:
     @property
     def hang(self) -> str:
         """Who waits for whom, as far as the nodes have told."""
-        return describe({self.names[rank]: each for rank, each in sorted(self._stalls.items())})
+        told = describe({self.names[rank]: each for rank, each in sorted(self._stalls.items()) if each})
+        ended = [self.names[rank] for rank in sorted(self.names.keys() - self.running)]
+        return told + "".join(f"; {node} had finished{self._after(node)}" for node in ended)
+
+    def _after(self, node: str) -> str:
+        return f" after {self._finished[node]}" if node in self._finished else ""
 
     def check_hang(self, now: float) -> None:
         """Ends a round without progress for HANG_TIMEOUT. To be called again and again."""
@@ -127,6 +133,9 @@ class RoundState:
             self.failures.append(failure)
         if event.code:
             self._end("failure", HALT_GRACE, f"{node} failed", now)
+        else:
+            self._stalls.pop(event.rank, None)
+            self._judge(now)
 
     def _end(self, why: str, grace: float, reason: str, now: float) -> None:
         if why not in self._halted and "stop" not in self._halted:

@@ -316,6 +316,17 @@ def test_what_a_rank_dies_of_that_was_blocked_in_a_hang_is_a_consequence(rank: i
     assert [each.node for each in first_causes(course.failures)] == [cause]
 
 
+def test_a_node_that_has_finished_does_not_hide_that_the_others_wait() -> None:
+    said: list[str] = []
+    course = a_round(said)
+    course.take(stalled(0, stall(0)), 1000.0)
+    course.take(Event(rank=1, kind="ended", code=0, finished="5 collectives"), 1001.0)
+    assert len(said) == 1
+    assert said[0].endswith("; node 1 (10.0.0.2) had finished after 5 collectives")
+    course.take(stalled(0), 1002.0)
+    assert said[1:] == ["progress resumed"]
+
+
 def test_a_job_whose_ranks_have_all_ended_does_not_hang() -> None:
     said: list[str] = []
     course = a_round(said)
