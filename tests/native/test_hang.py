@@ -157,7 +157,8 @@ def test_a_rank_that_has_ended_while_another_stands_still_is_named(tmp_path: Pat
     os.mkfifo(held)
     with nodes(tmp_path, 2, ONE_ENDS, HANG_REPORT="2") as made:
         (line, _) = on_two_nodes(made, str(held))
-        assert line.endswith("; node 1 (127.0.0.2) had finished")
+        # torchrun may have ended, too, or not yet.
+        assert re.search(r"rank 1 on node 1 \(127.0.0.2\) .* has ended|node 1 \(127.0.0.2\) had finished", line), line
         with held.open("rb+", buffering=0):
             assert [launcher.end(60) for launcher in made.launchers] == [0, 0]
 
