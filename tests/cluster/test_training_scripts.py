@@ -21,8 +21,8 @@ STYLES = {"classic.py": "snapshot.pt", "with_accelerate.py": "accelerate", "with
 
 
 def documented() -> str:
-    """The Dockerfile that docs/training.md gives to people whose script needs more packages."""
-    found = re.search(r"```dockerfile\n(.*?)```", (PROJECT / "docs/training.md").read_text(), re.DOTALL)
+    """The Dockerfile that docs/own-script.md gives to people whose script needs more packages."""
+    found = re.search(r"```dockerfile\n(.*?)```", (PROJECT / "docs/own-script.md").read_text(), re.DOTALL)
     assert found
     return found[1]
 
