@@ -16,9 +16,9 @@ PRINTS = """
 import os, sys, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 for step in range(200):
-    sys.stderr.write(f"\\\\r{step}%|####")
+    sys.stderr.write(f"\\r{step}%|####")
     dist.all_reduce(torch.ones(1))
-sys.stderr.write("\\\\r100%|####\\\\n")
+sys.stderr.write("\\r100%|####\\n")
 dist.destroy_process_group()
 sys.stdout.write(f"the last word of rank {os.environ['RANK']}")
 """
