@@ -1,11 +1,12 @@
 """What this plan needs of the machine, against what there is: interface, locked memory, shared memory, files, CPUs."""
 
 from app.host import Host
+from app.host.accelerators import vendor_of
 from app.host.nics import Nic
 from app.plan.decisions import Ledger, count
 from app.plan.local import Own
 from app.plan.parts import Workers
-from app.plan.rdma_access import direct, memlock_obstacle
+from app.plan.rdma_access import memlock_obstacle
 
 SHM_PER_GPU = 1 << 30
 """Bytes of /dev/shm per process: NCCL's buffers between the GPUs of a machine, and batches of data loaders."""
@@ -48,14 +49,17 @@ def check_needs(host: Host, workers: Workers, transport: str, ledger: Ledger) ->
 
 
 def _report_direct(host: Host, transport: str, ledger: Ledger) -> None:
-    way = direct(host)
-    if way:
-        ledger.decide("GPUDirect RDMA", way, "detected", "cards can read GPU memory by themselves")
+    gpus = host.gpus
+    if gpus.unified:
+        ledger.decide("GPUDirect RDMA", "no", "detected", "GPU and CPU share one memory here: nothing to go around")
+    elif gpus.direct:
+        ledger.decide("GPUDirect RDMA", gpus.direct, "detected", "cards can read GPU memory by themselves")
     else:
-        ledger.decide("GPUDirect RDMA", "no", "detected", "neither nvidia_peermem nor NVIDIA's open kernel modules")
+        vendor = vendor_of(gpus)
+        ledger.decide("GPUDirect RDMA", "no", "detected", vendor.no_direct)
         ledger.warn(
-            f"{transport} will go through the CPU's memory: the kernel module nvidia_peermem is not loaded. "
-            "Run `modprobe nvidia-peermem` on this machine."
+            f"{transport} will go through the CPU's memory: {vendor.no_direct}. Fix: `{vendor.fix_direct}` on this "
+            "machine."
         )
 
 

@@ -3,8 +3,10 @@
 import re
 from itertools import takewhile
 
+from app.config.envfile import Value
 from app.config.settings import Settings
 from app.host import Host
+from app.host.accelerators import vendor_for, vendor_of
 from app.plan.decisions import Ledger, count, shown
 from app.plan.exports import Exports
 from app.plan.parts import Workers
@@ -14,13 +16,9 @@ def decide_workers(settings: Settings, host: Host, ledger: Ledger, exports: Expo
     """Number of processes, backend and OMP_NUM_THREADS; problems go to the ledger and the answer stays usable."""
     _check_hardware(settings, host, ledger)
     gpus, gpu_reason = _usable_gpus(settings, host)
-    if host.gpus.visible:
-        versions = ", ".join(
-            part for part in (f"driver {host.gpus.driver}", f"CUDA up to {host.gpus.cuda}") if part[-1].isdigit()
-        )
-        ledger.decide("GPUs", gpus, "detected", f"{gpu_reason}{'; ' + versions if versions else ''}")
-    else:
-        ledger.decide("GPUs", 0, "detected", gpu_reason)
+    runtime = f"{vendor_of(host.gpus).runtime} up to {host.gpus.runtime}"
+    versions = [part for part in (f"driver {host.gpus.driver}", runtime) if part[-1].isdigit()]
+    ledger.decide("GPUs", gpus, "detected", "; ".join([gpu_reason, *([", ".join(versions)] if gpus else [])]))
     asked = settings.text("NPROC_PER_NODE")
     backend = _backend(settings, host, gpus, asked, ledger)
     nproc = _nproc(settings, host, gpus, backend, ledger)
@@ -38,11 +36,21 @@ def _usable_gpus(settings: Settings, host: Host) -> tuple[int, str]:
     """The GPUs that torch will count, and why."""
     there = len(host.gpus.visible)
     names = ", ".join(sorted({gpu.name for gpu in host.gpus.visible}))
-    mask = settings.values.get("CUDA_VISIBLE_DEVICES")
+    mask = _mask(settings, host)
     if mask is None or not there:
-        return there, f"{names}" if there else "no NVIDIA device node here"
-    left = _left_by(mask.text, there)
-    return left, f"{there} x {names}, of which {shown('CUDA_VISIBLE_DEVICES', mask)} leaves {left}"
+        return there, names if there else "no GPU's device node here"
+    left = _left_by(mask[1].text, there)
+    return left, f"{there} x {names}, of which {shown(*mask)} leaves {left}"
+
+
+def _mask(settings: Settings, host: Host) -> tuple[str, Value] | None:
+    """The variable that hides GPUs. An empty one hides all, to CUDA and to torch."""
+    for name in vendor_of(host.gpus).masks:
+        if name in settings.values:
+            return name, settings.values[name]
+        if name in settings.given:
+            return name, Value(text="", source="environment")
+    return None
 
 
 def _left_by(mask: str, there: int) -> int:
@@ -57,58 +65,59 @@ def _left_by(mask: str, there: int) -> int:
 
 def _absence(settings: Settings, host: Host) -> tuple[str, str]:
     """Why torch will count no GPU, and what would give it some."""
-    mask = settings.values.get("CUDA_VISIBLE_DEVICES")
+    mask, vendor = _mask(settings, host), vendor_of(host.gpus)
     if mask is not None and host.gpus.visible:
-        return f"{shown('CUDA_VISIBLE_DEVICES', mask)} leaves no GPU", "correct CUDA_VISIBLE_DEVICES"
+        return f"{shown(*mask)} leaves no GPU", f"correct {mask[0]}"
     if host.container:
-        return "there is no GPU here", "give the container its GPUs with HARDWARE=nvidia"
-    return "there is no GPU here", "install the NVIDIA driver"
+        return "there is no GPU here", f"give the container its GPUs with HARDWARE={vendor.hardware}"
+    return "there is no GPU here", f"install the {vendor.name} driver"
 
 
 def _check_hardware(settings: Settings, host: Host, ledger: Ledger) -> None:
     word = settings.values.get("HARDWARE")
     if word is not None:
         ledger.take("HARDWARE", word, "what compose asks of the engine for the container")
-    cards = len(host.gpus.on_bus)
-    if word is None and cards and not host.gpus.visible:
+    gpus = host.gpus
+    cards = count(len(gpus.on_bus), f"{gpus.vendor} GPU")
+    if word is None and gpus.on_bus and not gpus.visible:
         if not host.container:
-            ledger.warn(
-                f"This machine has {count(cards, 'NVIDIA GPU')}, but no driver offers them: training runs on the CPU."
-            )
+            ledger.warn(f"This machine has {cards}, but no driver offers them: training runs on the CPU.")
             return
-        fitting = "nvidia-ib" if host.rdma_ports else "nvidia"
+        vendor = vendor_of(gpus)
+        fitting = vendor.hardware_rdma if host.rdma_ports else vendor.hardware
         ledger.refuse(
             "HARDWARE",
-            f"HARDWARE is not set, and this machine has {count(cards, 'NVIDIA GPU')} that the "
-            f"container was not given. Set HARDWARE={fitting} in .env (or HARDWARE=cpu to train without "
-            f"{'them' if cards > 1 else 'it'}).",
+            f"HARDWARE is not set, and this machine has {cards} that the container was not given. Set HARDWARE="
+            f"{fitting} in .env (or HARDWARE=cpu to train without {'them' if len(gpus.on_bus) > 1 else 'it'}).",
         )
-    if word is not None and word.text != "cpu" and not host.gpus.visible and settings.text("BACKEND") != "gloo":
+    if word is not None and word.text != "cpu" and not gpus.visible and settings.text("BACKEND") != "gloo":
+        vendor = vendor_for(word.text)
         ledger.refuse(
             "HARDWARE",
-            f"{shown('HARDWARE', word)}, but no GPU is here: no /dev/nvidia0. Install the NVIDIA driver and the "
-            "container toolkit on this machine, or set HARDWARE=cpu.",
+            f"{shown('HARDWARE', word)}, but no GPU is here: no {vendor.device_node}. Install {vendor.driver} on this "
+            "machine, or set HARDWARE=cpu.",
         )
 
 
 def _backend(settings: Settings, host: Host, gpus: int, asked: str, ledger: Ledger) -> str:
     value = settings.get("BACKEND")
-    cpu_build = host.packages.get("torch", "").endswith("+cpu")
+    torch, vendor = host.packages.get("torch", ""), vendor_of(host.gpus)
+    unfit = f"torch {torch} is built without {vendor.runtime}" if re.search(vendor.unfit_torch, torch) else ""
     if value is not None and value.text in ("gloo", "nccl"):
         ledger.take("BACKEND", value, "as you set it")
-        if value.text == "nccl" and (not gpus or cpu_build):
-            why = _absence(settings, host)[0] if not gpus else f"torch {host.packages['torch']} is built without CUDA"
+        if value.text == "nccl" and (not gpus or unfit):
+            why = unfit if gpus else _absence(settings, host)[0]
             ledger.refuse("BACKEND", f"{shown('BACKEND', value)}, but {why}. Set BACKEND=gloo, or leave it out.")
         return value.text
     if not gpus:
         backend, reason = "gloo", _absence(settings, host)[0]
     elif settings.text("HARDWARE") == "cpu":
         backend, reason = "gloo", "HARDWARE=cpu asks for workers on the CPU"
-    elif cpu_build:
-        backend, reason = "gloo", f"torch {host.packages['torch']} is built without CUDA"
+    elif unfit:
+        backend, reason = "gloo", unfit
         ledger.warn(
-            f"{count(gpus, 'GPU')} here, but torch {host.packages['torch']} is built without CUDA: training runs "
-            "on the CPU. Build the image with HARDWARE=nvidia, or set HARDWARE=cpu."
+            f"{count(gpus, 'GPU')} here, but {unfit}: training runs on the CPU. Build the image with "
+            f"HARDWARE={vendor.hardware}, or set HARDWARE=cpu."
         )
     elif asked == "cpu":
         backend, reason = "gloo", "NPROC_PER_NODE=cpu asks for CPU workers"
