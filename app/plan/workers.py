@@ -3,11 +3,12 @@
 import re
 from itertools import takewhile
 
-from app.config.envfile import Value
+from app.config.problems import count
 from app.config.settings import Settings
+from app.config.values import Value, plain
 from app.host import Host
 from app.host.accelerators import vendor_for, vendor_of
-from app.plan.decisions import Ledger, count, shown
+from app.plan.decisions import Ledger
 from app.plan.exports import Exports
 from app.plan.parts import Workers
 
@@ -15,41 +16,42 @@ from app.plan.parts import Workers
 def decide_workers(settings: Settings, host: Host, ledger: Ledger, exports: Exports) -> Workers:
     """Number of processes, backend and OMP_NUM_THREADS; problems go to the ledger and the answer stays usable."""
     _check_hardware(settings, host, ledger)
-    gpus, gpu_reason = _usable_gpus(settings, host)
-    runtime = f"{vendor_of(host.gpus).runtime} up to {host.gpus.runtime}"
-    versions = [part for part in (f"driver {host.gpus.driver}", runtime) if part[-1].isdigit()]
-    ledger.decide("GPUs", gpus, "detected", "; ".join([gpu_reason, *([", ".join(versions)] if gpus else [])]))
-    asked = settings.text("NPROC_PER_NODE")
-    backend = _backend(settings, host, gpus, asked, ledger)
+    gpus = _usable_gpus(settings, host, ledger)
+    backend = _backend(settings, host, gpus, ledger)
     nproc = _nproc(settings, host, gpus, backend, ledger)
     exports.env["BACKEND"] = backend
     cpus = host.limits.cpus
-    exports.offer(
-        "OMP_NUM_THREADS",
-        max(1, cpus // nproc),
-        f"{count(cpus, 'CPU')} allowed, shared by {count(nproc, 'process', 'processes')}",
-    )
+    shared = f"{count(cpus, 'CPU')} allowed, shared by {count(nproc, 'process', 'processes')}"
+    exports.offer("gpus", "OMP_NUM_THREADS", max(1, cpus // nproc), shared)
     return Workers(nproc=nproc, backend=backend, gpus=gpus)
 
 
-def _usable_gpus(settings: Settings, host: Host) -> tuple[int, str]:
-    """The GPUs that torch will count, and why."""
+def _usable_gpus(settings: Settings, host: Host, ledger: Ledger) -> int:
+    """The GPUs that torch will count."""
     there = len(host.gpus.visible)
+    if not there:
+        ledger.decide("gpus", "GPUs", 0, "detected", "no GPU's device node here")
+        return 0
     names = ", ".join(sorted({gpu.name for gpu in host.gpus.visible}))
+    versions = [f"driver {host.gpus.driver}", f"{vendor_of(host.gpus).runtime} up to {host.gpus.runtime}"]
+    known = ", ".join(part for part in versions if part[-1].isdigit())
+    after = f"; {known}" if known else ""
     mask = _mask(settings, host)
-    if mask is None or not there:
-        return there, names if there else "no GPU's device node here"
-    left = _left_by(mask[1].text, there)
-    return left, f"{there} x {names}, of which {shown(*mask)} leaves {left}"
+    if mask is None:
+        ledger.decide("gpus", "GPUs", there, "detected", f"{names}{after}")
+        return there
+    left = _left_by(mask.text, there)
+    ledger.decide("gpus", "GPUs", left, "detected", f"{there} x {names}, of which {mask} leaves {left}{after}")
+    return left
 
 
-def _mask(settings: Settings, host: Host) -> tuple[str, Value] | None:
-    """The variable that hides GPUs. An empty one hides all, to CUDA and to torch."""
+def _mask(settings: Settings, host: Host) -> Value[str] | None:
+    """The variable that hides GPUs. An empty one hides all of them, as CUDA and torch take it."""
     for name in vendor_of(host.gpus).masks:
         if name in settings.values:
-            return name, settings.values[name]
+            return settings.values[name]
         if name in settings.given:
-            return name, Value(text="", source="environment")
+            return plain(name, "", "environment")
     return None
 
 
@@ -67,94 +69,101 @@ def _absence(settings: Settings, host: Host) -> tuple[str, str]:
     """Why torch will count no GPU, and what would give it some."""
     mask, vendor = _mask(settings, host), vendor_of(host.gpus)
     if mask is not None and host.gpus.visible:
-        return f"{shown(*mask)} leaves no GPU", f"correct {mask[0]}"
+        return f"{mask} leaves no GPU", f"correct {mask.name}"
     if host.container:
         return "there is no GPU here", f"give the container its GPUs with HARDWARE={vendor.hardware}"
     return "there is no GPU here", f"install the {vendor.name} driver"
 
 
 def _check_hardware(settings: Settings, host: Host, ledger: Ledger) -> None:
-    word = settings.values.get("HARDWARE")
+    word, cards, vendor = settings.hardware, len(host.gpus.on_bus), vendor_of(host.gpus)
     if word is not None:
-        ledger.take("HARDWARE", word, "what compose asks of the engine for the container")
-    gpus = host.gpus
-    cards = count(len(gpus.on_bus), f"{gpus.vendor} GPU")
-    if word is None and gpus.on_bus and not gpus.visible:
-        if not host.container:
-            ledger.warn(f"This machine has {cards}, but no driver offers them: training runs on the CPU.")
-            return
-        vendor = vendor_of(gpus)
-        fitting = vendor.hardware_rdma if host.rdma_ports else vendor.hardware
-        ledger.refuse(
-            "HARDWARE",
-            f"HARDWARE is not set, and this machine has {cards} that the container was not given. Set HARDWARE="
-            f"{fitting} in .env (or HARDWARE=cpu to train without {'them' if len(gpus.on_bus) > 1 else 'it'}).",
+        ledger.take("gpus", word, "what compose asks of the engine for the container")
+    if host.gpus.visible:
+        return
+    if word is None and cards and not host.container:
+        ledger.warn(
+            "gpus.no-driver",
+            what=f"This machine has {{cards:{vendor.name} GPU}}, but no driver offers them: training runs on the CPU",
+            fix=f"Install the {vendor.name} driver",
+            setting="HARDWARE",
+            cards=cards,
         )
-    if word is not None and word.text != "cpu" and not gpus.visible and settings.text("BACKEND") != "gloo":
-        vendor = vendor_for(word.text)
+    elif word is None and cards:
         ledger.refuse(
-            "HARDWARE",
-            f"{shown('HARDWARE', word)}, but no GPU is here: no {vendor.device_node}. Install {vendor.driver} on this "
-            "machine, or set HARDWARE=cpu.",
+            "gpus.hardware-unset",
+            what=f"HARDWARE is not set, and this machine has {{cards:{vendor.name} GPU}} that the container was not "
+            "given",
+            fix=f"Set HARDWARE={{fitting}} in .env (or HARDWARE=cpu to train without {'them' if cards > 1 else 'it'})",
+            setting="HARDWARE",
+            cards=cards,
+            fitting=vendor.hardware_rdma if host.rdma_ports else vendor.hardware,
+        )
+    elif word is not None and word.value != "cpu" and settings.backend.value != "gloo":
+        ledger.refuse(
+            "gpus.none-here",
+            what="{given}, but no GPU is here: {node} is missing or not open to this user",
+            fix=f"Install {vendor_for(word.value).driver} on this machine, or set HARDWARE=cpu",
+            given=word,
+            node=vendor_for(word.value).device_node,
         )
 
 
-def _backend(settings: Settings, host: Host, gpus: int, asked: str, ledger: Ledger) -> str:
-    value = settings.get("BACKEND")
+def _backend(settings: Settings, host: Host, gpus: int, ledger: Ledger) -> str:
     torch, vendor = host.packages.get("torch", ""), vendor_of(host.gpus)
     unfit = f"torch {torch} is built without {vendor.runtime}" if re.search(vendor.unfit_torch, torch) else ""
-    if value is not None and value.text in ("gloo", "nccl"):
-        ledger.take("BACKEND", value, "as you set it")
-        if value.text == "nccl" and (not gpus or unfit):
-            why = unfit if gpus else _absence(settings, host)[0]
-            ledger.refuse("BACKEND", f"{shown('BACKEND', value)}, but {why}. Set BACKEND=gloo, or leave it out.")
-        return value.text
-    if not gpus:
-        backend, reason = "gloo", _absence(settings, host)[0]
-    elif settings.text("HARDWARE") == "cpu":
-        backend, reason = "gloo", "HARDWARE=cpu asks for workers on the CPU"
-    elif unfit:
-        backend, reason = "gloo", unfit
+    absence = "" if gpus else _absence(settings, host)[0]
+    asked = settings.backend
+    if asked.value != "auto":
+        ledger.take("gpus", asked, "as you set it")
+        if asked.value == "nccl" and (absence or unfit):
+            fix = "Set BACKEND=gloo, or leave it out"
+            ledger.refuse(
+                "gpus.nccl-without-gpu", what="{given}, but {why}", fix=fix, given=asked, why=absence or unfit
+            )
+        return asked.value
+    on_cpu = absence
+    if not on_cpu and settings.hardware is not None and settings.hardware.value == "cpu":
+        on_cpu = "HARDWARE=cpu asks for workers on the CPU"
+    elif not on_cpu and unfit:
+        on_cpu = unfit
         ledger.warn(
-            f"{count(gpus, 'GPU')} here, but {unfit}: training runs on the CPU. Build the image with "
-            f"HARDWARE={vendor.hardware}, or set HARDWARE=cpu."
+            "gpus.torch-without-cuda",
+            what="{gpus:GPU} here, but {why}: training runs on the CPU",
+            fix=f"Build the image with HARDWARE={vendor.hardware}, or set HARDWARE=cpu",
+            setting="HARDWARE",
+            gpus=gpus,
+            why=unfit,
         )
-    elif asked == "cpu":
-        backend, reason = "gloo", "NPROC_PER_NODE=cpu asks for CPU workers"
-    else:
-        backend, reason = "nccl", f"{count(gpus, 'GPU')} here"
-    ledger.decide("BACKEND", backend, "derived", reason)
+    elif not on_cpu and settings.nproc_per_node.value == "cpu":
+        on_cpu = "NPROC_PER_NODE=cpu asks for CPU workers"
+    backend = "gloo" if on_cpu else "nccl"
+    ledger.decide("gpus", "BACKEND", backend, "derived", on_cpu or f"{count(gpus, 'GPU')} here")
     return backend
 
 
 def _nproc(settings: Settings, host: Host, gpus: int, backend: str, ledger: Ledger) -> int:
-    value = settings.get("NPROC_PER_NODE")
-    if value is None or value.text == "auto":
-        source = "default" if value is None else value.source
-        if backend == "nccl":
-            ledger.decide("NPROC_PER_NODE", gpus, source, f"auto: one process per GPU, {gpus} here")
-            return max(1, gpus)
-        cpus = host.limits.cpus
-        ledger.decide("NPROC_PER_NODE", cpus, source, f"auto without a GPU: one process per CPU, {cpus} allowed here")
-        return cpus
-    if value.text == "cpu":
-        ledger.decide("NPROC_PER_NODE", host.limits.cpus, value.source, "cpu: one process per CPU allowed here")
-        return host.limits.cpus
-    if value.text == "gpu":
-        if not gpus:
-            why, cure = _absence(settings, host)
+    asked, cpus = settings.nproc_per_node, host.limits.cpus
+    if isinstance(asked.value, int):
+        ledger.take("gpus", asked, "as you set it")
+        if backend == "nccl" and gpus and asked.value > gpus:  # NCCL without any GPU is refused with BACKEND
             ledger.refuse(
-                "NPROC_PER_NODE",
-                f"{shown('NPROC_PER_NODE', value)}, but {why}. Set a number or cpu, or {cure}.",
+                "gpus.too-few",
+                what="{given}, but this node has {gpus:usable GPU}, and NCCL needs one for each process",
+                fix=f"Set at most {gpus}, or auto",
+                given=asked,
+                gpus=gpus,
             )
-        ledger.decide("NPROC_PER_NODE", max(1, gpus), value.source, f"gpu: one process per GPU, {gpus} here")
-        return max(1, gpus)
-    nproc = int(value.text)
-    ledger.take("NPROC_PER_NODE", value, "as you set it")
-    if backend == "nccl" and gpus and nproc > gpus:  # NCCL without any GPU is refused with BACKEND
-        ledger.refuse(
-            "NPROC_PER_NODE",
-            f"{shown('NPROC_PER_NODE', value)}, but this node has {count(gpus, 'usable GPU')}, and NCCL needs one for "
-            f"each process. Set at most {gpus}, or auto.",
-        )
+        return asked.value
+    if asked.value == "gpu" and not gpus:
+        why, fix = _absence(settings, host)
+        fix = f"Set a number or cpu, or {fix}"
+        ledger.refuse("gpus.none-to-count", what="{given}, but {why}", fix=fix, given=asked, why=why)
+    if asked.value == "gpu" or (asked.value == "auto" and backend == "nccl"):
+        nproc, reason = max(1, gpus), f"{asked.value}: one process per GPU, {gpus} here"
+    elif asked.value == "auto":
+        nproc, reason = cpus, f"auto without a GPU: one process per CPU, {cpus} allowed here"
+    else:
+        nproc, reason = cpus, "cpu: one process per CPU allowed here"
+    ledger.decide("gpus", "NPROC_PER_NODE", nproc, asked.source, reason)
     return nproc

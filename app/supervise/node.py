@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import resource
 import signal
@@ -24,6 +25,7 @@ from app.gang.token import read_token
 from app.gang.verdict import Verdict
 from app.host.ports import holder
 from app.plan import Plan
+from app.plan.places import results
 from app.report.history import keep_round
 from app.report.node_report import forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
@@ -69,6 +71,7 @@ def tell_end(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: f
     """All that is written and printed of the end, but the verdict itself."""
     if verdict.code == ExitCode.DONE:
         forget_report(plan)
+        say(f"results: {results(plan.script)}")
     elif verdict.code != ExitCode.STOPPED:
         tell_report(plan, verdict, before, started)
 
@@ -86,14 +89,14 @@ def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started
 
 
 def make_folders(plan: Plan) -> None:
-    """The run's folder with its logs. Raises UserError."""
-    where = f"RUN_DIR={plan.script.run_dir}"
-    try:
-        in_time(lambda: plan.log_dir.mkdir(parents=True, exist_ok=True), FILES)
-    except TimeoutError:
-        raise UserError(f"{where} does not answer within {FILES:.0f} s: is its file server up?") from None
-    except OSError as error:
-        raise UserError(f"{where} cannot be written: {error.strerror}.") from None
+    """What the script finds when it starts: its logs' folder, CHECKPOINT_DIR, HOME. Raises UserError."""
+    for path in filter(None, (plan.log_dir, plan.script.checkpoint_dir, plan.script.home)):
+        try:
+            in_time(functools.partial(path.mkdir, parents=True, exist_ok=True), FILES)
+        except TimeoutError:
+            raise UserError(f"{path} does not answer within {FILES:.0f} s: is its file server up?") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be made: {error.strerror}.") from None
 
 
 def allow_many_files() -> None:

@@ -159,7 +159,7 @@ def test_a_path_with_a_smaller_mtu_than_both_ends_is_found(cluster2: Cluster) ->
 def test_the_wrong_interface_in_the_users_settings_is_red(cluster2: Cluster) -> None:
     told = doctors(cluster2.nodes, each=[{"GLOO_SOCKET_IFNAME": "lo"}, {}])[0]
     assert "GLOO_SOCKET_IFNAME=lo (.env:" in told.bad()["0", "network"]
-    assert "the other nodes would be sent to lo in vain" in told.bad()["0", "network"]
+    assert "the other nodes would try to connect to lo and fail" in told.bad()["0", "network"]
     told.hand_in("wrong nic", "0", "network")
 
 

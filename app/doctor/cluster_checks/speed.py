@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from app.config.problems import count
 from app.doctor.findings import Finding, Severity, Value, green, yellow
-from app.plan.decisions import count
 
 FAR = 0.005
 """Seconds of round trip; a data centre has less than a tenth, but Gloo's threads take 2.5 ms on a busy machine."""

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 
+from app.config.problems import count
 from app.doctor.collect.engine import COMMANDS
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Severity, green, red, skipped, yellow
 from app.host.accelerators import vendor_of
 from app.host.accelerators.gpu import GpuFault, GpuHealth, GpuLook
-from app.plan.decisions import count
 
 FREE_RED, FREE_YELLOW = 1 << 30, 10 << 30
 FEW_INODES = 1000

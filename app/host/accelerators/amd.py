@@ -97,7 +97,7 @@ VENDOR = Vendor(
     hardware_rdma="rocm",
     driver="AMD's driver (amdgpu), and RENDER_GROUP as `stat -c %g /dev/kfd` says,",
     masks=("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
-    no_direct="the driver gives no dma-buf",
+    no_direct="no amdgpu that exports dma-buf",
     fix_direct="",
     fixes={
         "gpu-state-unknown": "amd-smi list",

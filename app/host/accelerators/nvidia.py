@@ -104,8 +104,8 @@ VENDOR = Vendor(
     hardware_rdma="nvidia-ib",
     driver="the NVIDIA driver and the container toolkit",
     masks=("CUDA_VISIBLE_DEVICES",),
-    no_direct="neither nvidia_peermem nor NVIDIA's open kernel modules",
-    fix_direct="sudo modprobe nvidia-peermem",
+    no_direct="neither nvidia_peermem nor one of NVIDIA's open kernel modules",
+    fix_direct="Run `sudo modprobe nvidia-peermem` on this machine",
     fixes={
         "gpu-state-unknown": "nvidia-smi",
         "gpu-memory-used": "nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv",
