@@ -16,7 +16,7 @@ from app.config.project import PROJECT
 from app.doctor.cluster_checks.speed import read_speeds
 from app.doctor.cluster_checks.transport import Collective, carrier, read_nccl
 from app.doctor.facts import Facts
-from app.doctor.meeting import COLLECTIVE
+from app.doctor.protocol import COLLECTIVE
 from app.engine import torchrun
 from app.host import Host
 from app.host.files import entries, number
