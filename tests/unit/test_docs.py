@@ -9,7 +9,7 @@ from app.config.settings import BY_NAME
 from app.plan.typos import known_variables
 
 PROJECT = Path(__file__).resolve().parents[2]
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
+PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").rglob("*.md"))]
 
 
 def links(page: Path) -> list[str]:
@@ -37,7 +37,7 @@ def test_every_link_of_a_page_leads_to_a_file_and_to_a_heading_in_it(page: Path)
 
 
 FOREIGN = {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "NET_RAW", "AF_INET6", "OMPI_COMM_WORLD_RANK"}
-FOREIGN |= {"CLUSTER_TESTS", "HEALTHY_RUNS", "NCLL_DEBUG"}
+FOREIGN |= {"CLUSTER_TESTS", "HEALTHY_RUNS", "TORCHRUN_COMPOSE_UPDATE", "NCLL_DEBUG"}
 """Names of torchrun, of the kernel and of the tests, and a misspelt one as an example."""
 SCRIPTS = ("TRAIN_", "HF_", "WANDB_", "ACCELERATE_")
 """How the variables of training scripts and of what they use begin."""
