@@ -90,7 +90,7 @@ def test_a_line_that_is_no_assignment_is_named_without_its_text(tmp_path: Path) 
             "NPROC_PER_NODE=0",
             "NPROC_PER_NODE=0 (.env:1) is neither a number of at least 1 nor auto, gpu or cpu. Write one of these.",
         ),
-        ("HARDWARE=gpu", "HARDWARE=gpu (.env:1) is unknown. Write one of cpu, nvidia, nvidia-ib, cdi."),
+        ("HARDWARE=gpu", "HARDWARE=gpu (.env:1) is unknown. Write one of cpu, nvidia, nvidia-ib, cdi, rocm."),
         ("BACKEND=mpi", "BACKEND=mpi (.env:1) is unknown. Write one of auto, gloo, nccl."),
         # NCCL and CUDA read a number: to them "yes" is 0.
         ("NCCL_IB_DISABLE=yes", "NCCL_IB_DISABLE=yes (.env:1) is unknown. Write one of 0, 1."),
