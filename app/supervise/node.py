@@ -31,7 +31,7 @@ from app.report.history import keep_round
 from app.report.node_report import MEMORY_KILLS, forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
 from app.supervise.files import SIGNALS, in_time, off_loop, start_thread
-from app.supervise.hang import read_stalls, watched
+from app.supervise.hang import read_ended, watched
 from app.supervise.health import State
 from app.supervise.progress import Progress
 from app.supervise.restart_guard import forget_final, reserve_final, write_final
@@ -246,7 +246,7 @@ class Node:
 
     async def ended(self) -> Sequence[Stall]:
         with contextlib.suppress(OSError, TimeoutError):
-            return await off_loop(lambda: read_stalls(self.plan, self.folder, {}), EXAMINE)
+            return await off_loop(lambda: read_ended(self.folder), EXAMINE)
         return ()
 
     async def explain(self, run_id: str, failure: Failure) -> Explanation:
