@@ -79,6 +79,7 @@ class Settings:
     run_dir: Value[Path] | None = optional(path, scope="node")
     checkpoint_dir: Value[Path] | None = optional(path, scope="node")
     data: Value[str] | None = optional(str, scope="node")
+    log_bytes: Value[int] = setting(whole_number(0), "100000000", scope="node")
     start_timeout: Value[float] = setting(seconds(1), "300")
     min_nodes: Value[int] | None = optional(whole_number(1))
     max_restarts: Value[int] = setting(whole_number(0), "3")
