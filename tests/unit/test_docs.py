@@ -51,12 +51,13 @@ FOREIGN = frozenset(
         "HEALTHY_RUNS",
         "NCLL_DEBUG",
         "HF_HOME",
+        "ACCELERATE_USE_FSDP",
         "ROCM_TORCH",
         "ROCM_INDEX",
         *re.findall(r"^ {6}(\w+):$", (PROJECT / "hardware/shell.yaml").read_text(encoding="utf-8"), re.MULTILINE),
     ]
 )
-"""Names that pass from the shell, of the build, of torchrun, of schedulers, of the kernel and of the tests, and a misspelt one as an example."""
+"""Names that pass from the shell, of the build, torchrun, schedulers, kernel and tests, and a misspelt example."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
