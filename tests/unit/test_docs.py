@@ -37,8 +37,8 @@ def test_every_link_of_a_page_leads_to_a_file_and_to_a_heading_in_it(page: Path)
 
 
 FOREIGN = {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "NET_RAW", "AF_INET6", "OMPI_COMM_WORLD_RANK"}
-FOREIGN |= {"CLUSTER_TESTS", "HEALTHY_RUNS", "TORCHRUN_COMPOSE_UPDATE", "NCLL_DEBUG"}
-"""Names of torchrun, of the kernel and of the tests, and a misspelt one as an example."""
+FOREIGN |= {"ROCM_TORCH", "ROCM_INDEX", "CLUSTER_TESTS", "HEALTHY_RUNS", "TORCHRUN_COMPOSE_UPDATE", "NCLL_DEBUG"}
+"""Names of the build, of torchrun, of the kernel and of the tests, and a misspelt one as an example."""
 SCRIPTS = ("TRAIN_", "HF_", "WANDB_", "ACCELERATE_")
 """How the variables of training scripts and of what they use begin."""
 CODE = "".join(file.read_text() for file in (PROJECT / "app/plan").glob("*.py"))
