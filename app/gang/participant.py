@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from app.config.exitcodes import ExitCode
-from app.engine.outcome import Collective, Failure, Outcome, Stall
+from app.engine.outcome import Collective, Explanation, Failure, Outcome, Stall
 from app.gang import probes
 from app.gang.agreement import host_id
 from app.gang.connect import RETRY, BusyError, NoAnswerError, Waiting, connect
@@ -53,17 +53,6 @@ does not know."""
 
 async def _nothing() -> None:
     """There is nothing to bring up to date."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """What this node knows of the failure of one of its workers."""
-
-    words: str = ""
-    note: str = ""
-    place: str = ""
-    cause: str = ""
-    fix: str = ""
 
 
 async def _no_stalls() -> Sequence[Stall]:
@@ -466,20 +455,16 @@ class Participant:
         if not outcome.code or (outcome.halted and first is itself):
             return []
         at = max(0, min(YEAR_2100, round(first.time * 1000)))
-        found = await self.services.explain(self._run_id, first)
+        found = asdict(await self.services.explain(self._run_id, first))
         alike = [each for each in outcome.failures if _ended_with(first, each)]
         return [
             {
                 "rank": first.rank,
                 "exitcode": _clamp(first.exitcode),
-                "text": found.words,
                 "time": at,
                 "halted": outcome.halted,
                 "alike": max(0, len(alike) - 1),
-                "note": found.note,
-                "place": found.place,
-                "cause": found.cause,
-                "fix": found.fix,
+                **found,
             }
         ]
 

@@ -179,7 +179,7 @@ def test_no_proof_is_given_to_a_peer_that_has_not_proven_itself() -> None:
             here.send("open", v=VERSION, nonce="n")
             heard = [await here.receive()]
             # Whatever it got it may send back: our own words are no proof either.
-            here.send("proof", proof=str(heard[0]["nonce"]))
+            here.send("proof", proof=str(heard[0]["nonce"]), here=here.here)
             with pytest.raises(UntrustedError):
                 await listening
             heard.append(await here.receive())

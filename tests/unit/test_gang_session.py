@@ -109,7 +109,7 @@ def test_a_number_out_of_range_ends_one_connection_and_not_node_0() -> None:
         report = {
             "rank": 1,
             "exitcode": 1,
-            "text": "x",
+            "words": "x",
             "halted": False,
             "alike": 0,
             "place": "",
