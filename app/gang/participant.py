@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import secrets
 import signal
 import time
@@ -385,10 +386,13 @@ class Participant:
     def _go(self, message: Message) -> None:
         if self.services.launch is None:
             raise ProtocolError("a round of training, which this node did not come for")
-        size = integer(message, "nnodes", 1, self.plan.nodes.count)
+        size, run_id = integer(message, "nnodes", 1, self.plan.nodes.count), text(message, "run_id", 200)
+        # It names files.
+        if not re.fullmatch(r"\w[\w.-]*", run_id, re.ASCII):
+            raise ProtocolError(f"run_id {run_id!r} is not a name")
         place = RoundAssignment(
             round=integer(message, "round", 1, 1 << 30),
-            run_id=text(message, "run_id", 200),
+            run_id=run_id,
             node_rank=integer(message, "node_rank", 0, size - 1),
             nnodes=size,
         )
