@@ -43,7 +43,7 @@ def fake_nvml(*, fails: str = "") -> SimpleNamespace:
         NVMLError=NvmlError,
         NVML_MEMORY_ERROR_TYPE_UNCORRECTED=1,
         NVML_VOLATILE_ECC=0,
-        NVML_P2P_CAPS_INDEX_READ=0,
+        NVML_P2P_CAPS_INDEX_READ=(0,),
         nvmlClocksThrottleReasonHwSlowdown=8,
         nvmlInit=initialize,
         nvmlShutdown=lambda: None,
@@ -52,7 +52,7 @@ def fake_nvml(*, fails: str = "") -> SimpleNamespace:
         nvmlDeviceGetMemoryInfo=lambda _handle: SimpleNamespace(used=31 << 30, total=80 << 30),
         nvmlDeviceGetTotalEccErrors=no_ecc,
         nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 8 if handle else 1,
-        nvmlDeviceGetP2PStatus=lambda _one, _other, _kind: 1,
+        nvmlDeviceGetP2PStatus=lambda _one, _other, kind: {0: 1}[kind],
     )
 
 
