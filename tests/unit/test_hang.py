@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from app.engine.outcome import Collective, Stall
+from app.engine.outcome import Collective, Explanation, Stall
 from app.engine.watchdog import Sample, activity, has_worked
 from app.gang.messages import Event, WorkerReport
 from app.gang.round import RoundState
