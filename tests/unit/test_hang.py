@@ -309,9 +309,8 @@ def test_what_a_rank_dies_of_that_was_blocked_in_a_hang_is_a_consequence(rank: i
     course.take(Event(rank=rank, kind="failing"), 1100.0)
     for node in NODES:
         course.take(stalled(node), 1101.0)
-    report = WorkerReport(
-        rank=rank, exitcode=exitcode, text="AssertionError" if exitcode > 0 else "", time=5, halted=False
-    )
+    found = Explanation(words="AssertionError" if exitcode > 0 else "")
+    report = WorkerReport(rank=rank, exitcode=exitcode, found=found, time=5, halted=False)
     course.take(Event(rank=rank, kind="ended", code=1, report=report), 1102.0)
     assert [each.node for each in first_causes(course.failures)] == [cause]
 
