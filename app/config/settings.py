@@ -24,6 +24,8 @@ class Setting:
     scope: str = "cluster"
     """`cluster`: must be equal on all nodes. `node`: may differ. `worker`: handed to the workers. `compose`: only
     compose.yaml reads it."""
+    may_be_empty: bool = False
+    """An empty value is one too; it is unset otherwise."""
 
 
 def whole_number(low: int, high: int | None = None) -> Check:
@@ -73,6 +75,12 @@ def shell_words(text: str) -> str | None:
     return None
 
 
+def modules(text: str) -> str | None:
+    if all(re.fullmatch(r"\s*[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\s*", name) for name in text.split(",")) or not text.strip():
+        return None
+    return "is not a list of modules. Write names with commas between them, like torch,transformers."
+
+
 def path(text: str) -> str | None:
     return (
         "would be taken literally: ~ and $ are not expanded here. Write the whole path."
@@ -96,6 +104,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="BACKEND", default="auto", check=one_of("auto", "gloo", "nccl"), scope="node"),
     Setting(name="TRAIN_SCRIPT", default="-m app.train", check=shell_words),
     Setting(name="TRAIN_ARGS", check=shell_words),
+    Setting(name="PRELOAD", default="torch", check=modules, scope="node", may_be_empty=True),
     Setting(name="RUNS_ROOT", default="runs", check=path, scope="node"),
     Setting(name="RUN_DIR", check=path, scope="node"),
     Setting(name="CHECKPOINT_DIR", check=path, scope="node"),
@@ -134,6 +143,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="TENSORBOARD_PORT", scope="compose"),
 )
 BY_NAME: Mapping[str, Setting] = {setting.name: setting for setting in TABLE}
+MAY_BE_EMPTY = frozenset(setting.name for setting in TABLE if setting.may_be_empty)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +179,7 @@ def read_settings(environ: Mapping[str, str], env_file: Path | None, argv: Seque
     Never raises for a user's mistake: everything that is wrong is in `Settings.problems`.
     """
     file = read_env_file(env_file)
-    merged = {name: _stripped(value) for name, value in merge(environ, file, env_file).items()}
+    merged = {name: _stripped(value) for name, value in merge(environ, file, env_file, MAY_BE_EMPTY).items()}
     problems = [*file.problems, *_missing_file(environ, env_file), *_wrong_values(merged)]
     broken = {problem.setting for problem in problems}
     return Settings(

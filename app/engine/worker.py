@@ -17,11 +17,8 @@ SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - agent.py reads it there
 """Takes the error's text, by process id."""
 
 
-def main() -> NoReturn:
-    """Replaces `__main__` by the script's own module and runs it; ends with the script's own exit code."""
-    die_with_parent()
-    ended = list[int]()
-    atexit.register(leave, ended)  # registered first, so it runs last
+def main(ended: list[int]) -> NoReturn:
+    """Replaces `__main__` by the script's own module and runs it; leaves its exit code in `ended`, for `leave`."""
     watch_for_stalls()
     try:
         code = load_module(sys.argv[2]) if sys.argv[1] == "-m" else load_script(sys.argv[1])
@@ -158,4 +155,7 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    die_with_parent()
+    exit_code = list[int]()
+    atexit.register(leave, exit_code)  # registered first, so it runs last
+    main(exit_code)

@@ -79,7 +79,15 @@ def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
         command=(*words, *shlex.split(arguments.text if arguments else "")),
         run_dir=run_dir,
         checkpoint_dir=checkpoints,
+        preload=_preload(settings, ledger),
     )
+
+
+def _preload(settings: Settings, ledger: Ledger) -> tuple[str, ...]:
+    value = settings.get("PRELOAD") or Value(text="", source="default")
+    names = tuple(filter(None, (name.strip() for name in value.text.split(","))))
+    ledger.take("PRELOAD", value, "loaded once for all rounds" if names else "each process loads its own modules")
+    return names
 
 
 def _run_dir(settings: Settings) -> Path:

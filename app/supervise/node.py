@@ -12,6 +12,7 @@ from app.config.console import say
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
 from app.engine import torchrun
+from app.engine.warm import Preloaded
 from app.gang.agreement import gather
 from app.gang.connection import MAX_LINE, Wire, listen
 from app.gang.coordinator import LAST_WORD, LINGER, Hub
@@ -20,7 +21,7 @@ from app.gang.token import read_token
 from app.gang.verdict import Verdict
 from app.host.ports import holder
 from app.plan import Plan
-from app.report.history import keep_round
+from app.report.history import keep_left_out, keep_round
 from app.report.node_report import forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
 from app.supervise.hang import forget_signs, watched
@@ -41,6 +42,7 @@ def supervise(plan: Plan) -> int:
     reserve_final()
     torchrun.adopt_orphans()
     allow_many_files()
+    preloaded = preload(plan)
     started, before = time.time(), read_counters()
 
     def tell(verdict: Verdict) -> None:
@@ -51,7 +53,7 @@ def supervise(plan: Plan) -> int:
         # The last line is what people read first.
         say(verdict.text)
 
-    verdict, own_stop = asyncio.run(_take_part(plan, token, tell))
+    verdict, own_stop = asyncio.run(_take_part(plan, token, preloaded, tell))
     if verdict.code in (ExitCode.DONE, ExitCode.STOPPED):
         forget_final()
     if verdict.code == ExitCode.STOPPED:
@@ -59,6 +61,18 @@ def supervise(plan: Plan) -> int:
     if verdict.code not in (ExitCode.DONE, ExitCode.FAILED):
         write_final(int(verdict.code), verdict.text)
     return int(verdict.code)
+
+
+def preload(plan: Plan) -> Preloaded:
+    """Begins to load what PRELOAD names: before the nodes meet, since that takes as long."""
+
+    def tell(name: str, why: str) -> None:
+        say(f"PRELOAD: left out {name}: {why}")
+        keep_left_out(plan, name, why)
+
+    preloaded = Preloaded(plan.script.preload, torchrun.environment(plan, os.environ, run_id=""), tell)
+    preloaded.start()
+    return preloaded
 
 
 def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: float) -> None:
@@ -90,7 +104,9 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) -> tuple[Verdict, bool]:
+async def _take_part(
+    plan: Plan, token: bytes, preloaded: Preloaded, tell: Callable[[Verdict], None]
+) -> tuple[Verdict, bool]:
     """The verdict, and whether the stop came from this node's own user. `tell` prints the verdict as soon as there is
     one: node 0 may stay for a while to tell others."""
     hub = Hub(plan, token, say)
@@ -100,8 +116,8 @@ async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) 
     path, state = keep_state(plan.run_name, plan.nodes.rank, lambda: looks.progress)
     around = Surroundings(
         dial=_dial_inside(hub) if presiding else _dial(plan),
-        launch=lambda place: _launch(plan, place),
-        clean=torchrun.sweep,
+        launch=lambda place: _launch(plan, place, preloaded),
+        clean=lambda: torchrun.sweep(preloaded.pid),
         progress=lambda: looks.progress,
         stalls=lambda: looks.stalls,
         look=looks.renew,
@@ -136,6 +152,7 @@ async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) 
         forget_signs()
         if server:
             server.close()
+        preloaded.stop()
         torchrun.sweep()
     return verdict, own_stop
 
@@ -186,7 +203,7 @@ def _dial_inside(hub: Hub) -> Callable[[], Awaitable[Wire]]:
     return dial
 
 
-def _launch(plan: Plan, place: Place) -> torchrun.Torchrun:
+def _launch(plan: Plan, place: Place, preloaded: Preloaded) -> torchrun.Torchrun:
     command = torchrun.command_line(
         plan,
         node_rank=place.node_rank,
@@ -198,4 +215,6 @@ def _launch(plan: Plan, place: Place) -> torchrun.Torchrun:
     if place.round > 1:
         say(f"round {place.round}: node rank {place.node_rank} of {place.nnodes}")
     environment = {**torchrun.environment(plan, os.environ, run_id=place.run_id), **watched(plan)}
-    return torchrun.Torchrun(command, environment, lambda outcome: keep_round(plan, place.run_id, outcome))
+    return torchrun.Torchrun(
+        command, environment, lambda outcome: keep_round(plan, place.run_id, outcome), preloaded=preloaded
+    )

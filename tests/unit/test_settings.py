@@ -32,13 +32,25 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_default(tmp_pa
 @pytest.mark.parametrize("setting", [each for each in TABLE if each.scope != "compose"], ids=lambda each: each.name)
 def test_shell_beats_file_beats_default_for_every_setting(setting: object, tmp_path: Path) -> None:
     name = getattr(setting, "name", "")
-    words = {"HARDWARE": ("cpu", "nvidia"), "BACKEND": ("gloo", "nccl")}
+    words = {"HARDWARE": ("cpu", "nvidia"), "BACKEND": ("gloo", "nccl"), "PRELOAD": ("torch", "torch,numpy")}
     words |= dict.fromkeys(("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1"))
     one, two = words.get(name, ("41", "42"))
     assert read(tmp_path, f"{name}={one}", **{name: two}).get(name) == Value(text=two, source="environment")
     assert read(tmp_path, f"{name}={one}").get(name) == Value(text=one, source=".env:1")
     unset = read(tmp_path, "").get(name)
     assert unset is None or unset.source == "default"
+
+
+@pytest.mark.parametrize(("lines", "environ"), [("PRELOAD=", {}), ("PRELOAD=torch", {"PRELOAD": ""})])
+def test_an_empty_preload_is_a_value(lines: str, environ: dict[str, str], tmp_path: Path) -> None:
+    value = read(tmp_path, lines, **environ).get("PRELOAD")
+    assert value is not None
+    assert (value.text, value.source) == ("", "environment" if environ else ".env:1")
+
+
+@pytest.mark.parametrize("text", ["torch,", "torch transformers", "torch;os", "1torch", "torch.", "../torch"])
+def test_a_preload_that_is_no_list_of_modules_is_refused(text: str, tmp_path: Path) -> None:
+    assert [problem.setting for problem in read(tmp_path, "", PRELOAD=text).problems] == ["PRELOAD"]
 
 
 def test_a_value_that_compose_passed_on_from_the_file_is_the_files_line(tmp_path: Path) -> None:
