@@ -265,6 +265,9 @@ def reseed() -> None:
     """Gives the process its own randomness where a library drew it when it was loaded; `random` does so by itself."""
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
+    if "torch" in sys.modules:
+        # Not torch.seed(), which gives GPUs another seed than their default.
+        sys.modules["torch"].default_generator.seed()
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
 

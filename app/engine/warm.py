@@ -93,6 +93,9 @@ class Connection:
                 said = self._socket.recv(65536, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
+            except ConnectionResetError:
+                # It ended before it had read all: what it had said itself can still be read.
+                continue
             except OSError:
                 said = b""
             if said:
