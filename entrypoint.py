@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app.cli.arguments import command_of
+from app.config.console import close_streams, open_streams, say
 from app.config.errors import UserError
 
 Command = Callable[[Sequence[str]], int]
@@ -32,12 +33,12 @@ def main(arguments: Sequence[str]) -> int:
         name, rest = command_of(arguments, COMMANDS)
         return COMMANDS[name](rest)
     except UserError as error:
-        print(f"torchrun-compose: {error.message}", file=sys.stderr, flush=True)
+        say(error.message)
         return error.code
     except ModuleNotFoundError as error:
         if error.name not in ("dotenv", "psutil"):
             raise
-        print(f"torchrun-compose: {sys.executable} lacks {error.name}. {INSTALL}", file=sys.stderr, flush=True)
+        say(f"{sys.executable} lacks {error.name}. {INSTALL}")
         return 2
 
 
@@ -113,4 +114,9 @@ COMMANDS: dict[str, Command] = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    open_streams()
+    try:
+        code = main(sys.argv[1:])
+    finally:
+        close_streams()
+    sys.exit(code)

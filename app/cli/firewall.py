@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from app.config.errors import UserError, refusal
+from app.config.errors import UserError
+from app.config.problems import refusal
 from app.config.settings import read_settings
 from app.plan import Plan, make_plan, probe_for
 from app.plan.firewall import ruleset

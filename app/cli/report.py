@@ -60,7 +60,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
     wanted = options(arguments)
     settings = read_settings(environ, env_file)
     found = draft(settings, probe_for(settings))
-    run_dir = Path(next(each.value for each in found.decisions if each.name == "RUN_DIR"))
+    run_dir = found.run_dir
     try:
         if not wanted.bundle:
             print(told(run_dir))
@@ -155,7 +155,7 @@ def _record(file: Path, secrets: Sequence[str]) -> bytes:
 
 def secrets_of(settings: Settings, found: Draft) -> tuple[str, ...]:
     """Values that must not leave this machine: variables with a telling name, and the cluster token."""
-    values = [value.text for name, value in settings.values.items() if SECRET_NAME.search(name)]
+    values = [value.text for name, value in settings.values.items() if value.secret or SECRET_NAME.search(name)]
     token = settings.text("CLUSTER_TOKEN_FILE")
     paths = {token, *(str(found.plan.token_file) for _ in [0] if found.plan and found.plan.token_file)}
     for path in filter(None, paths):

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from app.cli.explain import short
-from app.config.errors import UserError, refusal
+from app.config.console import show
+from app.config.errors import UserError
+from app.config.problems import refusal
 from app.config.settings import read_settings
 from app.plan import Plan, make_plan, probe_for
 from app.supervise.node import supervise
@@ -32,7 +34,7 @@ def start(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) 
     plan = make_plan(settings, probe_for(settings))
     if not isinstance(plan, Plan):
         raise refusal(plan)
-    print(short(plan), flush=True)
+    show(f"{short(plan)}\n", sys.stdout)
     for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        show(f"warning: {warning.message}\n", sys.stderr)
     return supervise(plan)

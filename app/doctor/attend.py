@@ -11,13 +11,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
-from app.doctor.cluster_checks.transport import Collective
-from app.doctor.collect import meter
+from app.doctor.cluster_checks.speed import judge_speed
+from app.doctor.cluster_checks.transport import Collective, judge_transport
 from app.doctor.collect.look import within
+from app.doctor.collect.packets import PacketEcho, full_size
 from app.doctor.facts import Facts
-from app.doctor.findings import Finding, Row
+from app.doctor.findings import Finding, Row, skipped
 from app.doctor.meeting import ANSWER, BEAT, Meeting, run_of
-from app.doctor.talk import read_findings, read_peer, told_collective, told_facts, told_findings
+from app.doctor.talk import read_findings, read_peers, told_facts, told_findings
 from app.gang import connectivity
 from app.gang.agreement import gather, host_id
 from app.gang.connect import NobodyError, Waiting, arrive
@@ -35,7 +36,6 @@ from app.gang.connection import (
 )
 from app.gang.messages import Say
 from app.plan import Plan
-from app.plan.resource_checks import speed_of
 
 SILENCE = 8 * BEAT
 DISK_PATIENCE = 10.0
@@ -57,14 +57,14 @@ class Attendant:
     reduce: Reduce
     life: str = field(default_factory=lambda: secrets.token_hex(8))
     _answering: connectivity.Answering = field(init=False)
-    _meter: meter.Meter = field(init=False)
+    _echo: PacketEcho = field(init=False)
     _left: list[Path] = field(default_factory=list)
 
     async def attend(self, dial: Callable[[], Awaitable[Wire]], wait: float) -> tuple[Row, ...]:
         """The table of all nodes. Raises NobodyError when node 0 does not come, refuses, or goes away."""
         self._answering = connectivity.Answering(secrets.token_hex(16))
         await self._answering.open(self.plan.network.address, self._free_master_port())
-        self._meter = meter.Meter(self.plan.network.address)
+        self._echo = PacketEcho(self.plan.network.address)
         try:
             wire = await self._join(dial, wait)
             try:
@@ -73,7 +73,7 @@ class Attendant:
                 wire.close()
         finally:
             self._tidy()
-            self._meter.close()
+            self._echo.close()
             self._answering.close()
 
     def _free_master_port(self) -> list[int]:
@@ -113,15 +113,13 @@ class Attendant:
             "life": self.life,
             "interface": plan.network.interface,
             "mtu": (nic.mtu or 0) if nic else 0,
-            "speed": (speed_of(nic, self.facts.host) or 0) if nic else 0,
             "transport": plan.network.transport,
             "facts": told_facts(self._compared()),
             "findings": told_findings(self.findings),
             "ports": [{"port": port} for port in self._answering.ports],
             "key": self._answering.key,
-            "tcp": self._meter.tcp,
-            "udp": self._meter.udp,
-            "meter_key": self._meter.key,
+            "echo_port": self._echo.port,
+            "echo_key": self._echo.key,
         }
 
     def _compared(self) -> Mapping[str, str]:
@@ -158,13 +156,8 @@ class Attendant:
             return {"micros": round(time.time() * 1e6)}
         if kind == "reach":
             return await self._reach(message)
-        if kind == "speed":
-            calibrate = bool(integer(message, "calibrate", 0, 1))
-            return await asyncio.to_thread(self._speed, read_peer(message), calibrate=calibrate)
         if kind == "packets":
-            mtu = integer(message, "mtu", 100, 1 << 20)
-            outcome = await asyncio.to_thread(meter.full_size, self.plan.network.address, read_peer(message), mtu)
-            return {"outcome": outcome}
+            return await self._packets(message)
         if kind == "leave":
             nonce = text(message, "nonce", 32)
             return {"wrote": int(await self._at_disk(lambda: self._leave(nonce), otherwise=False))}
@@ -190,20 +183,16 @@ class Attendant:
             for one in items(message, "targets", 1 << 12)
         ]
         failed = await connectivity.dial_all(self.plan.network.address, targets)
-        # torchrun's store, and the all-reduce below, need MASTER_PORT for themselves.
         return {"failed": [{"rank": target.rank, "port": target.port, "why": why} for target, why in failed]}
 
-    def _speed(self, peer: meter.Peer, *, calibrate: bool) -> Mapping[str, object]:
-        mine = meter.Peer(
-            address=self.plan.network.address, tcp=self._meter.tcp, udp=self._meter.udp, key=self._meter.key
+    async def _packets(self, message: Message) -> Mapping[str, object]:
+        peers = read_peers(message)
+        sizes = [integer(one, "mtu", 100, 1 << 20) for one in items(message, "peers", 1 << 10)]
+        own = self.plan.network.address
+        outcomes = await asyncio.gather(
+            *(asyncio.to_thread(full_size, own, peer, mtu) for peer, mtu in zip(peers.values(), sizes, strict=True))
         )
-        try:
-            own = meter.measure(self.plan.network.address, mine) if calibrate else None
-            found = meter.measure(self.plan.network.address, peer)
-        except (OSError, ValueError) as error:
-            return {"failure": connectivity.why(error) or type(error).__name__, "rtt": 0, "out": 0, "back": 0, "own": 0}
-        rates = {"out": round(found.out), "back": round(found.back), "own": round(min(own.out, own.back)) if own else 0}
-        return {"failure": "", "rtt": round(found.rtt * 1e9), **rates}
+        return {"outcomes": [{"rank": rank, "outcome": each} for rank, each in zip(peers, outcomes, strict=True)]}
 
     async def _at_disk(self, work: Callable[[], Done], otherwise: Done) -> Done:
         """`otherwise` where the checkpoint folder cannot be read, or does not answer: `disk` and `shared` say so."""
@@ -252,7 +241,11 @@ class Attendant:
             found = await self.reduce(self.facts, self.plan, text(message, "run_id", 64), place, size)
         except OSError as error:
             found = Collective(failure=f"this node could not start it: {error.strerror or error}.")
-        return told_collective(found)
+        interface = self.plan.network.interface
+        speed = tuple(judge_speed(found.speeds, place, interface))
+        if size > 1 and not speed:
+            speed = (skipped("speed", "not measured, since the all-reduce failed"),)
+        return {"findings": told_findings((*speed, judge_transport(found)))}
 
 
 async def meet(attendant: Attendant, wait: float) -> tuple[Row, ...]:

@@ -11,11 +11,9 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from app.doctor.cluster_checks import judge
-from app.doctor.cluster_checks.links import slowness
-from app.doctor.collect.meter import Speed
 from app.doctor.findings import Row
 from app.doctor.results import Measured
-from app.doctor.talk import Seat, read_collective, read_seat, told_findings
+from app.doctor.talk import Seat, read_findings, read_seat, told_findings, told_peer
 from app.gang import connectivity
 from app.gang.connection import HANDSHAKE, Message, UntrustedError, Wire, WireError, challenge, integer, items, text
 from app.gang.messages import Say
@@ -27,14 +25,8 @@ STRAGGLERS = 2.0
 """Seconds that are waited once every node has come or was turned away."""
 ANSWER = 25.0
 """Seconds for the answer to one question."""
-ALL_REDUCE = 45.0
-"""Seconds from the start of torchrun, most of which is the import of torch, to its end."""
-SECOND_LOOKS = 2
-LOOKS_SECONDS = 15.0
-"""A busy moment of a machine passes, a slow link stays: a slow pair is measured again, the best counts. Where all are
-slow there is no time for all, and no need."""
-MOST_STEPS = 15
-"""Up to 16 nodes every pair is measured; above, each node with 15 others."""
+COLLECTIVE = 75.0
+"""Seconds from the start of torchrun to its end: import of torch, up to 15 steps of pairs, the all-reduces."""
 CLOCK_ASKS = 5
 
 
@@ -120,9 +112,9 @@ class Meeting:
             measured.listed = self.plan.nodes.addresses
             measured.nodes = {rank: seat.node for rank, seat in sorted(self.seats.items())}
             if len(self.seats) > 1:
-                await self._tell(f"{len(self.seats)} nodes are here; measuring every pair")
+                await self._tell(f"{len(self.seats)} nodes are here; trying every pair")
                 await self._reach()
-                await self._pairs()
+                await self._packets()
                 await self._clocks()
                 await self._shared()
             await self._all_reduce()
@@ -216,10 +208,8 @@ class Meeting:
 
     async def _reach(self) -> None:
         """Every node connects to its share of the others, on random ports and on MASTER_PORT."""
-        ranks = sorted(self.seats)
         questions = {}
-        for index, rank in enumerate(ranks):
-            peers = [ranks[other] for other in connectivity.targets(index, len(ranks))]
+        for rank, peers in self._shares().items():
             self.measured.tried |= {(rank, peer) for peer in peers}
             targets = [
                 {"rank": peer, "address": seat.node.address, "port": port, "key": seat.key}
@@ -230,52 +220,37 @@ class Meeting:
             questions[rank] = self._ask(rank, "reach", {"targets": targets})
         for rank, answer in (await self._ask_all(questions)).items():
             with contextlib.suppress(WireError):
-                for failed in items(answer, "failed", 4 * len(ranks)):
+                for failed in items(answer, "failed", 1 << 14):
                     peer = integer(failed, "rank", 0, 1 << 20)
                     if peer in self.measured.nodes:
                         key = (rank, peer, text(failed, "why", 200))
                         self.measured.blocked.setdefault(key, []).append(integer(failed, "port", 1, 65535))
 
-    async def _pairs(self) -> None:
-        """Speed of every pair and full-size packets both ways; a node is in one pair at a time."""
-        for step in steps(sorted(self.seats))[:MOST_STEPS]:
-            await asyncio.gather(*(self._pair(*pair) for pair in step))
-        until = time.monotonic() + LOOKS_SECONDS
-        for _ in range(SECOND_LOOKS):
-            for pair, speed in list(self.measured.speeds.items()):
-                if slowness(self.measured, pair, speed) and time.monotonic() < until:
-                    await self._speed(*pair, calibrate=True)
-
-    async def _pair(self, first: int, second: int) -> None:
+    async def _packets(self) -> None:
+        """Every node sends packets of full size to its share of the others."""
         cut = {(source, target) for source, target, _ in self.measured.blocked}
-        if (first, second) in cut:
-            self.measured.unmeasured[first, second] = "it cannot be reached"
-            return
-        await self._speed(first, second)
-        for source, target in ((first, second), (second, first)):
-            if source in self.seats and target in self.seats and (source, target) not in cut:
-                mtu = min(self.measured.nodes[source].mtu, self.measured.nodes[target].mtu)
-                answer = await self._ask(source, "packets", {"mtu": mtu, **self.seats[target].meter}) if mtu else None
-                if answer is not None:
-                    self.measured.packets[source, target] = text(answer, "outcome", 20)
+        questions = {}
+        for rank, peers in self._shares().items():
+            mtus = {peer: min(self.measured.nodes[one].mtu for one in (rank, peer)) for peer in peers}
+            peers_ = [
+                {**told_peer(peer, self.seats[peer].echo), "mtu": mtu}
+                for peer, mtu in mtus.items()
+                if mtu and peer in self.seats and (rank, peer) not in cut
+            ]
+            questions[rank] = self._ask(rank, "packets", {"peers": peers_})
+        for rank, answer in (await self._ask_all(questions)).items():
+            for one in items(answer, "outcomes", 1 << 10):
+                peer = integer(one, "rank", 0, 1 << 16)
+                if peer in self.measured.nodes:
+                    self.measured.packets[rank, peer] = text(one, "outcome", 20)
 
-    async def _speed(self, first: int, second: int, *, calibrate: bool = False) -> None:
-        if first not in self.seats or second not in self.seats:
-            return
-        answer = await self._ask(first, "speed", {"calibrate": int(calibrate), **self.seats[second].meter})
-        if answer is None:
-            return
-        if why := text(answer, "failure", 200):
-            self.measured.unmeasured[first, second] = why
-            return
-        rtt, out, back, own = (integer(answer, name, 0, 1 << 50) for name in ("rtt", "out", "back", "own"))
-        before = self.measured.speeds.get((first, second), Speed(rtt=rtt / 1e9, out=0, back=0))
-        self.measured.speeds[first, second] = Speed(
-            rtt=min(before.rtt, rtt / 1e9),
-            out=max(before.out, out),
-            back=max(before.back, back),
-            own=min(own, before.own or own) if own else before.own,
-        )
+    def _shares(self) -> dict[int, list[int]]:
+        """For each node that is here, the others that it tries."""
+        ranks = sorted(self.seats)
+        return {
+            rank: [ranks[other] for other in connectivity.targets(index, len(ranks))]
+            for index, rank in enumerate(ranks)
+        }
 
     async def _clocks(self) -> None:
         for rank in sorted(self.seats.keys() - {0}):
@@ -311,29 +286,17 @@ class Meeting:
     async def _all_reduce(self) -> None:
         """A short real collective through torchrun, only where all nodes are here and reach each other."""
         measured = self.measured
-        if measured.hopeless:
-            measured.no_collective = "not tried: first cure what is red"
+        if measured.collective_would_hang:
+            measured.no_collective = "not tried: first fix what is red"
             return
-        await self._tell("all-reduce through torchrun")
+        await self._tell("torchrun: speed of the pairs, then an all-reduce")
         ranks = sorted(self.seats)
         run_id = f"doctor-{secrets.token_hex(4)}"
         questions = {
             rank: self._ask(
-                rank, "all-reduce", {"run_id": run_id, "place": index, "nnodes": len(ranks)}, ALL_REDUCE + ANSWER
+                rank, "all-reduce", {"run_id": run_id, "place": index, "nnodes": len(ranks)}, COLLECTIVE + ANSWER
             )
             for index, rank in enumerate(ranks)
         }
         for rank, answer in (await self._ask_all(questions)).items():
-            measured.collectives[rank] = read_collective(answer)
-
-
-def steps(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Every pair of `ranks` once, in steps in which each node is in at most one pair (the circle method)."""
-    circle: list[int | None] = [*ranks, *([None] if len(ranks) % 2 else [])]
-    found = []
-    for _ in range(len(circle) - 1):
-        half = len(circle) // 2
-        pairs = zip(circle[:half], reversed(circle[half:]), strict=True)
-        found.append([(min(one, two), max(one, two)) for one, two in pairs if one is not None and two is not None])
-        circle = [circle[0], circle[-1], *circle[1:-1]]
-    return found
+            measured.collectives[rank] = read_findings(answer)

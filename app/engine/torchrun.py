@@ -126,6 +126,8 @@ class Torchrun:
     async def _events(self) -> AsyncIterator[Any]:
         """What the agent says, until it has ended."""
         while True:
+            if isinstance(self.process, Forked):
+                self.process.follow()
             reader = asyncio.StreamReader(limit=1 << 22)
             transport, _ = await asyncio.get_running_loop().connect_read_pipe(
                 functools.partial(asyncio.StreamReaderProtocol, reader), os.fdopen(self.read_fd, "rb", buffering=0)

@@ -1,5 +1,6 @@
 """Asks the preloaded process (preload.py) for torchruns and workers: what the launcher and an agent have of it."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -32,6 +33,10 @@ class Forked:
         self.returncode: int | None = None
         self.error: OSError | None = None
         """Why it was not forked."""
+
+    def follow(self) -> None:
+        """Keeps `pid` and `returncode` up to date by the running event loop."""
+        self._connection.follow()
 
     @property
     def stillborn(self) -> bool:
@@ -66,6 +71,7 @@ class Connection:
         self._socket, self._hear = end, hear
         self._asked = deque[Forked]()
         self._begun: dict[int, Forked] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.closed = False
 
     def fork(self, kind: bytes, arguments: Sequence[str], environ: Mapping[str, str], descriptors: list[int]) -> Forked:
@@ -83,7 +89,7 @@ class Connection:
                 socket.send_fds(self._socket, [kind], [file.fileno(), *descriptors])
                 self._asked.append(process)
             except OSError:
-                self.closed, process.returncode = True, -signal.SIGKILL
+                process.returncode = -signal.SIGKILL
         return process
 
     def receive(self) -> None:
@@ -101,18 +107,29 @@ class Connection:
             if said:
                 self._take(*json.loads(said))
             else:
-                self.closed = True
-                # Its children die with it.
-                for process in (*self._asked, *self._begun.values()):
-                    process.returncode = -signal.SIGKILL
+                self._end()
+
+    def follow(self) -> None:
+        """Has the running event loop take in what is said, as long as there is somebody to say it."""
+        if not self._loop and not self.closed:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._socket, self.receive)
 
     def pause(self, seconds: float) -> None:
         """Returns when something was said, at the latest after `seconds`."""
         select.select([self._socket], [], [], seconds)
 
     def close(self) -> None:
-        self.closed = True
+        self._end()
         self._socket.close()
+
+    def _end(self) -> None:
+        self.closed = True
+        if self._loop and not self._loop.is_closed():
+            self._loop.remove_reader(self._socket)
+        # Its children die with it.
+        for process in (*self._asked, *self._begun.values()):
+            process.returncode = -signal.SIGKILL
 
     def _take(self, event: str, *details: object) -> None:
         if event == "started":

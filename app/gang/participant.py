@@ -5,11 +5,11 @@ import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from app.config.exitcodes import ExitCode
-from app.engine.outcome import Failure, Outcome, Stall
+from app.engine.outcome import Collective, Failure, Outcome, Stall
 from app.gang import connectivity
 from app.gang.agreement import host_id
 from app.gang.connect import NobodyError, Waiting, arrive
@@ -25,7 +25,7 @@ from app.gang.connection import (
     text,
 )
 from app.gang.membership import BEATS
-from app.gang.messages import MOST_RANKS, Say
+from app.gang.messages import MOST_ENTERED, MOST_RANKS, Say
 from app.gang.verdict import Verdict
 from app.plan import Plan
 
@@ -103,7 +103,7 @@ class Member:
         self._halted = False
         """The engine was told to end."""
         self._heard = 0.0
-        self._stalled, self._run_id = list[tuple[int, str, int]](), ""
+        self._stalled, self._run_id = list[tuple[int, str, tuple[Collective, ...]]](), ""
 
     def stop(self) -> None:
         """The user wants this job to end; called a second time, at once."""
@@ -273,7 +273,10 @@ class Member:
         # What was seen a moment ago may be of the round before.
         seen = [stall for stall in self.around.stalls() if stall.run_id in ("", self._run_id)]
         stalls = seen[:MOST_RANKS] if self._engine else []
-        places = [(stall.rank, stall.at, stall.sequence) for stall in stalls]
+        # A line has room for some 128 collectives.
+        most = max(1, min(MOST_ENTERED, 128 // max(1, len(stalls))))
+        stalls = [replace(stall, entered=stall.entered[-most:]) for stall in stalls]
+        places = [(stall.rank, stall.at, stall.entered) for stall in stalls]
         if places != self._stalled:
             self._stalled = places
             wire.send("stalled", ranks=[asdict(stall) for stall in stalls])

@@ -16,8 +16,8 @@ WRAPPED_BYTES = 1 << 18
 GAP = 300
 """Characters that `...` may stand for where lines are joined."""
 SOFT = re.compile(
-    r"(?i)^\s*\[?W(?:[0-9]{4})?[ \]]|^\s*warn(?:ing)?\b|\bwarning:|\bretrying\b|\bwill retry\b|\bwillRetry=1|\bRetry\(|"
-    r"\bfall(?:s|ing)?[ -]?back\b|\bfallback\b|\bskipp(?:ed|ing)\b|\bignor(?:ed|ing)\b|\binstead\b"
+    r"(?i)^\s*\[?W(?:[0-9]{4})?[ \]]|^\s*warning\b|^\s*WARN\[|\bwarning:|\bretrying\b|\bwill retry\b|\bwillRetry=1|"
+    r"\bRetry\(|\bfall(?:s|ing)?[ -]?back\b|\bfallback\b|\bskipp(?:ed|ing)\b|\bignor(?:ed|ing)\b"
 )
 """A line that tells of something survived."""
 

@@ -267,9 +267,9 @@ BROKEN = {
         "it initialises CUDA, which no forked process can use",
     ),
 }
-SHOWS = """
+SHOWS = f"""
 import pathlib, sys
-print("preloaded", "whole" in sys.modules, [name for name in ("preload_threads", "preload_cuda", "preload_dies") if name in sys.modules])
+print("preloaded", "whole" in sys.modules, [name for name in sys.modules if name in {[*BROKEN]}])
 print("title", pathlib.Path("/proc/self/cmdline").read_text()[:5])
 sys.exit(int(sys.argv[1]))
 """

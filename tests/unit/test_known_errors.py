@@ -71,7 +71,6 @@ ORDINARY = (
     "calendar: async fatal event handler registered",
     "GID table changed its width to 80 columns",
     "ValueError: invalid literal for int() with base 10: ''",
-    "torch.OutOfMemoryError: HIP out of memory. Tried to allocate 2.00 GiB",
     "retry on MemoryError is on",
     "the dataset's manifest unknown, indexing anew",
     "Stale file handle cache dropped",
