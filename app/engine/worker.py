@@ -109,6 +109,9 @@ def become(module: ModuleType, **attributes: object) -> None:
     """Makes `module` the process's `__main__`: pickle and multiprocessing look their names up there."""
     module.__dict__.update(attributes, __builtins__=__builtins__)
     sys.modules["__main__"] = module
+    if "__mp_main__" in sys.modules:
+        # multiprocessing's other name for it, under which its spawned processes send objects back.
+        sys.modules["__mp_main__"] = module
 
 
 def trim(trace: TracebackType | None) -> TracebackType | None:
