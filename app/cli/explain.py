@@ -1,5 +1,6 @@
 """`explain`: the plan in words: each value, its source, its reason, and what was not chosen. Nothing here decides."""
 
+import argparse
 import os
 import shlex
 import sys
@@ -10,10 +11,12 @@ from typing import TextIO
 
 from app.config.envfile import SECRETS
 from app.config.errors import printable
+from app.config.options import Parser, script_line
 from app.config.problems import count
 from app.config.settings import BY_NAME, read_settings
 from app.plan import Draft, Plan, draft, probe_for
 from app.plan.decisions import Decision
+from app.plan.places import results
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Node", ("rank", "names", "ports")),
@@ -26,21 +29,27 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Title, and what its decisions are about."""
 
-USAGE = """explain [--json] [SCRIPT | -m MODULE] [ARGS...]
-
-What a start with this script and these arguments (without them: as set) would use, and why; starts nothing.
---json prints the same for programs. Exit code: 0, or 2 if settings are wrong."""
-
 BOLD, DIM, RED, YELLOW, CYAN, PLAIN = "\033[1m", "\033[2m", "\033[31m", "\033[33m", "\033[36m", "\033[0m"
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
     """The command `explain [--json] [SCRIPT ...]`; starts nothing."""
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(USAGE)
-        return 0
-    settings = read_settings(environ, env_file, [argument for argument in arguments if argument != "--json"])
-    return explain(draft(settings, probe_for(settings)), as_json="--json" in arguments)
+    own, script = script_line(arguments)
+    wanted = options(own)
+    settings = read_settings(environ, env_file, script)
+    return explain(draft(settings, probe_for(settings)), as_json=wanted.json)
+
+
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="explain",
+        usage="explain [-h] [--json] [SCRIPT | -m MODULE | --] [ARGS...]",
+        description="What a start with this script and these arguments (without them: as set) would use, and why; "
+        "starts nothing.",
+        epilog="Exit code: 0, or 2 if settings are wrong.",
+    )
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    return parser.read(arguments)
 
 
 def explain(found: Draft, *, as_json: bool = False, out: TextIO | None = None) -> int:
@@ -63,7 +72,7 @@ def explain(found: Draft, *, as_json: bool = False, out: TextIO | None = None) -
 
 
 def short(plan: Plan) -> str:
-    """The plan in five lines, printed at each start."""
+    """The plan in six lines, printed at each start."""
     workers, network = plan.workers, plan.network
     rdma = workers.backend == "nccl" and network.transport != "sockets"
     transport = f"RDMA through {','.join(network.rdma_ports)}" if rdma else "sockets only"
@@ -75,7 +84,8 @@ def short(plan: Plan) -> str:
             f"run {plan.run_name}: {node}",
             f"network: {network.interface}, {transport}",
             f"workers: {workers.nproc} of {plan.world_size} on {devices}, {workers.backend}",
-            f"script: {printable(shlex.join(plan.script.command))}, in {printable(str(plan.script.run_dir))}",
+            f"script: {printable(shlex.join(plan.script.command))}",
+            f"results: {printable(results(plan.script))}",
             f"store: {network.master_addr} port {network.master_port}; {warnings}run `explain` for details",
         ]
     )

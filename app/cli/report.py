@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from app.cli.explain import to_lines
 from app.config.errors import UserError
+from app.config.options import Parser
 from app.config.settings import Settings, read_settings
 from app.plan import Draft, draft, probe_for
 from app.report.node_report import READ_BYTES, stored
@@ -83,9 +84,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
     """`bundle`: a file, `-` for standard output, None to print."""
-    parser = argparse.ArgumentParser(prog="report", description="What went wrong on this node, last time.")
+    parser = Parser(prog="report", description="What went wrong on this node, last time.")
     parser.add_argument("--bundle", metavar="FILE", help="write one .tar.gz, secrets removed; - is standard output")
-    return parser.parse_args(arguments)
+    return parser.read(arguments)
 
 
 def told(run_dir: Path) -> str:

@@ -60,6 +60,8 @@ class Script:
     """The script part of torchrun's command."""
     run_dir: Path
     checkpoint_dir: Path
+    places: tuple[Path | None, Path | None] = (None, None)
+    """Of run_dir and checkpoint_dir on the host, where this is a container and they are folders of it."""
     home: Path | None = None
     """For HOME, where the container's own is in memory."""
     env: Mapping[str, str] = field(repr=False, default_factory=dict)

@@ -7,6 +7,7 @@ from pathlib import Path
 from app.config.settings import Settings
 from app.host import Host
 from app.host.mounts import mount_of
+from app.plan.parts import Script
 
 WRITTEN = ("WORKSPACE", "RUNS", "DATA_DIR")
 """Variables of compose.yaml with a folder of the host."""
@@ -32,3 +33,19 @@ def volume(path: Path) -> str:
     """The name of the volume that a host's path lies in; "" if it is a folder of the user's."""
     found = re.search(r"/volumes/([^/]+)/_data(/|$)", str(path))
     return found[1] if found else ""
+
+
+def results(script: Script) -> str:
+    """Where a person finds checkpoints, logs and pictures, or the command that brings them out of a volume."""
+    found = [_place(script.run_dir, script.places[0])]
+    if not script.checkpoint_dir.is_relative_to(script.run_dir):
+        found.append(f"checkpoints: {_place(script.checkpoint_dir, script.places[1])}")
+    return "; ".join(found)
+
+
+def _place(path: Path, place: Path | None) -> str:
+    if place is None:
+        return str(path)
+    if name := volume(place):
+        return f"{path} in volume {name} (`docker compose cp trainer:{path} .`)"
+    return f"{place} on this host"

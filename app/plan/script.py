@@ -140,6 +140,7 @@ def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
         command=(*words, *(arguments.value if arguments else ())),
         run_dir=run_dir,
         checkpoint_dir=checkpoints,
+        places=(on_host(run_dir, host, settings), on_host(checkpoints, host, settings)),
         home=_home(settings, host),
         preload=settings.preload.value,
     )

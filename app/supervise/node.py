@@ -26,6 +26,7 @@ from app.gang.token import read_token
 from app.gang.verdict import Verdict
 from app.host.ports import holder
 from app.plan import Plan
+from app.plan.places import results
 from app.report.history import keep_left_out, keep_round
 from app.report.node_report import forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
@@ -87,6 +88,7 @@ def tell_end(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: f
     """All that is written and printed of the end, but the verdict itself."""
     if verdict.code == ExitCode.DONE:
         forget_report(plan)
+        say(f"results: {results(plan.script)}")
     elif verdict.code != ExitCode.STOPPED:
         tell_report(plan, verdict, before, started)
 

@@ -79,13 +79,14 @@ def test_json_has_the_plan_the_decisions_and_what_is_wrong() -> None:
     assert (problem["setting"], problem["values"]) == ("MASTER_PORT", {"given": "MASTER_PORT=x (environment)"})
 
 
-def test_the_start_prints_five_lines() -> None:
+def test_the_start_prints_six_lines() -> None:
     lines = short(planned(HOST, NODES="10.0.0.1,10.0.0.2", NPROC_PER_NODE="2", NODERANK="1")).splitlines()
     assert lines == [
         "run default: node 0 of 2, 10.0.0.1 (detected)",
         "network: eth0, sockets only",
         "workers: 2 of 4 on the CPU, gloo",
-        "script: -m app.train, in /runs/default",
+        "script: -m app.train",
+        "results: /runs/default",
         "store: 10.0.0.1 port 29400; 1 warning; run `explain` for details",
     ]
 

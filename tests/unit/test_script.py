@@ -11,7 +11,7 @@ from app.host.mounts import Mount, mount_of, read_mounts
 from app.host.paths import Seen, look_at, read_program
 from app.plan import draft, probe_for
 from app.plan.launchers import unwrap
-from app.plan.places import on_host, volume
+from app.plan.places import on_host, results, volume
 from app.plan.script_text import concerns
 from tests.unit.launch_facts import given, machine, planned, reason, refused, warned
 
@@ -178,6 +178,15 @@ def test_a_path_of_the_container_is_told_as_the_host_has_it() -> None:
     assert place is not None
     assert volume(place) == "torchrun-compose_runs"
     assert volume(Path("/home/me")) == ""
+
+
+def test_results_are_told_as_people_find_them() -> None:
+    assert results(planned(machine(), RUNS_ROOT="/r").script) == "/r/default"
+    own = planned(container(WORKSPACE, VOLUME), RUNS_ROOT="/runs", CHECKPOINT_DIR="out").script
+    assert results(own) == (
+        "/runs/default in volume torchrun-compose_runs (`docker compose cp trainer:/runs/default .`); "
+        "checkpoints: /home/me/stack/workspace/out on this host"
+    )
 
 
 def test_a_file_system_of_its_own_for_home_is_known_by_what_the_user_wrote() -> None:
