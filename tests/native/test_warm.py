@@ -226,6 +226,7 @@ def test_processes_are_titled_and_lines_come_at_once(tmp_path: Path) -> None:
         assert preloaded.num_threads() == 1
         (tmp_path / "go on").touch()
         assert launcher.end() == 0
+    assert "init_process_group" not in launcher.text
     assert titles == {f"rank{rank} {job.script} {tmp_path / 'go on'}" for rank in range(2)}
     assert all(name.startswith("rank") for name in names)
 
@@ -293,6 +294,14 @@ def test_a_module_that_breaks_the_start_is_left_out_and_told(tmp_path: Path, nam
     assert "[rank 0] title rank0" in launcher.text
     report = json.loads(next(tmp_path.glob("node0/*/report/node0/report.json")).read_text())
     assert report["left_out"] == [f"{name}: {why}"]
+
+
+@pytest.mark.parametrize("text", ["import torch", "from torch import nn", "import torch.nn.functional as F"])
+def test_ranks_that_train_a_copy_each_are_told_so_though_torch_was_loaded_before(tmp_path: Path, text: str) -> None:
+    with nodes(tmp_path, 1, text, NODES="", NODE_RANK="", NPROC_PER_NODE="2") as job:
+        launcher = job.start(0)
+        assert launcher.end() == 0
+    assert "its 2 ranks ran apart" in launcher.text
 
 
 def test_a_file_beside_the_script_is_its_own_module_whatever_is_loaded(tmp_path: Path) -> None:
