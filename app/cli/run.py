@@ -11,6 +11,7 @@ from app.config.options import Parser, script_line
 from app.config.problems import refusal
 from app.config.settings import read_settings
 from app.plan import Plan, make_plan, probe_for
+from app.report.redaction import plan_secrets, redact
 from app.supervise.node import supervise
 from app.supervise.restart_guard import read_final, write_final
 
@@ -48,7 +49,8 @@ def start(script: Sequence[str], environ: Mapping[str, str], env_file: Path) -> 
     plan = make_plan(settings, probe_for(settings))
     if not isinstance(plan, Plan):
         raise refusal(plan)
-    show(f"{short(plan)}\n", sys.stdout)
+    secrets = plan_secrets(plan, environ)
+    show(f"{redact(short(plan), secrets)}\n", sys.stdout)
     for warning in plan.warnings:
-        show(f"warning: {warning.message}\n", sys.stderr)
+        show(f"warning: {redact(warning.message, secrets)}\n", sys.stderr)
     return supervise(plan)
