@@ -18,7 +18,7 @@ from app.config.table import LEAST_WIDTH, PLAIN, wrapped
 from app.plan import Draft, Plan, draft, probe_for
 from app.plan.decisions import Decision
 from app.plan.places import results
-from app.report.redaction import draft_secrets, redact, redact_data
+from app.report.redaction import settings_secrets, redact, redact_data
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Node", ("rank", "names", "ports")),
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -
     wanted = options(own)
     settings = read_settings(environ, env_file, script)
     found = draft(settings, probe_for(settings))
-    return explain(found, as_json=wanted.json, secrets=draft_secrets(settings, found))
+    return explain(found, as_json=wanted.json, secrets=settings_secrets(settings, found.plan))
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:

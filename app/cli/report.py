@@ -14,7 +14,7 @@ from app.config.options import Parser
 from app.config.settings import read_settings
 from app.plan import Draft, draft, probe_for
 from app.report.node_report import READ_BYTES, stored
-from app.report.redaction import draft_secrets, redact
+from app.report.redaction import settings_secrets, redact
 
 TEXTS = ("report/*/report.*", "report/*/stalls/*.json", "logs/*/*.error.json", "logs/*/rounds.jsonl", "logs/*/*/*/*/*")
 RECORDS = "logs/*/flight_recorder_rank_*"
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
     settings = read_settings(environ, env_file)
     found = draft(settings, probe_for(settings))
     run_dir = found.run_dir
-    secrets = draft_secrets(settings, found)
+    secrets = settings_secrets(settings, found.plan)
     try:
         if not wanted.bundle:
             print(redact(told(run_dir), secrets))

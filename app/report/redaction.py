@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from app.config.settings import Settings
-from app.plan import Draft, Plan
+from app.plan import Plan
 
 REMOVED = "[removed]"
 SHORTEST_SECRET = 6
@@ -134,10 +134,10 @@ def plan_secrets(plan: Plan | None, environ: Mapping[str, str]) -> tuple[str, ..
     return secrets_of({**environ, **plan.script.env}, [plan.token_file]) if plan else secrets_of(environ)
 
 
-def draft_secrets(settings: Settings, found: Draft) -> tuple[str, ...]:
+def settings_secrets(settings: Settings, plan: Plan | None) -> tuple[str, ...]:
     """Those of the settings, whether a plan can be made of them or not."""
     named = settings.text("CLUSTER_TOKEN_FILE")
-    files = [Path(named) if named else None, found.plan.token_file if found.plan else None]
+    files = [Path(named) if named else None, plan.token_file if plan else None]
     return secrets_of({name: value.text for name, value in settings.values.items()}, files)
 
 

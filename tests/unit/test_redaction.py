@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from app.cli.explain import explain
 from app.engine.outcome import Failure, Outcome
 from app.report.history import keep_round
-from app.report.redaction import REMOVED, draft_secrets, redact, redact_data, secrets_of
+from app.report.redaction import REMOVED, settings_secrets, redact, redact_data, secrets_of
 from tests.machines.facts import drafted, settings_of
 
 SECRETS = [
@@ -101,7 +101,7 @@ def test_values_of_variables_with_a_telling_name_and_the_token_are_secrets(tmp_p
     settings = settings_of(
         {"CLUSTER_TOKEN_FILE": str(token), "WANDB_API_KEY": "wandb-value", "DB_PASSWORD": "short", "LANG": "C.UTF-8"}
     )
-    secrets = draft_secrets(settings, found)
+    secrets = settings_secrets(settings, found.plan)
     assert {"0123456789abcdef0123", "wandb-value"} <= {*secrets}
     assert not {"short", "C.UTF-8", str(token)} & {*secrets}
 
@@ -113,7 +113,7 @@ def test_the_end_of_a_private_key_at_the_beginning_of_a_text_is_removed() -> Non
 def test_a_secret_is_removed_in_every_form_that_it_takes_in_files(tmp_path: Path) -> None:
     found = drafted("laptop", tmp_path / "machine", RUN_DIR=str(tmp_path / "run"))
     value = "a\"b\\c'd@e-secret"
-    secrets = draft_secrets(settings_of({"DB_PASSWORD": value}), found)
+    secrets = settings_secrets(settings_of({"DB_PASSWORD": value}), found.plan)
     texts = [json.dumps({"x": value}), repr(value), shlex.quote(value), quote(value, safe=""), value]
     assert not [text for text in texts if "e-secret" in redact(text, secrets)]
 
