@@ -18,7 +18,7 @@ from app.config.table import LEAST_WIDTH, PLAIN, wrapped
 from app.plan import Draft, Plan, draft, probe_for
 from app.plan.decisions import Decision
 from app.plan.places import results
-from app.report.redaction import settings_secrets, redact, redact_data
+from app.report.redaction import redact, redact_data, settings_secrets
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Node", ("rank", "names", "ports")),

@@ -14,7 +14,7 @@ from app.config.options import Parser
 from app.config.settings import read_settings
 from app.plan import Draft, draft, probe_for
 from app.report.node_report import READ_BYTES, stored
-from app.report.redaction import settings_secrets, redact
+from app.report.redaction import redact, settings_secrets
 
 TEXTS = ("report/*/report.*", "report/*/stalls/*.json", "logs/*/*.error.json", "logs/*/rounds.jsonl", "logs/*/*/*/*/*")
 RECORDS = "logs/*/flight_recorder_rank_*"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from app.cli.explain import explain
 from app.engine.outcome import Failure, Outcome
 from app.report.history import keep_round
-from app.report.redaction import REMOVED, settings_secrets, redact, redact_data, secrets_of
+from app.report.redaction import REMOVED, redact, redact_data, secrets_of, settings_secrets
 from tests.machines.facts import drafted, settings_of
 
 SECRETS = [
