@@ -32,7 +32,7 @@ Tell = Callable[[dict[str, object]], None]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Those that torch handles."""
 LONGEST = 4096
-"""Characters of an error that are told: a state_dict's missing keys are megabytes, and its first line is what counts."""
+"""Characters of an error that are told: the missing keys of a checkpoint may be megabytes."""
 SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - as in worker.py
 
 
