@@ -12,11 +12,13 @@ from typing import TextIO
 from app.config.envfile import SECRETS
 from app.config.errors import printable
 from app.config.options import Parser, script_line
-from app.config.problems import count
+from app.config.problems import Problem, count
 from app.config.settings import BY_NAME, read_settings
+from app.config.table import LEAST_WIDTH, PLAIN, wrapped
 from app.plan import Draft, Plan, draft, probe_for
 from app.plan.decisions import Decision
 from app.plan.places import results
+from app.report.redaction import redact, redact_data, settings_secrets
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Node", ("rank", "names", "ports")),
@@ -29,7 +31,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Title, and what its decisions are about."""
 
-BOLD, DIM, RED, YELLOW, CYAN, PLAIN = "\033[1m", "\033[2m", "\033[31m", "\033[33m", "\033[36m", "\033[0m"
+BOLD, DIM, RED, YELLOW, CYAN = "\033[1m", "\033[2m", "\033[31m", "\033[33m", "\033[36m"
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
@@ -37,7 +39,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -
     own, script = script_line(arguments)
     wanted = options(own)
     settings = read_settings(environ, env_file, script)
-    return explain(draft(settings, probe_for(settings)), as_json=wanted.json)
+    found = draft(settings, probe_for(settings))
+    return explain(found, as_json=wanted.json, secrets=settings_secrets(settings, found.plan))
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -52,11 +55,12 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.read(arguments)
 
 
-def explain(found: Draft, *, as_json: bool = False, out: TextIO | None = None) -> int:
-    """Prints what a launch would use. Exit code 0, or 2 if settings are wrong."""
+def explain(found: Draft, *, as_json: bool = False, out: TextIO | None = None, secrets: Sequence[str] = ()) -> int:
+    """Prints what a launch would use, without secrets. Exit code 0, or 2 if settings are wrong."""
+    found = _without(found, secrets)
     target = sys.stdout if out is None else out
     if as_json:
-        text = to_json(found)
+        text = to_json(found, secrets)
     elif target.isatty():
         import shutil
 
@@ -122,7 +126,7 @@ def to_table(found: Draft, width: int, *, colour: bool) -> str:
     values = min(40, max((len(each.value) for each in found.decisions), default=0))
     sources = max((len(each.source) for each in found.decisions), default=0)
     indent = 2 + names + 2 + values + 2 + sources + 2
-    if width - indent < 30:
+    if width - indent < LEAST_WIDTH:
         indent = 6
     lines: list[str] = []
     for title, decisions in sections(found):
@@ -131,30 +135,50 @@ def to_table(found: Draft, width: int, *, colour: bool) -> str:
             source = f"{each.source:<{sources}}"
             head = f"  {each.name:<{names}}  {each.value:<{values}}  {source}  "
             painted = f"  {each.name:<{names}}  {paint(CYAN, each.value.ljust(values))}  {source}  "
-            reason = _wrapped(each.reason, width, indent)
+            reason = wrapped(each.reason, width, indent)
             if len(head) > indent:
                 lines += [painted.rstrip(), *reason]
             else:
                 lines += [painted + reason[0].strip(), *reason[1:]]
             for text in each.rejected:
-                lines += [paint(DIM, line) for line in _wrapped(f"not {text}", width, indent)]
+                lines += [paint(DIM, line) for line in wrapped(f"not {text}", width, indent)]
         lines.append("")
     for style, word, problems in ((YELLOW, "warning", found.warnings), (RED, "problem", found.problems)):
         for problem in problems:
             first, *rest = problem.message.split("\n")
-            wrapped = _wrapped(f"{word}: {first}", width, 2)
-            lines += [paint(style, wrapped[0].strip()), *wrapped[1:], *rest]
+            start, *more = wrapped(f"{word}: {first}", width, 2)
+            lines += [paint(style, start.strip()), *more, *rest]
     return "\n".join(lines).rstrip()
 
 
-def _wrapped(text: str, width: int, indent: int) -> list[str]:
-    import textwrap
+def _without(found: Draft, secrets: Sequence[str]) -> Draft:
+    """The draft without secrets in what it tells; before lines are wrapped, which would tear them."""
 
-    room = max(30, width - indent)
-    return textwrap.wrap(text, room + indent, initial_indent=" " * indent, subsequent_indent=" " * indent) or [""]
+    def clean(text: str) -> str:
+        return redact(text, secrets)
+
+    def told(problem: Problem) -> Problem:
+        values = {name: clean(value) if isinstance(value, str) else value for name, value in problem.values.items()}
+        return replace(problem, values=values, details=tuple(map(clean, problem.details)))
+
+    decisions = [
+        replace(
+            each,
+            value=clean(each.value),
+            reason=clean(each.reason),
+            rejected=tuple(clean(text) for text in each.rejected),
+        )
+        for each in found.decisions
+    ]
+    return replace(
+        found,
+        decisions=tuple(decisions),
+        warnings=tuple(map(told, found.warnings)),
+        problems=tuple(map(told, found.problems)),
+    )
 
 
-def to_json(found: Draft) -> str:
+def to_json(found: Draft, secrets: Sequence[str] = ()) -> str:
     """The same for machines: `plan` (null if something is wrong), `decisions`, `warnings`, `problems`."""
     import json
 
@@ -170,7 +194,7 @@ def to_json(found: Draft) -> str:
         "warnings": [each.to_dict() for each in found.warnings],
         "problems": [each.to_dict() for each in found.problems],
     }
-    return json.dumps(content, indent=2, default=str)
+    return json.dumps(redact_data(content, secrets), indent=2, default=str)
 
 
 def _public(plan: Plan) -> dict[str, str]:

@@ -9,10 +9,12 @@ from app.config.console import show
 from app.config.errors import UserError
 from app.config.options import Parser, script_line
 from app.config.problems import refusal
-from app.config.settings import read_settings
+from app.config.settings import Settings, read_settings
 from app.plan import Plan, make_plan, probe_for
+from app.report.redaction import redact, settings_secrets
 from app.supervise.node import supervise
 from app.supervise.restart_guard import read_final, write_final
+from app.supervise.unfit import tell_node_0
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
@@ -45,10 +47,19 @@ def options(arguments: Sequence[str]) -> None:
 
 def start(script: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
     settings = read_settings(environ, env_file, script)
+    try:
+        return carry_out(settings)
+    except UserError as error:
+        tell_node_0(settings, error.message)
+        raise
+
+
+def carry_out(settings: Settings) -> int:
     plan = make_plan(settings, probe_for(settings))
     if not isinstance(plan, Plan):
         raise refusal(plan)
-    show(f"{short(plan)}\n", sys.stdout)
+    secrets = settings_secrets(settings, plan)
+    show(f"{redact(short(plan), secrets)}\n", sys.stdout)
     for warning in plan.warnings:
-        show(f"warning: {warning.message}\n", sys.stderr)
+        show(f"warning: {redact(warning.message, secrets)}\n", sys.stderr)
     return supervise(plan)

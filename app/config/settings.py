@@ -68,6 +68,8 @@ def optional(parse: Callable[[str], T], scope: Scope = "cluster", check: str = "
 
 PORT = whole_number(1, 65535)
 SWITCH = one_of("0", "1")
+HARDWARE = ("cpu", "nvidia", "nvidia-ib", "cdi", "rocm")
+"""Each is a file in hardware/."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class Settings:
     control_port: Value[int] | None = optional(PORT, check="ports")
     nproc_per_node: Value[int | str] = setting(processes, "auto", check="gpus")
     run_name: Value[str] = setting(run_name, "default")
-    hardware: Value[str] | None = optional(one_of("cpu", "nvidia", "nvidia-ib", "cdi"), scope="node", check="gpus")
+    hardware: Value[str] | None = optional(one_of(*HARDWARE), scope="node", check="gpus")
     backend: Value[str] = setting(one_of("auto", "gloo", "nccl"), "auto", check="gpus")
     train_script: Value[tuple[str, ...]] = setting(shell_words, "-m app.train")
     train_args: Value[tuple[str, ...]] | None = optional(shell_words)
@@ -91,6 +93,7 @@ class Settings:
     run_dir: Value[Path] | None = optional(path, scope="node")
     checkpoint_dir: Value[Path] | None = optional(path, scope="node")
     data: Value[str] | None = optional(str, scope="node")
+    log_bytes: Value[int] = setting(whole_number(0), "100000000", scope="node")
     start_timeout: Value[float] = setting(seconds(1), "300")
     min_nodes: Value[int] | None = optional(whole_number(1))
     max_restarts: Value[int] = setting(whole_number(0), "3")
@@ -116,6 +119,7 @@ class Settings:
     image: Value[str] | None = optional(str, scope="compose")
     base_image: Value[str] | None = optional(str, scope="compose")
     wheelhouse: Value[str] | None = optional(str, scope="compose")
+    render_group: Value[str] | None = optional(str, scope="compose")
     runs: Value[str] | None = optional(str, scope="compose")
     run_as: Value[str] | None = optional(str, scope="compose")
     workspace: Value[str] | None = optional(str, scope="compose")

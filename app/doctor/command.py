@@ -8,20 +8,22 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from app.config.errors import UserError
 from app.config.options import Parser
 from app.config.settings import Settings, read_settings
-from app.doctor.collect.look import look
+from app.doctor.collect.live import collect
 from app.doctor.facts import Facts
-from app.doctor.findings import Finding, Row, Severity, Value, red, told
+from app.doctor.findings import Finding, Row, Severity, Value, from_sentence, red
 from app.doctor.node_checks import check_node
 from app.doctor.table import WORDS, exit_code, to_json, to_lines, to_table, verdict
 from app.host import probe
 from app.plan import Plan, draft
 from app.plan.node_list import names_to_resolve
 from app.plan.script import files_to_look_at
+from app.report.redaction import plan_secrets, redact
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | None) -> int:
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
     # A node alone with several workers has a collective to try, and nobody to meet.
     if facts.plan and facts.plan.world_size > 1 and not wanted.alone:
         rows = with_others(facts, facts.plan, rows[0], wanted.wait)
-    print(shown(rows, as_json=wanted.json))
+    print(shown([without_secrets(row, facts) for row in rows], as_json=wanted.json))
     return exit_code(rows)
 
 
@@ -52,20 +54,19 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
 def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row]:
     """The table of all nodes, or of this one with the reason why there is no other."""
     from app.config.console import say
-    from app.doctor.attend import Attendant, meet
     from app.doctor.collect.collective import all_reduce
-    from app.gang.connect import NobodyError
-    from app.gang.connectivity import why
+    from app.doctor.participant import meet
+    from app.gang.connect import NoAnswerError
+    from app.gang.probes import why
     from app.gang.token import read_token
 
-    tell_own(own, say, "meeting the others" if plan.nodes.count > 1 else "now a collective")
+    say_own(own, say, "waiting for the other nodes" if plan.nodes.count > 1 else "trying a collective")
     try:
         token = read_token(plan)
-        attendant = Attendant(facts=facts, plan=plan, token=token, findings=own.findings, say=say, reduce=all_reduce)
-        return asyncio.run(stoppable(meet(attendant, wait)))
+        return asyncio.run(stoppable(meet(facts, plan, token, own.findings, say, all_reduce, wait)))
     except UserError as error:
-        return [_with(own, told("settings-wrong", "settings", Severity.RED, error.message))]
-    except NobodyError as error:
+        return [_with(own, from_sentence("settings-wrong", "settings", Severity.RED, error.message))]
+    except NoAnswerError as error:
         absent = red("coordinator-missing", "present", "{reason}", reason=str(error))
         node0 = Row(rank=0, address=plan.nodes.addresses[0], findings=(absent,))
         return [node0, own] if own.rank else [_with(own, absent)]
@@ -96,7 +97,7 @@ async def stoppable(work: Coroutine[None, None, Sequence[Row]]) -> Sequence[Row]
         raise SystemExit(128 + stops[0] if stops else 1) from None
 
 
-def tell_own(own: Row, say: Callable[[str], None], then: str) -> None:
+def say_own(own: Row, say: Callable[[str], None], then: str) -> None:
     """What this node found by itself, at once: the others may take a while."""
     for each in own.findings:
         if each.bad:
@@ -114,16 +115,27 @@ def gather_facts(settings: Settings, root: Path = Path("/")) -> Facts:
     host = probe(root, resolve=(*names_to_resolve(settings), name), paths=files_to_look_at(settings))
     found = draft(settings, host)
     return Facts(
-        host=host, draft=found, look=look(root, host, found.plan.script.checkpoint_dir if found.plan else None)
+        host=host, draft=found, live=collect(root, host, found.plan.script.checkpoint_dir if found.plan else None)
     )
 
 
 def own_row(facts: Facts) -> Row:
+    """Without secrets: the other nodes get it."""
     plan = facts.plan
-    findings = check_node(facts)
-    if plan is None:
-        return Row(rank=-1, address=facts.host.hostname, findings=findings)
-    return Row(rank=plan.nodes.rank, address=plan.network.address, findings=findings)
+    rank, address = (plan.nodes.rank, plan.network.address) if plan else (-1, facts.host.hostname)
+    return without_secrets(Row(rank=rank, address=address, findings=check_node(facts)), facts)
+
+
+def without_secrets(row: Row, facts: Facts) -> Row:
+    secrets = plan_secrets(facts.plan, os.environ)
+
+    def clean(finding: Finding) -> Finding:
+        told = {
+            name: redact(value, secrets) if isinstance(value, str) else value for name, value in finding.values.items()
+        }
+        return replace(finding, values=told, fix=redact(finding.fix, secrets))
+
+    return replace(row, findings=tuple(map(clean, row.findings)))
 
 
 def shown(rows: Sequence[Row], *, as_json: bool) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,19 +17,28 @@ from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic import multiprocessing
-from torch.distributed.elastic.multiprocessing import RunProcsResult, SignalException, SubprocessContext
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    RunProcsResult,
+    SignalException,
+    Std,
+    SubprocessContext,
+)
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.multiprocessing.subprocess_handler import handlers
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 from torch.distributed.run import main as torchrun
 
 from app.engine import torch_private, warm
+from app.engine.output import in_pipes
 from app.engine.warm import Connection
 
 Tell = Callable[[dict[str, object]], None]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Those that torch handles."""
 WORKER = Path(__file__).resolve().with_name("worker.py")
+LONGEST = 4096
+"""Characters of an error that are told: the missing keys of a checkpoint may be megabytes."""
 SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - as in worker.py
 
 
@@ -55,7 +65,7 @@ def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None)
     except Exception as error:
         # torchrun itself, such as on a full disk.
         signals.ignore()
-        itself = {"rank": -1, "exitcode": 1, "text": f"{type(error).__name__}: {error}", "time": time.time()}
+        itself = {"rank": -1, "exitcode": 1, "text": f"{type(error).__name__}: {error}"[:LONGEST], "time": time.time()}
         tell({"event": "failed", "failures": [itself]})
         raise
     finally:
@@ -118,14 +128,26 @@ class Workers(SubprocessContext):
     which is up to `grace` seconds before it says why."""
 
     def __init__(self, *, signals: Signals, grace: int | None, tell: Tell, **rest: Any) -> None:  # noqa: ANN401
-        super().__init__(**rest)
+        try:
+            super().__init__(**rest)
+        except OSError:
+            # No room for the folders of this round's logs.
+            rest["logs_specs"] = DefaultLogsSpecs(log_dir=tempfile.mkdtemp(), tee=Std.ALL)
+            super().__init__(**rest)
         self._signals, self._grace, self._tell = signals, grace, tell
+        outputs = in_pipes(self.stdouts, self.stderrs, rest.get("log_line_prefixes") or {})
+        self.stdouts, self.stderrs = (each.paths() for each in outputs)
+        self._tail_logs: Any = outputs
 
     def _start(self) -> None:
         # torch has just installed its own handlers, before any process that they could hurt.
         self._signals.install()
         with self._signals.held():
             super()._start()  # type: ignore[no-untyped-call]  # as torch has it
+            # With these ends open here, a pipe would outlive its worker.
+            for worker in self.subprocess_handlers.values():
+                for end in filter(None, (worker._stdout, worker._stderr)):
+                    end.close()
 
     def _poll(self) -> RunProcsResult | None:
         with self._signals.held():
@@ -166,7 +188,7 @@ def facts(rank: int, failure: ProcessFailure) -> dict[str, object]:
         "local_rank": failure.local_rank,
         "pid": failure.pid,
         "exitcode": failure.exitcode,
-        "text": str(text) or spare(failure.pid),
+        "text": (str(text) or spare(failure.pid))[:LONGEST],
         "time": failure.timestamp,
     }
 

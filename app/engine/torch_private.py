@@ -30,6 +30,8 @@ ENGINE = (
         path="SubprocessHandler._popen",
         used_for="elastic.py puts its subclass there, which forks workers from the preloaded process",
     ),
+    Name(module=f"{ELASTIC}.api", path="TailLog", used_for="elastic.py puts its own into SubprocessContext._tail_logs"),
+    Name(module=f"{ELASTIC}.api", path="DefaultLogsSpecs", used_for="elastic.py: folders in /tmp on a full disk"),
 )
 """Without one of these torchrun runs as torch has it: failures are told late, and workers load torch themselves."""
 

@@ -55,8 +55,24 @@ def environment(exports: Exports) -> dict[str, str]:
     return dict(sorted({**from_file, **exports.env}.items()))
 
 
-def keep_others(exports: Exports) -> None:
-    """Records the variables of NCCL, Gloo and torch that nothing was derived for. Some are the base image's."""
+def keep_others(exports: Exports, host: Host) -> None:
+    """Records the variables of NCCL, Gloo and torch that nothing was derived for. Some are the base image's, and some
+    NCCL reads from its own files, where nothing else sets them."""
+    for line in host.nccl_conf:
+        ours = exports.env.get(line.name)
+        if line.name not in exports.settings.values and ours is None:
+            exports.ledger.decide("settings", line.name, line.text, line.source, "NCCL reads it there by itself")
+        elif ours not in (None, line.text):
+            exports.ledger.warn(
+                "settings.nccl-conf-overridden",
+                what="{name}={text} ({source}) does not count: {ours} is derived for this node",
+                fix="Write it into .env to keep it",
+                setting=line.name,
+                name=line.name,
+                text=line.text,
+                source=line.source,
+                ours=ours,
+            )
     decided = {each.name for each in exports.ledger.decisions}
     for name in sorted(exports.settings.values):
         if name.startswith(LIBRARIES) and name not in decided:
@@ -103,6 +119,7 @@ def common_exports(exports: Exports, host: Host, script: Script, ras_port: int, 
     exports.keep("rdma", "GLOO_IB_DISABLE", "accepted, without effect: no version of Gloo reads it")
     if script.home:
         _home_exports(exports, script.home, host)
+    exports.env["LOG_BYTES"] = exports.settings.log_bytes.text
     exports.env["RUN_DIR"] = str(script.run_dir)
     exports.env["CHECKPOINT_DIR"] = str(script.checkpoint_dir)
     if script.command[:1] == ("-m",) and script.command[1:2] and script.command[1].startswith("app."):

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 from app.engine.outcome import Failure, Outcome
 from app.plan import Plan
+from app.report.redaction import plan_secrets, redact_data
 
 ROUNDS = "rounds.jsonl"
 LEFT_OUT = "preload.jsonl"
@@ -56,8 +58,9 @@ def ending(failure: Failure) -> str:
 
 def keep_round(plan: Plan, run_id: str, outcome: Outcome) -> None:
     """Adds a line to this node's history; best effort, since a full disk must not end a job that could go on."""
-    line = json.dumps({"run_id": run_id, "time": time.time(), **asdict(outcome)})
-    with contextlib.suppress(OSError), (plan.log_dir / ROUNDS).open("a", encoding="utf-8") as file:
+    fields = {"run_id": run_id, "time": time.time(), **asdict(outcome)}
+    line = json.dumps(redact_data(fields, plan_secrets(plan, os.environ)))
+    with contextlib.suppress(OSError), open(plan.log_dir / ROUNDS, "a", encoding="utf-8", opener=private) as file:
         file.write(line + "\n")
 
 
@@ -72,6 +75,11 @@ def read_left_out(folder: Path, started: float) -> tuple[str, ...]:
     """`module: why` of each that `keep_left_out` was told since `started`."""
     lines = [line for line in _lines(folder / LEFT_OUT) if line.get("time", 0) >= started]
     return tuple(f"{line['module']}: {line['why']}" for line in lines if {"module", "why"} <= line.keys())
+
+
+def private(path: str, flags: int) -> int:
+    """Opens a file that only its owner may read: exceptions quote what nobody has foreseen."""
+    return os.open(path, flags, 0o600)
 
 
 def read_rounds(folder: Path, started: float) -> tuple[RoundRecord, ...]:
@@ -108,7 +116,7 @@ def _complete(kept: Mapping[str, Any], copied: RoundRecord | None, folder: Path)
     if first and first.local_rank >= 0:
         # torchrun copies the error of the earliest second, which may be another worker's.
         paths = folder.glob(f"{glob.escape(kept['run_id'])}_*/attempt_0/{first.local_rank}/error.json")
-        own = next((each for path in paths if (each := _read(path, kept["run_id"]))), None)
+        own = next((each for path in paths if (each := read_error_file(path, kept["run_id"]))), None)
         same = copied is not None and bool(first.text) and copied.message.startswith(first.text)
         told = own or (copied if same else None)
     message = told.message if told else first.text if first else ""
@@ -117,10 +125,10 @@ def _complete(kept: Mapping[str, Any], copied: RoundRecord | None, folder: Path)
 
 def _from_error_files(folder: Path) -> list[RoundRecord]:
     files = folder.glob("*.error.json")
-    return [each for file in files if (each := _read(file, file.name.removesuffix(".error.json")))]
+    return [each for file in files if (each := read_error_file(file, file.name.removesuffix(".error.json")))]
 
 
-def _read(file: Path, run_id: str) -> RoundRecord | None:
+def read_error_file(file: Path, run_id: str) -> RoundRecord | None:
     """An error file as torch's ErrorHandler and dump_error_file write it (elastic/multiprocessing/errors, torch
     2.13)."""
     try:

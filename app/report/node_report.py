@@ -14,11 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from app.config.exitcodes import ExitCode
-from app.host.accelerators.xids import kernel_log, read_xids
+from app.host.accelerators import recent_faults
 from app.host.files import entries, number, text
 from app.host.limits import control_groups
 from app.plan import Plan
-from app.report.history import RoundRecord, read_left_out, read_rounds
+from app.report.history import RoundRecord, private, read_left_out, read_rounds
+from app.report.redaction import plan_secrets, redact, redact_data
 
 LAST_LINES = 40
 READ_BYTES = 1 << 20
@@ -131,7 +132,7 @@ def make_report(plan: Plan, code: int, verdict: str, before: Mapping[str, int], 
 def _xids(started: float) -> tuple[str, ...]:
     # The kernel's clock begins at the start of the machine.
     since = time.monotonic() - (time.time() - started)
-    return tuple(f"{bus} Xid {xid}" for bus, xid in read_xids(kernel_log(), since))
+    return tuple(f"{fault.bus} {fault.name}" for fault in recent_faults(since))
 
 
 def _last_round(logs: Path, started: float) -> dict[str, str]:
@@ -141,10 +142,10 @@ def _last_round(logs: Path, started: float) -> dict[str, str]:
     if newest[1] is None or newest[0] < started - 1:
         return {}
     files = sorted(newest[1].glob("*/std*.log"))
-    return {f"local rank {file.parent.name} {file.stem}": _end_of(file) for file in files}
+    return {f"local rank {file.parent.name} {file.stem}": end_of(file) for file in files}
 
 
-def _end_of(file: Path) -> str:
+def end_of(file: Path) -> str:
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - READ_BYTES))
@@ -180,12 +181,12 @@ def _first_error(rounds: Sequence[RoundRecord]) -> list[str]:
     if not failed or not rounds[-1].failed:
         lines = ["first error here: none, no worker of this node failed by itself"]
     else:
-        at = _own_line(failed[-1].traceback)
+        at = own_line(failed[-1].traceback)
         lines = [f"first error here: {failed[-1].first_error}", *([f"at: {at}"] if at else [])]
     return [*lines, f"failed rounds here: {len(failed)}"] if len(failed) > 1 else lines
 
 
-def _own_line(traceback: str) -> str:
+def own_line(traceback: str) -> str:
     """The innermost place outside installed packages and Python's own library; "" in an empty traceback."""
     places = [line.strip() for line in traceback.splitlines() if line.strip().startswith("File ")]
     own = [place for place in places if not re.search(r"(site|dist)-packages/|/lib/python3|<frozen ", place)]
@@ -193,13 +194,17 @@ def _own_line(traceback: str) -> str:
 
 
 def write_report(plan: Plan, report: NodeReport) -> Path:
-    """Writes both files, whole or not at all; returns their folder. Raises OSError."""
+    """Writes both files, whole or not at all, without secrets; returns their folder. Raises OSError."""
     folder = plan.report_dir
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"report.json": json.dumps(asdict(report), indent=1), "report.txt": summary(report, folder) + "\n"}
+    secrets = plan_secrets(plan, os.environ)
+    told = redact(summary(report, folder), secrets) + "\n"
+    content = {"report.json": json.dumps(redact_data(asdict(report), secrets), indent=1), "report.txt": told}
     for name, written in content.items():
         part = folder / f".{name}.{os.getpid()}"
-        part.write_text(written, encoding="utf-8", errors="backslashreplace")
+        part.unlink(missing_ok=True)
+        with open(part, "x", encoding="utf-8", errors="backslashreplace", opener=private) as file:
+            file.write(written)
         part.replace(folder / name)
     return folder
 

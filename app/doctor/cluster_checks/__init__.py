@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Mapping
 
 from app.doctor.cluster_checks.mtu import judge_mtu
-from app.doctor.findings import Finding, Row, Severity, green, red, skipped, told, yellow
+from app.doctor.findings import Finding, Row, Severity, from_sentence, green, red, skipped, yellow
 from app.doctor.results import Found, Measured
 from app.gang.agreement import differences, told_nodes
-from app.gang.connectivity import let_in
+from app.gang.probes import allow
 
 CLOCKS_APART = 2.0
 
@@ -47,7 +47,7 @@ def judge_present(measured: Measured) -> Found:
         else:
             yield rank, green("present", "host {host}", host=node.host)
     for sentence in measured.doubles:
-        yield min(measured.nodes), told("rank-claimed-twice", "rank", Severity.RED, sentence)
+        yield min(measured.nodes), from_sentence("rank-claimed-twice", "rank", Severity.RED, sentence)
 
 
 def judge_agree(measured: Measured) -> Found:
@@ -94,7 +94,7 @@ def judge_reach(measured: Measured) -> Found:
         text = "{peer} cannot connect to it, port {ports}: {reason}."
         if len(ports) > 1:
             text += " NCCL and Gloo use random ports: open all between the nodes."
-        fix = let_in(caller.address, called.address)
+        fix = allow(caller.address, called.address)
         if why.startswith("connects"):
             fix = f"ip link show {called.interface}   # on both nodes"
         shown = " and ".join(map(str, sorted(ports)))
