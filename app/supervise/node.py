@@ -290,7 +290,7 @@ class Node:
             await asyncio.sleep(REAP_EVERY)
             with contextlib.suppress(ChildProcessError):
                 while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-                    if ended.si_pid == self.engine:
-                        # Whoever watches it asks for its exit code.
+                    if ended.si_pid in (self.engine, self.preloaded.pid):
+                        # Whoever started it asks for its exit code.
                         break
                     os.waitpid(ended.si_pid, 0)
