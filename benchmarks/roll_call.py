@@ -26,7 +26,8 @@ from app.engine.outcome import Outcome
 from app.gang import connect, connection, connectivity, handshake, probes
 from app.gang.agreement import gather
 from app.gang.coordinator import Coordinator
-from app.gang.participant import NodeServices, Participant, RoundAssignment
+from app.gang.participant import Participant
+from app.gang.services import NodeServices, RoundAssignment
 from app.plan import Plan
 from app.plan.parts import Network, Nodes, Script, Timeouts, Workers
 from app.supervise import node as supervise
