@@ -9,7 +9,7 @@ import pytest
 
 from app.config.settings import HARDWARE
 from app.host import probe
-from app.host.accelerators import VENDORS, look_at_gpus, read_gpus, vendor_for
+from app.host.accelerators import VENDORS, read_gpus, read_state, vendor_for
 from app.host.accelerators.amd import read_resets
 from app.host.accelerators.gpu import Gpu, GpuFault, GpuHealth, Gpus
 from app.host.accelerators.nvidia_health import ask_nvml
@@ -43,7 +43,7 @@ def fake_nvml(*, fails: str = "") -> SimpleNamespace:
         NVMLError=NvmlError,
         NVML_MEMORY_ERROR_TYPE_UNCORRECTED=1,
         NVML_VOLATILE_ECC=0,
-        NVML_P2P_CAPS_INDEX_READ=0,
+        NVML_P2P_CAPS_INDEX_READ=(0,),
         nvmlClocksThrottleReasonHwSlowdown=8,
         nvmlInit=initialize,
         nvmlShutdown=lambda: None,
@@ -52,7 +52,7 @@ def fake_nvml(*, fails: str = "") -> SimpleNamespace:
         nvmlDeviceGetMemoryInfo=lambda _handle: SimpleNamespace(used=31 << 30, total=80 << 30),
         nvmlDeviceGetTotalEccErrors=no_ecc,
         nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 8 if handle else 1,
-        nvmlDeviceGetP2PStatus=lambda _one, _other, _kind: 1,
+        nvmlDeviceGetP2PStatus=lambda _one, _other, kind: {0: 1}[kind],
     )
 
 
@@ -92,7 +92,7 @@ def test_of_amds_gpus_those_that_were_given_count_and_the_processor_does_not(tmp
     assert found.vendor == "AMD"
     assert [(each.index, each.bus, each.render) for each in found.visible] == [(0, "0000:26:00.0", "renderD129")]
     assert found.visible[0].pci == ("pci0000:25", "0000:25:01.1", "0000:26:00.0")
-    assert look_at_gpus(tmp_path, found).health == (GpuHealth(index=0, used=256, total=192 << 10),)
+    assert read_state(tmp_path, found).health == (GpuHealth(index=0, used=256, total=192 << 10),)
 
 
 def test_where_there_are_both_the_vendor_that_gives_a_gpu_is_taken(tmp_path: Path) -> None:
