@@ -66,6 +66,8 @@ class Script:
     """For HOME, where the container's own is in memory."""
     env: Mapping[str, str] = field(repr=False, default_factory=dict)
     """To add to the process environment for torchrun, sorted by name; secrets of the user's included."""
+    preload: tuple[str, ...] = ()
+    """Modules to load once for all rounds; none: each process loads its own."""
     removed: tuple[str, ...] = ()
     """To take out of the process environment first."""
 
