@@ -21,7 +21,8 @@ from app.engine.warm import Preloaded
 from app.gang.agreement import gather
 from app.gang.connection import Connection, dial, dial_inside, listen
 from app.gang.coordinator import LAST_WORD, LINGER, Coordinator
-from app.gang.participant import NodeServices, Participant, RoundAssignment
+from app.gang.participant import Participant
+from app.gang.services import NodeServices, RoundAssignment
 from app.gang.token import read_token
 from app.gang.verdict import Verdict
 from app.host.ports import holder
