@@ -115,7 +115,7 @@ def _silent(
     a process that has ended or that a person has stopped."""
     found = {}
     for file in folder.glob("rank*"):
-        if file.suffix:
+        if file.suffix or file.with_suffix(".ended").exists():
             continue
         rank, beat, now = int(file.name.removeprefix("rank")), file.stat().st_mtime_ns, time.monotonic()
         known, done = heartbeats.get(rank), measure(int(file.read_text(encoding="ascii")))

@@ -162,6 +162,8 @@ def test_a_rank_that_has_ended_waits_for_nobody_and_its_last_stall_is_forgotten(
     ended = replace(stall(0), ended=True, at="")
     for one in (stall(0), ended, stall(1)):
         write(tmp_path, one)
+    # Its process has gone, and its last heartbeat is still there.
+    (tmp_path / "ranks" / "rank0").write_text(str(1 << 30))
     assert read(plan, tmp_path) == (ended, stall(1))
 
 
