@@ -59,8 +59,14 @@ def test_an_unknown_exception_is_not_explained_by_the_complaint_of_its_neighbour
 
 KILLED = """
 import os, signal, time
+from pathlib import Path
+started = Path(os.environ["RUN_DIR"], os.environ["TORCHELASTIC_RUN_ID"])
+if os.environ["RANK"] == "0":
+    started.touch()
 if os.environ["RANK"] == "1":
     print("step 1", flush=True)
+    while not started.exists():
+        time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(60)
 """
