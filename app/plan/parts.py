@@ -42,7 +42,7 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Workers:
+class LocalWorkers:
     """The worker processes of this node."""
 
     nproc: int

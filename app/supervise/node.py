@@ -21,7 +21,8 @@ from app.engine.warm import Preloaded
 from app.gang.agreement import gather
 from app.gang.connection import Connection, dial, dial_inside, listen
 from app.gang.coordinator import LAST_WORD, LINGER, Coordinator
-from app.gang.participant import NodeServices, Participant, RoundAssignment
+from app.gang.participant import Participant
+from app.gang.services import NodeServices, RoundAssignment
 from app.gang.token import read_token
 from app.gang.verdict import Verdict
 from app.host.ports import holder
@@ -290,7 +291,7 @@ class Node:
             await asyncio.sleep(REAP_EVERY)
             with contextlib.suppress(ChildProcessError):
                 while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-                    if ended.si_pid == self.engine:
-                        # Whoever watches it asks for its exit code.
+                    if ended.si_pid in (self.engine, self.preloaded.pid):
+                        # Whoever started it asks for its exit code.
                         break
                     os.waitpid(ended.si_pid, 0)
