@@ -34,13 +34,16 @@ class PacketEcho:
         self._socket = socket.socket(_family(address), socket.SOCK_DGRAM)
         self._socket.bind((address, 0))
         self.port = int(self._socket.getsockname()[1])
-        threading.Thread(target=self._answer, daemon=True).start()
+        self._thread = threading.Thread(target=self._answer, daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         # A thread that waits in recvfrom is woken by shutdown, not by close.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        # The port is free once nobody is left in recvfrom.
+        self._thread.join(timeout=2)
 
     def _answer(self) -> None:
         with contextlib.suppress(OSError):
