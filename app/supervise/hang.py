@@ -64,11 +64,15 @@ def read_stalls(
     """This node's ranks if none of them makes progress, in rank order; () as long as one does. Never raises OSError.
 
     `heartbeats` is the caller's to keep from call to call, empty at first. A rank that has ended makes no progress,
-    but all together have."""
+    but all together have. It counts once it has ended for as long as the others must stand still: a rank that waited
+    for it until then needs a moment to take its own stall back."""
     found: dict[int, Stall] = {}
     try:
         for file in (*folder.glob("rank*.ended"), *folder.glob("rank*.json")):
-            stall = _read(json.loads(file.read_text(encoding="utf-8")), ended=file.suffix == ".ended")
+            ended = file.suffix == ".ended"
+            if ended and time.time() - file.stat().st_mtime < _patience(plan):
+                continue
+            stall = _read(json.loads(file.read_text(encoding="utf-8")), ended=ended)
             found.setdefault(stall.rank, stall)
         # Whoever holds the GIL cannot take its stall back.
         silent = _silent(folder, _patience(plan), heartbeats, measure)

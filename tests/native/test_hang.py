@@ -173,4 +173,4 @@ def test_a_rank_that_computes_while_the_others_wait_is_no_hang_and_0_switches_th
         launchers = made.start_all()
         assert [launcher.end(60) for launcher in launchers] == [0, 0]
         assert time.monotonic() - began > 6
-        assert all("no progress" not in launcher.text for launcher in launchers)
+        assert all("no progress" not in each.text for each in launchers), "\n".join(each.text for each in launchers)
