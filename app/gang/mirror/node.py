@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -221,17 +221,9 @@ def _settled(manifest: Manifest, now: int) -> Manifest:
     def judged(entry: Entry) -> Entry:
         if entry.torn or entry.link or entry.origin or now - entry.version.mtime_ns > QUIET:
             return entry
-        return Entry(path=entry.path, version=entry.version, stored=entry.stored, mode=entry.mode, torn=True)
+        return replace(entry, torn=True)
 
-    return Manifest(
-        disk=manifest.disk,
-        free=manifest.free,
-        entries={path: judged(entry) for path, entry in manifest.entries.items()},
-        previous=manifest.previous,
-        gone=manifest.gone,
-        awaited=manifest.awaited,
-        left_out=manifest.left_out,
-    )
+    return replace(manifest, entries={path: judged(entry) for path, entry in manifest.entries.items()})
 
 
 async def in_thread(work: Callable[[], _T]) -> _T:

@@ -7,7 +7,7 @@ torn.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from app.gang.mirror.manifest import Entry, Manifest, Version
 
@@ -385,14 +385,7 @@ def _transfer(picture: _Picture, rank: int, choice: Choice, mine: Entry | None) 
         # The owner is still to get it, which may fail: until then this is a copy of a lost disk.
         origin = entry.origin
     return Transfer(
-        entry=Entry(
-            path=entry.path,
-            version=entry.version,
-            stored=entry.stored,
-            mode=entry.mode,
-            link=entry.link,
-            origin=origin,
-        ),
+        entry=replace(entry, origin=origin, torn=False),
         source=source,
         previous=choice.previous,
         compare=bool(mine and not mine.link and mine.version.size == entry.version.size),

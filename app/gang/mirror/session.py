@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from app.gang.mirror.manifest import Manifest, fields, listed, number, read_manifest, word
@@ -122,15 +122,7 @@ def _tell_clones_apart(manifests: dict[int, Manifest]) -> None:
     known = set[str]()
     for rank, manifest in sorted(manifests.items()):
         if manifest.disk in known:
-            manifests[rank] = Manifest(
-                disk=f"{manifest.disk}/{rank}",
-                free=manifest.free,
-                entries=manifest.entries,
-                previous=manifest.previous,
-                gone=manifest.gone,
-                awaited=manifest.awaited,
-                left_out=manifest.left_out,
-            )
+            manifests[rank] = replace(manifest, disk=f"{manifest.disk}/{rank}")
         known.add(manifest.disk)
 
 

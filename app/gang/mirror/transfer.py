@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import hmac
+import io
 import itertools
 import json
 import os
@@ -34,6 +35,7 @@ PROOF = 5.0
 STRANGERS = 64
 """Connections served at a time."""
 PIECE = 1 << 20
+BUFFER = 1 << 18
 PART = 64 << 20
 """Bytes of a large file that one stream fetches at a time."""
 BATCH_BYTES, BATCH_FILES = 16 << 20, 256
@@ -102,21 +104,21 @@ class Server:
 
     def _serve(self, peer: socket.socket) -> None:
         # ValueError, RecursionError: a request that is none. The peer sees the connection close.
-        with contextlib.suppress(OSError, ValueError, RecursionError), peer:
+        with contextlib.suppress(OSError, ValueError, RecursionError), peer, peer.makefile("rb") as stream:
             peer.settimeout(PROOF)
             mine = secrets.token_bytes(16)
             peer.sendall(mine)
-            theirs, proof = _receive(peer, 16), _receive(peer, 32)
+            theirs, proof = _receive(stream, 16), _receive(stream, 32)
             if not hmac.compare_digest(proof, _proof(self._key, b"client", mine, theirs)):
                 return
             peer.sendall(_proof(self._key, b"server", mine, theirs))
             session, number_ = _proof(self._key, b"session", mine, theirs), itertools.count()
             peer.settimeout(STALL)
             # Between two requests the receiver may write and sync for a while.
-            while length := int.from_bytes(_receive(peer, 4), "big"):
+            while length := int.from_bytes(_receive(stream, 4), "big"):
                 if length > MOST_REQUEST:
                     return
-                for request in json.loads(_receive(peer, length)):
+                for request in json.loads(_receive(stream, length)):
                     self._answer(peer, _Seal(session, next(number_)), request)
         self._open.discard(peer)
 
@@ -138,6 +140,11 @@ class Server:
                 seal.send(peer, ANSWER.pack(SAME, 0))
             elif _is_hole(fd, offset, length):
                 seal.send(peer, ANSWER.pack(HOLE, length))
+            elif length <= PIECE:
+                data = os.pread(fd, length, offset)
+                if len(data) != length:
+                    raise OSError(CUT_SHORT, "cut short")
+                seal.send(peer, ANSWER.pack(DATA, length) + data + bytes([_version(fd) != version]))
             else:
                 self._send(peer, seal, fd, offset, length)
                 seal.send(peer, bytes([_version(fd) != version]))
@@ -225,6 +232,7 @@ class Fetcher:
             thread.start()
         for thread in threads:
             thread.join()
+        self._disk.sync()
         self._disk.write_state()
         return self.result
 
@@ -347,14 +355,14 @@ class Fetcher:
         """One answer; why it is of no use, or "". Raises OSError and BrokenTransferError for a bad connection,
         LocalError for this node's disk."""
         seal = peer.seal()
-        kind, told = ANSWER.unpack(seal.receive(peer.socket, ANSWER.size))
+        kind, told = ANSWER.unpack(seal.receive(peer.stream, ANSWER.size))
         if kind == DATA and told == length:
             file = self._incoming(one)
             self._store(peer, seal, file, offset, length)
-            changed = seal.receive(peer.socket, 1) != b"\0"
-            seal.check(peer.socket)
+            changed = seal.receive(peer.stream, 1) != b"\0"
+            seal.check(peer.stream)
             return "changed while it was copied" if changed else self._part_done(file)
-        seal.check(peer.socket)
+        seal.check(peer.stream)
         if kind == HOLE and told == length:
             return self._part_done(self._incoming(one))
         if kind == SAME and one.compare:
@@ -376,7 +384,7 @@ class Fetcher:
     def _store(self, peer: "_Peer", seal: "_Seal", file: _Incoming, offset: int, length: int) -> None:
         buffer = peer.buffer
         while length:
-            count = peer.socket.recv_into(buffer[: min(len(buffer), length)])
+            count = peer.stream.readinto(buffer[: min(len(buffer), length)])
             if not count:
                 raise OSError(CUT_SHORT, "connection closed")
             seal.mac.update(buffer[:count])
@@ -464,10 +472,11 @@ class _Peer:
     def __init__(self, connection: socket.socket, key: bytes, sockets: "_Sockets") -> None:
         self.socket, self._sockets = connection, sockets
         self.buffer = memoryview(bytearray(PIECE))
+        self.stream = io.BufferedReader(connection.makefile("rb", 0), BUFFER)
         connection.settimeout(PROOF)
-        theirs, mine = _receive(connection, 16), secrets.token_bytes(16)
+        theirs, mine = _receive(self.stream, 16), secrets.token_bytes(16)
         connection.sendall(mine + _proof(key, b"client", theirs, mine))
-        if not hmac.compare_digest(_receive(connection, 32), _proof(key, b"server", theirs, mine)):
+        if not hmac.compare_digest(_receive(self.stream, 32), _proof(key, b"server", theirs, mine)):
             raise BrokenTransferError("what answers there is not this job's node")
         connection.settimeout(STALL)
         self._session, self._number = _proof(key, b"session", theirs, mine), itertools.count()
@@ -481,6 +490,7 @@ class _Peer:
 
     def close(self) -> None:
         self._sockets.discard(self.socket)
+        self.stream.close()
         self.socket.close()
 
 
@@ -494,13 +504,13 @@ class _Seal:
         self.mac.update(last)
         peer.sendall(last + self.mac.digest())
 
-    def receive(self, peer: socket.socket, count: int) -> bytes:
-        got = _receive(peer, count)
+    def receive(self, stream: io.BufferedReader, count: int) -> bytes:
+        got = _receive(stream, count)
         self.mac.update(got)
         return got
 
-    def check(self, peer: socket.socket) -> None:
-        if not hmac.compare_digest(_receive(peer, 32), self.mac.digest()):
+    def check(self, stream: io.BufferedReader) -> None:
+        if not hmac.compare_digest(_receive(stream, 32), self.mac.digest()):
             raise BrokenTransferError("the checksum is wrong")
 
 
@@ -595,15 +605,12 @@ def _proof(key: bytes, side: bytes, first: bytes, second: bytes) -> bytes:
     return hmac.new(key, side + first + second, "sha256").digest()
 
 
-def _receive(peer: socket.socket, count: int) -> bytes:
+def _receive(stream: io.BufferedReader, count: int) -> bytes:
     """Exactly `count` bytes. Raises OSError."""
-    found = bytearray()
-    while len(found) < count:
-        more = peer.recv(count - len(found))
-        if not more:
-            raise OSError(CUT_SHORT, "connection closed")
-        found += more
-    return bytes(found)
+    found = stream.read(count)
+    if len(found) < count:
+        raise OSError(CUT_SHORT, "connection closed")
+    return found
 
 
 def exchange_key(token: bytes, nonce: bytes) -> bytes:
