@@ -4,14 +4,29 @@ BIN := .venv/bin
 # PyTorch's CPU wheels are not on PyPI. A folder with one (PIP_FIND_LINKS) does as well; hashes decide what is accepted.
 TORCH_PAGE := $(if $(PIP_FIND_LINKS),,--find-links=https://download.pytorch.org/whl/cpu/torch/)
 FIGURES := launch_overhead container_speed image roll_call gang_throughput train_speed train_operability train_recovery
+# Tests run side by side: half of what they do is waiting. On engines each worker has nodes of its own.
+WORKERS ?= 2
+MINUTES ?= 20
 HARDWARE_KINDS := cpu nvidia nvidia-ib cdi
 
-.PHONY: demo test lint unit native cluster figures bad-days lock clean
+.PHONY: demo test test-quick smoke audit soak lint unit native cluster figures bad-days lock clean
 
 demo: .venv/.ready            ## two nodes train on this machine
 	@$(BIN)/python -m demo
 
 test: lint unit native cluster  ## everything; `CLUSTER_TESTS=skip make test` leaves out what needs a Docker engine and root
+
+test-quick: lint unit           ## lint, unit tests, and one job of two nodes on real engines; four minutes
+	$(BIN)/python -m pytest tests/cluster/test_two_nodes.py tests/cluster/test_smoke_gloo.py
+
+smoke: .venv/.ready           ## the image built, and two nodes trained, on this user's own engine; no root
+	$(BIN)/python -m pytest tests/smoke
+
+soak: .venv/.ready            ## random faults on four nodes, with the culprit and the losses checked: make soak MINUTES=60
+	SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -s tests/cluster/soak.py
+
+audit: .venv/.ready           ## known vulnerabilities of what the images hold; needs PyPI's advisories
+	for lock in cpu cuda; do $(BIN)/uv tool run pip-audit==2.9.0 --disable-pip --require-hashes -r requirements/$$lock.txt || exit 1; done
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -22,9 +37,9 @@ lint: .venv/.ready
 	for kind in $(HARDWARE_KINDS); do HARDWARE=$$kind $(BIN)/compose-lint compose.yaml || exit 1; done
 
 unit native cluster: .venv/.ready
-	$(BIN)/python -m pytest tests/$@
+	$(BIN)/python -m pytest tests/$@ -n $(WORKERS) --dist loadfile
 
-figures: .venv/.ready         ## the figures of the README, measured on this machine
+figures: .venv/.ready         ## the figures of docs/figures.md, measured on this machine
 	for figure in $(FIGURES); do echo "== $$figure"; $(BIN)/python -m benchmarks.$$figure || exit 1; done
 
 bad-days: .venv/.ready       ## the table of docs/troubleshooting.md: plain torchrun and ours on every bad day; 25 minutes

@@ -5,6 +5,7 @@
     python entrypoint.py doctor [--alone] [--json]               is this cluster fit to train? on all nodes at once
     python entrypoint.py bench [ARGS...]                         what the network gives; on all nodes at once
     python entrypoint.py report [--bundle FILE]                  what went wrong on this node, last time
+    python entrypoint.py diagnose [FILE | -] [--json]            what the error in a log means, and its fix
     python entrypoint.py healthcheck                             waiting, running or stopping; for the engine
 
 Settings come from the environment and from `.env` in the current folder; `.env.example` describes them.
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app.cli.arguments import command_of
+from app.config.console import close_streams, open_streams, say
 from app.config.errors import UserError
 
 Command = Callable[[Sequence[str]], int]
@@ -31,12 +33,12 @@ def main(arguments: Sequence[str]) -> int:
         name, rest = command_of(arguments, COMMANDS)
         return COMMANDS[name](rest)
     except UserError as error:
-        print(f"torchrun-compose: {error.message}", file=sys.stderr, flush=True)
+        say(error.message)
         return error.code
     except ModuleNotFoundError as error:
         if error.name not in ("dotenv", "psutil"):
             raise
-        print(f"torchrun-compose: {sys.executable} lacks {error.name}. {INSTALL}", file=sys.stderr, flush=True)
+        say(f"{sys.executable} lacks {error.name}. {INSTALL}")
         return 2
 
 
@@ -75,6 +77,20 @@ def report(arguments: Sequence[str]) -> int:
     return tell(arguments, os.environ, env_file())
 
 
+def diagnose(arguments: Sequence[str]) -> int:
+    """Names the known error in any log; 0 is known, 1 unknown."""
+    from app.cli.diagnose import main as name
+
+    return name(arguments)
+
+
+def firewall(arguments: Sequence[str]) -> int:
+    """Prints the firewall rules that let only this job's nodes in; changes nothing."""
+    from app.cli.firewall import main as tell
+
+    return tell(arguments, os.environ, env_file())
+
+
 def healthcheck(_arguments: Sequence[str]) -> int:
     """Tells the engine how this node is doing; 0 is healthy."""
     from app.supervise.health import healthcheck as examine
@@ -92,8 +108,15 @@ COMMANDS: dict[str, Command] = {
     "doctor": doctor,
     "bench": bench,
     "report": report,
+    "diagnose": diagnose,
+    "firewall": firewall,
     "healthcheck": healthcheck,
 }
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    open_streams()
+    try:
+        code = main(sys.argv[1:])
+    finally:
+        close_streams()
+    sys.exit(code)

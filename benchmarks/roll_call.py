@@ -30,6 +30,7 @@ from app.gang.agreement import gather
 from app.gang.coordinator import Hub
 from app.gang.participant import Member, Place, Surroundings
 from app.plan import Plan
+from app.plan.parts import Network, Nodes, Script, Timeouts, Workers
 from app.supervise import node as supervise
 
 SHARE = 250
@@ -54,31 +55,23 @@ def make_plan(count: int, rank: int, port: int) -> Plan:
     equal = {"NODES": ",".join(nodes), "NNODES": str(count), "torch": "2.13.0", "TRAIN_SCRIPT": "train.py"}
     return Plan(
         run_name="roll-call",
-        node_rank=rank,
-        nodes=nodes,
-        names=nodes,
-        interface="lo",
-        address=nodes[rank],
-        nproc_per_node="8",
-        nproc=8,
-        master_addr=nodes[0],
-        master_port=port,
-        control_port=port + 1,
-        backend="gloo",
-        command=("train.py",),
-        env={},
-        removed=(),
-        run_dir=Path("/nonexistent/run"),
-        checkpoint_dir=Path("/nonexistent/run/checkpoints"),
-        start_timeout=PATIENCE,
-        rejoin_timeout=PATIENCE,
-        stop_grace=1,
-        heartbeat_timeout=PATIENCE,
-        hang_report=0.0,
-        transport="sockets",
-        hang_timeout=0.0,
+        nodes=Nodes(rank=rank, addresses=nodes, names=nodes, minimum=count),
+        network=Network(
+            interface="lo",
+            address=nodes[rank],
+            transport="sockets",
+            master_addr=nodes[0],
+            master_port=port,
+            control_port=port + 1,
+        ),
+        workers=Workers(nproc=8, backend="gloo", gpus=0),
+        script=Script(
+            command=("train.py",), run_dir=Path("/nonexistent/run"), checkpoint_dir=Path("/nonexistent/run/checkpoints")
+        ),
+        timeouts=Timeouts(
+            start=PATIENCE, rejoin=PATIENCE, stop_grace=1, heartbeat=PATIENCE, hang_report=0.0, hang_timeout=0.0
+        ),
         max_restarts=0,
-        min_nodes=count,
         stopped_exit_code=143,
         token_file=None,
         equal=tuple(sorted(equal.items())),
@@ -116,7 +109,7 @@ async def be_node_0(count: int, port: int, token: bytes) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_SELF)
     head = Hub(plan, token, lambda text: print(text, file=sys.stderr))
     server = await asyncio.start_server(
-        head.serve, plan.nodes[0], plan.control_port, limit=wire.MAX_LINE, backlog=2 * count + 64
+        head.serve, plan.nodes.addresses[0], plan.network.control_port, limit=wire.MAX_LINE, backlog=2 * count + 64
     )
     begun = time.time()
     started: list[float] = []

@@ -62,18 +62,19 @@ def short(plan: Plan) -> str:
     """The plan in five lines, printed at each start."""
     found = {each.name: each for each in plan.decisions}
     rank, gpus = found["NODE_RANK"], found["GPUs"]
-    rdma = plan.backend == "nccl" and plan.transport != "sockets"
+    rdma = plan.workers.backend == "nccl" and plan.network.transport != "sockets"
     transport = f"RDMA through {found['RDMA ports'].value}" if rdma else "sockets only"
-    devices = count(int(gpus.value), "GPU") if plan.backend == "nccl" else "the CPU"
+    devices = count(int(gpus.value), "GPU") if plan.workers.backend == "nccl" else "the CPU"
     args = f" {found['TRAIN_ARGS'].value}" if "TRAIN_ARGS" in found else ""
     warnings = f"{count(len(plan.warnings), 'warning')}; " if plan.warnings else ""
     return "\n".join(
         [
-            f"run {plan.run_name}: node {plan.node_rank} of {len(plan.nodes)}, {plan.address} ({rank.source})",
-            f"network: {plan.interface}, {transport}",
-            f"workers: {plan.nproc} of {plan.world_size} on {devices}, {plan.backend}",
+            f"run {plan.run_name}: node {plan.nodes.rank} of {plan.nodes.count}, "
+            f"{plan.network.address} ({rank.source})",
+            f"network: {plan.network.interface}, {transport}",
+            f"workers: {plan.workers.nproc} of {plan.world_size} on {devices}, {plan.workers.backend}",
             f"script: {found['TRAIN_SCRIPT'].value}{args}, in {found['RUN_DIR'].value}",
-            f"store: {plan.master_addr} port {plan.master_port}; {warnings}`explain` tells the reasons",
+            f"store: {plan.network.master_addr} port {plan.network.master_port}; {warnings}`explain` tells the reasons",
         ]
     )
 
@@ -151,7 +152,8 @@ def to_json(found: Draft) -> str:
     plan = None
     if found.plan is not None:
         plan = {name: value for name, value in asdict(found.plan).items() if name not in ("decisions", "warnings")}
-        plan |= {"env": _public(found.plan), "equal": dict(found.plan.equal), "world_size": found.plan.world_size}
+        plan["script"]["env"] = _public(found.plan)
+        plan |= {"equal": dict(found.plan.equal), "world_size": found.plan.world_size}
     content = {
         "plan": plan,
         "decisions": [asdict(each) for each in found.decisions],
@@ -164,4 +166,4 @@ def to_json(found: Draft) -> str:
 def _public(plan: Plan) -> dict[str, str]:
     # Without Docker, lines of .env that we know nothing about are handed on too, and may be secrets.
     ours = {*BY_NAME, "PYTHONPATH", *(each.name for each in plan.decisions)}
-    return {name: value if name in ours else "(as in .env)" for name, value in plan.env.items()}
+    return {name: value if name in ours else "(as in .env)" for name, value in plan.script.env.items()}

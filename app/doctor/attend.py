@@ -11,13 +11,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
-from app.doctor import meter
+from app.doctor.cluster_checks.transport import Collective
+from app.doctor.collect import meter
+from app.doctor.collect.look import within
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Row
-from app.doctor.look import within
 from app.doctor.meeting import ANSWER, BEAT, Meeting, run_of
 from app.doctor.talk import read_findings, read_peer, told_collective, told_facts, told_findings
-from app.doctor.transport import Collective
 from app.gang import connectivity
 from app.gang.agreement import gather, host_id
 from app.gang.connect import NobodyError, Waiting, arrive
@@ -63,8 +63,8 @@ class Attendant:
     async def attend(self, dial: Callable[[], Awaitable[Wire]], wait: float) -> tuple[Row, ...]:
         """The table of all nodes. Raises NobodyError when node 0 does not come, refuses, or goes away."""
         self._answering = connectivity.Answering(secrets.token_hex(16))
-        await self._answering.open(self.plan.address, self._free_master_port())
-        self._meter = meter.Meter(self.plan.address)
+        await self._answering.open(self.plan.network.address, self._free_master_port())
+        self._meter = meter.Meter(self.plan.network.address)
         try:
             wire = await self._join(dial, wait)
             try:
@@ -78,11 +78,11 @@ class Attendant:
 
     def _free_master_port(self) -> list[int]:
         """Node 0 answers on MASTER_PORT as well, which other nodes must reach; where it is taken, `ports` says so."""
-        taken = any(port == self.plan.master_port for _, port in self.facts.look.listening)
-        return [] if self.plan.node_rank or taken else [self.plan.master_port]
+        taken = any(port == self.plan.network.master_port for _, port in self.facts.look.listening)
+        return [] if self.plan.nodes.rank or taken else [self.plan.network.master_port]
 
     async def _join(self, dial: Callable[[], Awaitable[Wire]], wait: float) -> Wire:
-        node0 = f"node 0 ({self.plan.nodes[0]} port {self.plan.control_port})"
+        node0 = f"node 0 ({self.plan.nodes.addresses[0]} port {self.plan.network.control_port})"
         waiting = Waiting(wait, self.say)
         try:
             wire = await arrive(lambda: self._greet(dial), node0, waiting, _rest)
@@ -107,14 +107,14 @@ class Attendant:
         plan, nic = self.plan, self.facts.nic
         return {
             "run": run_of(plan),
-            "rank": plan.node_rank,
-            "address": plan.address,
+            "rank": plan.nodes.rank,
+            "address": plan.network.address,
             "host": host_id(),
             "life": self.life,
-            "interface": plan.interface,
+            "interface": plan.network.interface,
             "mtu": (nic.mtu or 0) if nic else 0,
             "speed": (speed_of(nic, self.facts.host) or 0) if nic else 0,
-            "transport": dict(plan.equal).get("transport of NCCL", "sockets"),
+            "transport": plan.network.transport,
             "facts": told_facts(self._compared()),
             "findings": told_findings(self.findings),
             "ports": [{"port": port} for port in self._answering.ports],
@@ -126,7 +126,7 @@ class Attendant:
 
     def _compared(self) -> Mapping[str, str]:
         # Names in NODES may stand for different addresses on different nodes.
-        addresses = ",".join(self.plan.nodes) if all(self.plan.nodes) else ""
+        addresses = ",".join(self.plan.nodes.addresses) if all(self.plan.nodes.addresses) else ""
         return {**gather(self.plan), **({"addresses of NODES": addresses} if addresses else {})}
 
     async def _obey(self, wire: Wire) -> tuple[Row, ...]:
@@ -163,7 +163,7 @@ class Attendant:
             return await asyncio.to_thread(self._speed, read_peer(message), calibrate=calibrate)
         if kind == "packets":
             mtu = integer(message, "mtu", 100, 1 << 20)
-            outcome = await asyncio.to_thread(meter.full_size, self.plan.address, read_peer(message), mtu)
+            outcome = await asyncio.to_thread(meter.full_size, self.plan.network.address, read_peer(message), mtu)
             return {"outcome": outcome}
         if kind == "leave":
             nonce = text(message, "nonce", 32)
@@ -189,15 +189,17 @@ class Attendant:
             )
             for one in items(message, "targets", 1 << 12)
         ]
-        failed = await connectivity.dial_all(self.plan.address, targets)
+        failed = await connectivity.dial_all(self.plan.network.address, targets)
         # torchrun's store, and the all-reduce below, need MASTER_PORT for themselves.
         return {"failed": [{"rank": target.rank, "port": target.port, "why": why} for target, why in failed]}
 
     def _speed(self, peer: meter.Peer, *, calibrate: bool) -> Mapping[str, object]:
-        mine = meter.Peer(address=self.plan.address, tcp=self._meter.tcp, udp=self._meter.udp, key=self._meter.key)
+        mine = meter.Peer(
+            address=self.plan.network.address, tcp=self._meter.tcp, udp=self._meter.udp, key=self._meter.key
+        )
         try:
-            own = meter.measure(self.plan.address, mine) if calibrate else None
-            found = meter.measure(self.plan.address, peer)
+            own = meter.measure(self.plan.network.address, mine) if calibrate else None
+            found = meter.measure(self.plan.network.address, peer)
         except (OSError, ValueError) as error:
             return {"failure": connectivity.why(error) or type(error).__name__, "rtt": 0, "out": 0, "back": 0, "own": 0}
         rates = {"out": round(found.out), "back": round(found.back), "own": round(min(own.out, own.back)) if own else 0}
@@ -216,11 +218,11 @@ class Attendant:
         if disk is None or disk.failure or not nonce.isalnum():
             return None
         # The folder itself may not exist yet; two that will differ must not look like one for their common parent.
-        rest = self.plan.checkpoint_dir.relative_to(disk.folder)
+        rest = self.plan.script.checkpoint_dir.relative_to(disk.folder)
         return Path(disk.folder) / f".doctor-{nonce}-{sha256(str(rest).encode()).hexdigest()[:8]}-{rank}"
 
     def _leave(self, nonce: str) -> bool:
-        file = self._nonce_file(nonce, self.plan.node_rank)
+        file = self._nonce_file(nonce, self.plan.nodes.rank)
         if file is None:
             return False
         with contextlib.suppress(OSError):
@@ -257,12 +259,14 @@ async def meet(attendant: Attendant, wait: float) -> tuple[Row, ...]:
     """Takes part in the meeting, on node 0 also leads it; the table. Raises NobodyError, and OSError on node 0 where
     CONTROL_PORT is taken."""
     plan = attendant.plan
-    if plan.node_rank:
+    if plan.nodes.rank:
         return await attendant.attend(_dial(plan), wait)
     meeting = Meeting(plan=plan, token=attendant.token, say=attendant.say, wait=wait)
     server = None
-    if len(plan.nodes) > 1:
-        server = await listen(meeting.serve, plan.address, plan.control_port, backlog=2 * len(plan.nodes) + 64)
+    if plan.nodes.count > 1:
+        server = await listen(
+            meeting.serve, plan.network.address, plan.network.control_port, backlog=2 * plan.nodes.count + 64
+        )
     holding = asyncio.ensure_future(meeting.hold())
     own = asyncio.ensure_future(attendant.attend(_dial_inside(meeting), wait))
     try:
@@ -282,8 +286,12 @@ async def meet(attendant: Attendant, wait: float) -> tuple[Row, ...]:
 
 def _dial(plan: Plan) -> Callable[[], Awaitable[Wire]]:
     async def dial() -> Wire:
-        own = (plan.address, 0)
-        return Wire(*await asyncio.open_connection(plan.nodes[0], plan.control_port, local_addr=own, limit=MAX_LINE))
+        own = (plan.network.address, 0)
+        return Wire(
+            *await asyncio.open_connection(
+                plan.nodes.addresses[0], plan.network.control_port, local_addr=own, limit=MAX_LINE
+            )
+        )
 
     return dial
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from app.config.errors import UserError
 from app.config.settings import Settings, read_settings
-from app.doctor.checks import check_node
+from app.doctor.collect.look import look
 from app.doctor.facts import Facts
-from app.doctor.findings import Level, Row, red
-from app.doctor.look import look
+from app.doctor.findings import Finding, Row, Severity, Value, red, told
+from app.doctor.node_checks import check_node
 from app.doctor.table import WORDS, exit_code, to_json, to_lines, to_table, verdict
 from app.host import probe
 from app.plan import Plan, draft
-from app.plan.membership import names_to_resolve
+from app.plan.node_list import names_to_resolve
 from app.plan.script import files_to_look_at
 
 
@@ -52,24 +52,30 @@ def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row
     """The table of all nodes, or of this one with the reason why there is no other."""
     from app.config.console import say
     from app.doctor.attend import Attendant, meet
-    from app.doctor.collective import all_reduce
+    from app.doctor.collect.collective import all_reduce
     from app.gang.connect import NobodyError
     from app.gang.connectivity import why
     from app.gang.token import read_token
 
-    tell_own(own, say, "meeting the others" if len(plan.nodes) > 1 else "now a collective")
+    tell_own(own, say, "meeting the others" if plan.nodes.count > 1 else "now a collective")
     try:
         token = read_token(plan)
         attendant = Attendant(facts=facts, plan=plan, token=token, findings=own.findings, say=say, reduce=all_reduce)
         return asyncio.run(stoppable(meet(attendant, wait)))
     except UserError as error:
-        return [_with(own, "settings", error.message)]
+        return [_with(own, told("settings-wrong", "settings", Severity.RED, error.message))]
     except NobodyError as error:
-        node0 = Row(rank=0, address=plan.nodes[0], findings=(red("present", str(error)),))
-        return [node0, own] if own.rank else [_with(own, "present", str(error))]
+        absent = red("coordinator-missing", "present", "{reason}", reason=str(error))
+        node0 = Row(rank=0, address=plan.nodes.addresses[0], findings=(absent,))
+        return [node0, own] if own.rank else [_with(own, absent)]
     except OSError as error:
-        where = f"{plan.address} (MASTER_PORT {plan.master_port}, CONTROL_PORT {plan.control_port})"
-        return [_with(own, "ports", f"This node cannot listen on {where}: {why(error)}.")]
+        text = "This node cannot listen on {address} (MASTER_PORT {master}, CONTROL_PORT {control}): {reason}."
+        values: dict[str, Value] = {
+            "address": plan.network.address,
+            "master": plan.network.master_port,
+            "control": plan.network.control_port,
+        }
+        return [_with(own, red("cannot-listen", "ports", text, "", reason=why(error), **values))]
 
 
 async def stoppable(work: Coroutine[None, None, Sequence[Row]]) -> Sequence[Row]:
@@ -91,14 +97,14 @@ async def stoppable(work: Coroutine[None, None, Sequence[Row]]) -> Sequence[Row]
 
 def tell_own(own: Row, say: Callable[[str], None], then: str) -> None:
     """What this node found by itself, at once: the others may take a while."""
-    bad = [each for each in own.findings if each.level in (Level.YELLOW, Level.RED)]
-    for each in bad:
-        say(f"{each.check} {WORDS[each.level]}: {each.sentence}")
+    for each in own.findings:
+        if each.bad:
+            say(f"{each.check} {WORDS[each.severity]}: {each.sentence}")
     say(f"this node alone: {verdict([own]).partition(', ')[2]}; {then}")
 
 
-def _with(own: Row, check: str, sentence: str) -> Row:
-    return Row(rank=own.rank, address=own.address, findings=(*own.findings, red(check, sentence)))
+def _with(own: Row, finding: Finding) -> Row:
+    return Row(rank=own.rank, address=own.address, findings=(*own.findings, finding))
 
 
 def gather_facts(settings: Settings, root: Path = Path("/")) -> Facts:
@@ -106,7 +112,9 @@ def gather_facts(settings: Settings, root: Path = Path("/")) -> Facts:
     name = socket.gethostname()
     host = probe(root, resolve=(*names_to_resolve(settings), name), paths=files_to_look_at(settings))
     found = draft(settings, host)
-    return Facts(host=host, draft=found, look=look(root, host, found.plan.checkpoint_dir if found.plan else None))
+    return Facts(
+        host=host, draft=found, look=look(root, host, found.plan.script.checkpoint_dir if found.plan else None)
+    )
 
 
 def own_row(facts: Facts) -> Row:
@@ -114,7 +122,7 @@ def own_row(facts: Facts) -> Row:
     findings = check_node(facts)
     if plan is None:
         return Row(rank=-1, address=facts.host.hostname, findings=findings)
-    return Row(rank=plan.node_rank, address=plan.address, findings=findings)
+    return Row(rank=plan.nodes.rank, address=plan.network.address, findings=findings)
 
 
 def shown(rows: Sequence[Row], *, as_json: bool) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from app.doctor.look import Look
+from app.doctor.collect.look import Look
 from app.host import Host
 from app.host.nics import Nic
 from app.plan import Draft, Plan
@@ -22,7 +22,7 @@ class Facts:
     @property
     def nic(self) -> Nic | None:
         """The interface that carries this node's address."""
-        return next((nic for nic in self.host.nics if self.plan and nic.name == self.plan.interface), None)
+        return next((nic for nic in self.host.nics if self.plan and nic.name == self.plan.network.interface), None)
 
     def decision(self, name: str) -> Decision | None:
         return next((each for each in self.draft.decisions if each.name == name), None)

@@ -1,12 +1,14 @@
-"""What a check found: one sentence, how bad it is, and the command that cures it."""
+"""What a check found, as data: id, check, severity, values, fix. The sentence is made of them when it is shown."""
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
 
+Value = str | int | float
 
-class Level(StrEnum):
+
+class Severity(StrEnum):
     """How bad a finding is; the order is that of badness."""
 
     SKIPPED = "skipped"
@@ -16,17 +18,29 @@ class Level(StrEnum):
     RED = "red"
 
 
-ORDER = tuple(Level)
+ORDER = tuple(Severity)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
+    id: str
+    """What was found, for programs: `nic-half-duplex`. It stays when the sentence is reworded."""
     check: str
     """One of CHECKS."""
-    level: Level
-    sentence: str
-    cure: str = ""
-    """A command or setting; "" where the sentence holds it, or where nothing is to be cured."""
+    severity: Severity
+    text: str
+    """The sentence, with `{name}` for each of `values` that it tells."""
+    values: Mapping[str, Value] = field(default_factory=dict)
+    fix: str = ""
+    """A command or setting; "" where the sentence holds it, or where there is nothing to fix."""
+
+    @property
+    def sentence(self) -> str:
+        return self.text.format_map(self.values)
+
+    @property
+    def bad(self) -> bool:
+        return self.severity in (Severity.YELLOW, Severity.RED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,29 +81,48 @@ CHECKS = (
 """In the order of the table: first what a node knows by itself, from `present` on what only several nodes know."""
 
 
-def green(check: str, sentence: str) -> Finding:
-    return Finding(check=check, level=Level.GREEN, sentence=sentence)
+def green(check: str, text: str, **values: Value) -> Finding:
+    return Finding(id=f"{check}-ok", check=check, severity=Severity.GREEN, text=text, values=values)
 
 
-def red(check: str, sentence: str) -> Finding:
-    """For a sentence that holds its cure."""
-    return Finding(check=check, level=Level.RED, sentence=sentence)
+def skipped(check: str, text: str, **values: Value) -> Finding:
+    return Finding(id=f"{check}-skipped", check=check, severity=Severity.SKIPPED, text=text, values=values)
 
 
-def skipped(check: str, why: str) -> Finding:
-    return Finding(check=check, level=Level.SKIPPED, sentence=why)
+def yellow(id_: str, check: str, text: str, fix: str = "", **values: Value) -> Finding:
+    return Finding(id=id_, check=check, severity=Severity.YELLOW, text=text, fix=fix, values=values)
 
 
-def worst(findings: Iterable[Finding]) -> Level:
-    """The worst level; `skipped` if there is none."""
-    return max((finding.level for finding in findings), key=ORDER.index, default=Level.SKIPPED)
+def red(id_: str, check: str, text: str, fix: str = "", **values: Value) -> Finding:
+    return Finding(id=id_, check=check, severity=Severity.RED, text=text, fix=fix, values=values)
+
+
+def told(
+    id_: str, check: str, severity: Severity, sentence: str, fix: str = "", values: Mapping[str, Value] | None = None
+) -> Finding:
+    """A finding whose sentence somebody else made: the plan, or another node."""
+    text = sentence.replace("{", "{{").replace("}", "}}")
+    return Finding(id=id_, check=check, severity=severity, text=text, fix=fix, values=values or {})
+
+
+def worst(findings: Iterable[Finding]) -> Severity:
+    """The worst severity; `skipped` if there is none."""
+    return max((finding.severity for finding in findings), key=ORDER.index, default=Severity.SKIPPED)
 
 
 def by_check(findings: Iterable[Finding]) -> dict[str, tuple[Finding, ...]]:
     """Findings by check in the order of CHECKS, the worst of each first."""
-    known = sorted(findings, key=lambda each: (CHECKS.index(each.check), -ORDER.index(each.level)))
+    known = sorted(findings, key=lambda each: (CHECKS.index(each.check), -ORDER.index(each.severity)))
     return {check: tuple(group) for check, group in groupby(known, key=lambda each: each.check)}
 
 
-def to_dict(row: Row) -> dict[str, object]:
-    return {"rank": row.rank, "address": row.address, "findings": [asdict(each) for each in row.findings]}
+def to_dict(finding: Finding) -> dict[str, object]:
+    """For programs and for the other nodes."""
+    return {
+        "id": finding.id,
+        "check": finding.check,
+        "severity": finding.severity,
+        "sentence": finding.sentence,
+        "values": dict(finding.values),
+        "fix": finding.fix,
+    }

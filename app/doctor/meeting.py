@@ -10,11 +10,11 @@ import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from app.doctor.cluster import judge
+from app.doctor.cluster_checks import judge
+from app.doctor.cluster_checks.links import slowness
+from app.doctor.collect.meter import Speed
 from app.doctor.findings import Row
-from app.doctor.links import slowness
-from app.doctor.measured import Measured
-from app.doctor.meter import Speed
+from app.doctor.results import Measured
 from app.doctor.talk import Seat, read_collective, read_seat, told_findings
 from app.gang import connectivity
 from app.gang.connection import HANDSHAKE, Message, UntrustedError, Wire, WireError, challenge, integer, items, text
@@ -117,7 +117,7 @@ class Meeting:
         try:
             await self._gather()
             measured = self.measured
-            measured.listed = self.plan.nodes
+            measured.listed = self.plan.nodes.addresses
             measured.nodes = {rank: seat.node for rank, seat in sorted(self.seats.items())}
             if len(self.seats) > 1:
                 await self._tell(f"{len(self.seats)} nodes are here; measuring every pair")
@@ -150,8 +150,8 @@ class Meeting:
         start = time.monotonic()
         until, said = start + self.wait, start + SAY_AFTER - SAY_EVERY
         reasons: dict[int, str] = {}
-        while missing := [rank for rank in range(len(self.plan.nodes)) if rank not in self.seats]:
-            if all(self.plan.nodes[rank] in self._turned_away for rank in missing) or self.measured.doubles:
+        while missing := [rank for rank in range(self.plan.nodes.count) if rank not in self.seats]:
+            if all(self.plan.nodes.addresses[rank] in self._turned_away for rank in missing) or self.measured.doubles:
                 until = min(until, time.monotonic() + STRAGGLERS)
             now = time.monotonic()
             if now >= until:
@@ -170,11 +170,11 @@ class Meeting:
         self.measured.missing = reasons
 
     def _name(self, rank: int) -> str:
-        address = self.plan.nodes[rank]
+        address = self.plan.nodes.addresses[rank]
         return f"node {rank} ({address})" if address else f"node {rank}"
 
     async def _reasons(self, missing: Sequence[int]) -> dict[int, str]:
-        found = await asyncio.gather(*(self._reason(self.plan.nodes[rank]) for rank in missing))
+        found = await asyncio.gather(*(self._reason(self.plan.nodes.addresses[rank]) for rank in missing))
         return dict(zip(missing, found, strict=True))
 
     async def _reason(self, address: str) -> str:
@@ -184,7 +184,7 @@ class Meeting:
             return "its address is unknown without NODES"
         try:
             async with asyncio.timeout(connectivity.CONNECT):
-                _, writer = await asyncio.open_connection(address, self.plan.control_port)
+                _, writer = await asyncio.open_connection(address, self.plan.network.control_port)
         except (OSError, TimeoutError) as error:
             alive = " (the machine is up; doctor is not started there, or it cannot reach node 0)"
             return connectivity.why(error) + alive * isinstance(error, ConnectionRefusedError)

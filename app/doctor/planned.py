@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from app.doctor.findings import Finding, Level
+from app.doctor.findings import Finding, Severity, told
 from app.plan import Draft
 
 PROBLEMS = {
@@ -21,19 +21,21 @@ class Placing:
 
     check: str
     pattern: str
-    level: Level = Level.YELLOW
-    cure: str = ""
+    severity: Severity = Severity.YELLOW
+    fix: str = ""
 
 
 PLACINGS = (
-    Placing(check="network", pattern=r"no interface here|matches no interface|Gloo knows no \^", level=Level.RED),
-    Placing(check="network", pattern=r"would be sent to \S+ in vain", level=Level.RED),
+    Placing(check="network", pattern=r"no interface here|matches no interface|Gloo knows no \^", severity=Severity.RED),
+    Placing(check="network", pattern=r"would be sent to \S+ in vain", severity=Severity.RED),
     Placing(check="network", pattern=r"nodes would be sent to"),
-    Placing(check="network", pattern=r"its link is", level=Level.RED),
-    Placing(check="rdma", pattern=r"cannot use it, because|no port is usable|matches no RDMA device", level=Level.RED),
-    Placing(check="rdma", pattern=r"nvidia_peermem", cure="sudo modprobe nvidia-peermem"),
+    Placing(check="network", pattern=r"its link is", severity=Severity.RED),
+    Placing(
+        check="rdma", pattern=r"cannot use it, because|no port is usable|matches no RDMA device", severity=Severity.RED
+    ),
+    Placing(check="rdma", pattern=r"nvidia_peermem", fix="sudo modprobe nvidia-peermem"),
     Placing(check="rdma", pattern=r"^NCCL_IB_|of RDMA on this machine|has no RoCE v2 address"),
-    Placing(check="limits", pattern=r"^Shared memory", cure="SHM_SIZE=8gb in .env"),
+    Placing(check="limits", pattern=r"^Shared memory", fix="SHM_SIZE=8gb in .env"),
     Placing(check="limits", pattern=r"files and connections may be open|memory limit is|processes share \d"),
     Placing(
         check="network",
@@ -49,7 +51,7 @@ PLACINGS = (
 def problems(draft: Draft) -> tuple[Finding, ...]:
     """What keeps the plan from being made."""
     return tuple(
-        Finding(check=PROBLEMS.get(problem.setting, "settings"), level=Level.RED, sentence=problem.message)
+        told(problem.setting, PROBLEMS.get(problem.setting, "settings"), Severity.RED, problem.message)
         for problem in draft.problems
     )
 
@@ -62,5 +64,5 @@ def warnings(draft: Draft) -> tuple[Finding, ...]:
 def _placed(text: str) -> Finding:
     for each in PLACINGS:
         if re.search(each.pattern, text):
-            return Finding(check=each.check, level=each.level, sentence=text, cure=each.cure)
-    return Finding(check="settings", level=Level.YELLOW, sentence=text)
+            return told("plan", each.check, each.severity, text, each.fix)
+    return told("plan", "settings", Severity.YELLOW, text)

@@ -2,12 +2,12 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from app.doctor.findings import CHECKS, Finding, Level
-from app.doctor.measured import Node
-from app.doctor.meter import Peer
-from app.doctor.transport import Collective, NcclLog
+from app.doctor.cluster_checks.transport import Collective, NcclLog
+from app.doctor.collect.meter import Peer
+from app.doctor.findings import CHECKS, Finding, Severity, to_dict, told
+from app.doctor.results import Node
 from app.gang.connection import Message, Wire, WireError, integer, items, text
 
 LONGEST_FACT = 20_000
@@ -68,20 +68,19 @@ def told_facts(facts: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_findings(message: Message) -> tuple[Finding, ...]:
-    """Raises WireError for what is not one of our checks and levels."""
+    """Raises WireError for what is not one of our checks and severities."""
     found = []
     for one in items(message, "findings", 200):
-        check, level = text(one, "check", 40), text(one, "level", 20)
-        if check not in CHECKS or level not in {*Level}:
+        check, severity, values = text(one, "check", 40), text(one, "severity", 20), one.get("values")
+        if check not in CHECKS or severity not in {*Severity} or not isinstance(values, dict):
             raise WireError("not a finding")
-        found.append(
-            Finding(check=check, level=Level(level), sentence=text(one, "sentence", 2000), cure=text(one, "cure", 500))
-        )
+        sentence, fix = text(one, "sentence", 2000), text(one, "fix", 500)
+        found.append(told(text(one, "id", 60), check, Severity(severity), sentence, fix, values))
     return tuple(found)
 
 
-def told_findings(findings: Sequence[Finding]) -> list[dict[str, str]]:
-    return [asdict(finding) for finding in findings]
+def told_findings(findings: Sequence[Finding]) -> list[dict[str, object]]:
+    return [to_dict(finding) for finding in findings]
 
 
 def read_collective(message: Message) -> Collective:

@@ -29,22 +29,33 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+    """One that a rank has entered, as torch's flight recorder has it."""
+
+    name: str
+    sequence: int
+    """Its number in its group."""
+    group: str = "default_pg"
+    data: str = ""
+    """What the rank put in: `float32[10]`."""
+    done: bool = False
+
+    @property
+    def default_group(self) -> bool:
+        return self.group.endswith("default_pg")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stall:
-    """One rank that stands still."""
+    """One rank that makes no progress, or has ended while others may wait for it."""
 
     rank: int
     seconds: int
     """For how long, when it was told."""
     at: str
-    """`train.py:18, in train: dist.all_reduce(loss)`: the script's own line."""
-    collective: str = ""
-    """The last one that this rank has entered, "" for none yet."""
-    group: str = ""
-    sequence: int = -1
-    """Its number in its group."""
+    """`train.py:18, in train: dist.all_reduce(loss)`: the script's own line; "" of one that has ended."""
+    entered: tuple[Collective, ...] = ()
+    """The last ones, of all groups, oldest first."""
     run_id: str = ""
     """Of its round, "" where that is not known."""
-
-    @property
-    def entered(self) -> str:
-        return f"{self.collective} (number {self.sequence})" if self.collective else "no collective"
+    ended: bool = False

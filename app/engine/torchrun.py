@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.engine.outcome import Failure, Outcome
-from app.known_errors.consequences import CASCADE
+from app.known_errors.consequences import is_consequence
 from app.plan import Plan
 
 if TYPE_CHECKING:
@@ -38,19 +38,19 @@ def command_line(
         sys.executable,
         "-P",
         str(AGENT),
+        f"--shutdown-timeout={round(plan.timeouts.stop_grace)}",
         f"--nnodes={nnodes}",
-        f"--nproc-per-node={plan.nproc_per_node}",
+        f"--nproc-per-node={plan.workers.nproc}",
         f"--node-rank={node_rank}",
         f"--master-addr={master_addr}",
         f"--master-port={master_port}",
         f"--rdzv-id={run_id}",
-        f"--rdzv-conf=timeout={max(300, round(plan.start_timeout))}",
+        f"--rdzv-conf=timeout={max(300, round(plan.timeouts.start))}",
         "--max-restarts=0",
-        f"--shutdown-timeout={round(plan.stop_grace)}",
         f"--log-dir={plan.log_dir}",
         "--tee=3",
         str(WORKER),
-        *plan.command,
+        *plan.script.command,
     ]
 
 
@@ -58,10 +58,10 @@ def environment(plan: Plan, environ: Mapping[str, str], *, run_id: str) -> dict[
     """What torchrun and the workers see: `environ` without the names the plan removes, with those it exports.
 
     torchrun copies the first failing worker's error, traceback included, to `RUN_ID.error.json`."""
-    kept = {name: value for name, value in environ.items() if name not in plan.removed}
+    kept = {name: value for name, value in environ.items() if name not in plan.script.removed}
     prefix = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
     error_file = {"TORCHELASTIC_ERROR_FILE": str(plan.log_dir / f"{run_id}.error.json")}
-    return {**prefix, **kept, **dict(plan.env), **error_file}
+    return {**prefix, **kept, **dict(plan.script.env), **error_file}
 
 
 class Torchrun:
@@ -171,8 +171,8 @@ class Torchrun:
 
 def first_cause_first(failures: list[Failure]) -> tuple[Failure, ...]:
     """torchrun looks ten times in a second, so that the worker whose peer has gone may stand before that peer."""
-    own = [each for each in failures if each.text and not CASCADE.search(each.text)]
-    if own and CASCADE.search(failures[0].text):
+    own = [each for each in failures if each.text and not is_consequence(each.text)]
+    if own and is_consequence(failures[0].text):
         failures = [own[0], *(each for each in failures if each is not own[0])]
     return tuple(failures)
 

@@ -62,19 +62,18 @@ def leave(ended: list[int]) -> None:
 
 
 def watch_for_stalls() -> None:
-    """Starts watchdog.py where the launcher asks for it: TORCHRUN_COMPOSE_STALLS=SECONDS:FOLDER, and in
-    TORCHRUN_COMPOSE_LOOKS the folder for signs of life. One rank alone waits for nobody."""
+    """Starts watchdog.py where the launcher asks for it: TORCHRUN_COMPOSE_STALLS=SECONDS:FOLDER. One rank alone waits
+    for nobody."""
     from importlib.util import module_from_spec, spec_from_file_location
 
     patience, _, folder = os.environ.pop("TORCHRUN_COMPOSE_STALLS", "").partition(":")
-    looks = os.environ.pop("TORCHRUN_COMPOSE_LOOKS", "")
     if not folder or os.environ.get("WORLD_SIZE") == "1":
         return
     spec = spec_from_file_location("torchrun_compose_watchdog", __file__.removesuffix("worker.py") + "watchdog.py")
     if spec and spec.loader:
-        stall = module_from_spec(spec)
-        spec.loader.exec_module(stall)
-        stall.watch(folder, float(patience), looks)
+        watchdog = module_from_spec(spec)
+        spec.loader.exec_module(watchdog)
+        watchdog.watch(folder, float(patience))
 
 
 def load_script(path: str) -> CodeType:

@@ -34,8 +34,8 @@ def gather(plan: Plan, root: Path = Path("/")) -> dict[str, str]:
         "cuda driver": _driver(root),
         "hcas": str(len(active)) if active else "",
         "link layer": ",".join(sorted({_read(port / "link_layer") for port in active})),
-        "mtu": _read(root / "sys/class/net" / plan.interface / "mtu"),
-        "content of module": module_digest(plan.command, (plan.env.get("PYTHONPATH", "")).split(":")),
+        "mtu": _read(root / "sys/class/net" / plan.network.interface / "mtu"),
+        "content of module": module_digest(plan.script.command, (plan.script.env.get("PYTHONPATH", "")).split(":")),
         "torchrun-compose": _digest(sorted(PROJECT.glob("app/**/*.py")), PROJECT),
     }
     return {**{name: value for name, value in found.items() if value}, **dict(plan.equal)}

@@ -69,7 +69,7 @@ class Hub:
                 if self.seats.pulse(text(message, "pulse", 64)):
                     wire.send("beat")
                 return
-            wire.give_up_after(PATIENCE * self.plan.heartbeat_timeout)
+            wire.give_up_after(PATIENCE * self.plan.timeouts.heartbeat)
             seat = await self._admit(wire, message)
             while seat:
                 said = await wire.receive()
@@ -90,7 +90,7 @@ class Hub:
     async def _admit(self, wire: Wire, message: Message) -> Seat | None:
         """Gives a node its seat; None where the job has ended. Raises WireError for one that is refused."""
         # A node with a longer list must get a seat, or its list could not be shown next to ours.
-        hello = read_hello(message, wire.peer, max(len(self.plan.nodes), integer(message, "nnodes", 1, 1 << 20)))
+        hello = read_hello(message, wire.peer, max(self.plan.nodes.count, integer(message, "nnodes", 1, 1 << 20)))
         objection = "" if self._verdict else self._objection(hello)
         if objection:
             wire.send("refuse", code=int(ExitCode.DISAGREE), text=objection)
@@ -122,7 +122,7 @@ class Hub:
         return ""
 
     def _understand(self, seat: Seat, said: Message) -> Event:
-        event = read_event(said, seat.hello.rank, len(self.plan.nodes))
+        event = read_event(said, seat.hello.rank, self.plan.nodes.count)
         if event.kind == "ended":
             seat.hello = replace(seat.hello, ports=read_ports(said), progress=text(said, "progress", 200))
         return event
@@ -169,7 +169,7 @@ class Hub:
 
     async def _roll_call(self) -> dict[int, Seat]:
         """The nodes of the next round, once they are here and agree; raises Final when they never will."""
-        waiting = Waiting(self.plan.rejoin_timeout if self.round else self.plan.start_timeout, self._tell)
+        waiting = Waiting(self.plan.timeouts.rejoin if self.round else self.plan.timeouts.start, self._tell)
         knocking = asyncio.create_task(self._knock())
         try:
             while missing := self.seats.missing():
@@ -198,11 +198,11 @@ class Hub:
         return self.seats.taken()
 
     def _whom(self) -> str:
-        return f"{self.seats.names(self.seats.missing())}; {len(self.seats)} of {len(self.plan.nodes)} nodes are here"
+        return f"{self.seats.names(self.seats.missing())}; {len(self.seats)} of {self.plan.nodes.count} nodes are here"
 
     def _without(self, missing: Sequence[int], waited: float) -> None:
-        if len(self.seats) >= self.plan.min_nodes and 0 in self.seats:
-            self._tell(f"going on without {self.seats.names(missing)} (MIN_NODES={self.plan.min_nodes})")
+        if len(self.seats) >= self.plan.nodes.minimum and 0 in self.seats:
+            self._tell(f"going on without {self.seats.names(missing)} (MIN_NODES={self.plan.nodes.minimum})")
             return
         if self.round:
             told = f"not back within {waited:.0f} s (REJOIN_TIMEOUT): {self.seats.names(missing)}"
@@ -210,21 +210,22 @@ class Hub:
         raise Final(
             ExitCode.UNREACHABLE,
             f"not here within {waited:.0f} s (START_TIMEOUT): {self.seats.names(missing)}. Start torchrun-compose "
-            f"there; if it runs there, let it connect to {self.plan.nodes[0]} port {self.plan.control_port}.",
+            f"there; if it runs there, let it connect to {self.plan.nodes.addresses[0]} port "
+            f"{self.plan.network.control_port}.",
         )
 
     async def _knock(self) -> None:
         """Keeps finding out why nodes are missing. Nobody listens there: the kind of refusal is the news."""
         while True:
             await asyncio.sleep(SAY_AFTER / 2)
-            missing = [rank for rank in self.seats.missing()[:16] if rank and self.plan.nodes[rank]]
-            reasons = await asyncio.gather(*(self._reason(self.plan.nodes[rank]) for rank in missing))
+            missing = [rank for rank in self.seats.missing()[:16] if rank and self.plan.nodes.addresses[rank]]
+            reasons = await asyncio.gather(*(self._reason(self.plan.nodes.addresses[rank]) for rank in missing))
             self.seats.absent.update(zip(missing, reasons, strict=True))
 
     async def _reason(self, address: str) -> str:
         try:
             async with asyncio.timeout(connectivity.CONNECT):
-                _, writer = await asyncio.open_connection(address, self.plan.control_port)
+                _, writer = await asyncio.open_connection(address, self.plan.network.control_port)
         except (OSError, TimeoutError) as error:
             alive = " (the machine is up; not started there, or it cannot reach node 0)"
             return connectivity.why(error) + alive * isinstance(error, ConnectionRefusedError)
@@ -281,7 +282,7 @@ class Hub:
 
     def _blocked(self, seats: Mapping[int, Seat], rank: int, peer: int, why: str, ports: Sequence[int]) -> str:
         source, target = (self.seats.address(seats[one].hello) for one in (rank, peer))
-        named = [f"{port} (MASTER_PORT)" if port == self.plan.master_port else str(port) for port in ports]
+        named = [f"{port} (MASTER_PORT)" if port == self.plan.network.master_port else str(port) for port in ports]
         rule = connectivity.let_in(source, target)
         cure = "NCCL and Gloo use random ports, so open all ports between the nodes" if len(named) > 1 else "Open it"
         told = f"  {self.seats.name(rank)} to {self.seats.name(peer)}, port {' and '.join(named)}: {why}"
@@ -296,9 +297,9 @@ class Hub:
             seat.wire.send("go", round=self.round, run_id=run_id, **place)
         current = Round(
             names={rank: self.seats.name(rank) for rank in seats},
-            stop_grace=self.plan.stop_grace,
-            patience=self.plan.heartbeat_timeout + 10,
-            hang_timeout=self.plan.hang_timeout,
+            stop_grace=self.plan.timeouts.stop_grace,
+            patience=self.plan.timeouts.heartbeat + 10,
+            hang_timeout=self.plan.timeouts.hang_timeout,
             tell=self._tell,
             halt=lambda why, grace, reason: self.seats.tell("halt", text=reason, why=why, grace=math.ceil(grace)),
         )
@@ -356,7 +357,7 @@ class Hub:
             raise Final(self._verdict.code, self._verdict.text)
         if silent := self.seats.silent():
             self.seats.free(silent)
-            why = f"no sign of life for {self.plan.heartbeat_timeout:g} s (machine down, or its link is cut)"
+            why = f"no sign of life for {self.plan.timeouts.heartbeat:g} s (machine down, or its link is cut)"
             return Event(rank=silent.hello.rank, kind="lost", why=why)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, min(0.3, until - time.monotonic()))):

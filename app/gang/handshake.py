@@ -21,7 +21,7 @@ class Door:
     async def admit(self, wire: Wire) -> Message:
         """The hello of a node of this job. Raises WireError for anybody else, OSError if it hangs up."""
         callers = self._callers
-        if callers.get(wire.peer, 0) >= UNPROVEN or sum(callers.values()) >= 2 * len(self._plan.nodes) + 64:
+        if callers.get(wire.peer, 0) >= UNPROVEN or sum(callers.values()) >= 2 * self._plan.nodes.count + 64:
             raise WireError("too many connections without a hello")
         callers[wire.peer] = callers.get(wire.peer, 0) + 1
         try:
@@ -35,7 +35,9 @@ class Door:
                 del callers[wire.peer]
         run = text(message, "run", 100)
         if run != self._plan.run_name:
-            stranger = f"{self._plan.nodes[0]} port {self._plan.control_port} belongs to another job, run"
+            stranger = (
+                f"{self._plan.nodes.addresses[0]} port {self._plan.network.control_port} belongs to another job, run"
+            )
             cure = f"{self._plan.run_name!r}; this node's is {run!r}. Set the same RUN_NAME, or another MASTER_PORT."
             wire.send("refuse", code=int(ExitCode.DISAGREE), text=f"{stranger} {cure}")
             raise WireError(f"it belongs to another job, run {run!r}")

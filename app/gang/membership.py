@@ -52,7 +52,7 @@ class Seats:
     @property
     def interval(self) -> float:
         """Seconds between two beats."""
-        return self._plan.heartbeat_timeout / BEATS
+        return self._plan.timeouts.heartbeat / BEATS
 
     def holds(self, seat: Seat) -> bool:
         """Whether the node of `seat` is still here, by the same connection."""
@@ -100,7 +100,7 @@ class Seats:
         return differences({rank: seat.hello.facts for rank, seat in self._taken.items()}) if self._uneven else ("", "")
 
     def missing(self) -> list[int]:
-        return [rank for rank in range(len(self._plan.nodes)) if rank not in self._taken]
+        return [rank for rank in range(self._plan.nodes.count) if rank not in self._taken]
 
     def silent(self) -> Seat | None:
         """A node that was not heard for HEARTBEAT_TIMEOUT. Looks four times a second, whatever the number of nodes."""
@@ -108,7 +108,7 @@ class Seats:
         if now < self._looked + 0.25:
             return None
         self._looked = now
-        patience = self._plan.heartbeat_timeout
+        patience = self._plan.timeouts.heartbeat
         return next((seat for seat in self._taken.values() if now - seat.heard > patience), None)
 
     def tell(self, kind: str, **fields: object) -> None:
@@ -116,11 +116,11 @@ class Seats:
             seat.wire.send(kind, **fields)
 
     def address(self, hello: Hello) -> str:
-        listed = self._plan.nodes[hello.rank] if hello.rank < len(self._plan.nodes) else ""
-        return hello.address or listed or self._plan.address
+        listed = self._plan.nodes.addresses[hello.rank] if hello.rank < self._plan.nodes.count else ""
+        return hello.address or listed or self._plan.network.address
 
     def name(self, rank: int) -> str:
-        listed = self._plan.nodes[rank] if rank < len(self._plan.nodes) else ""
+        listed = self._plan.nodes.addresses[rank] if rank < self._plan.nodes.count else ""
         address = listed or (self.address(self._taken[rank].hello) if rank in self._taken else "")
         return f"node {rank} ({address})" if address else f"node {rank}"
 

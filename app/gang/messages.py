@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from app.engine.outcome import Stall
+from app.engine.outcome import Collective, Stall
 from app.gang.connection import Message, WireError, integer, items, text
 
 MOST_RANKS = 64
 """Of one node: a line of the wire has room for their stalls."""
+MOST_ENTERED = 8
+"""The newest collectives of a rank; of fewer where many ranks share the line."""
 
 Say = Callable[[str], None]
 """Prints one message on this node's terminal."""
@@ -113,9 +115,18 @@ def _read_stall(message: Message) -> Stall:
         rank=integer(message, "rank", 0, 1 << 20),
         seconds=integer(message, "seconds", 0, 1 << 30),
         at=text(message, "at"),
-        collective=text(message, "collective"),
-        group=text(message, "group"),
-        sequence=integer(message, "sequence", -1, 1 << 60),
+        entered=tuple(_read_collective(one) for one in items(message, "entered", MOST_ENTERED)),
+        ended=message.get("ended") is True,
+    )
+
+
+def _read_collective(message: Message) -> Collective:
+    return Collective(
+        name=text(message, "name", 80),
+        sequence=integer(message, "sequence", 0, 1 << 60),
+        group=text(message, "group", 200),
+        data=text(message, "data", 200),
+        done=message.get("done") is True,
     )
 
 

@@ -5,11 +5,11 @@ import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from app.config.exitcodes import ExitCode
-from app.engine.outcome import Failure, Outcome, Stall
+from app.engine.outcome import Collective, Failure, Outcome, Stall
 from app.gang import connectivity
 from app.gang.agreement import host_id
 from app.gang.connect import NobodyError, Waiting, arrive
@@ -25,7 +25,7 @@ from app.gang.connection import (
     text,
 )
 from app.gang.membership import BEATS
-from app.gang.messages import MOST_RANKS, Say
+from app.gang.messages import MOST_ENTERED, MOST_RANKS, Say
 from app.gang.verdict import Verdict
 from app.plan import Plan
 
@@ -103,7 +103,7 @@ class Member:
         self._halted = False
         """The engine was told to end."""
         self._heard = 0.0
-        self._stalled, self._run_id = list[tuple[int, str, int]](), ""
+        self._stalled, self._run_id = list[tuple[int, str, tuple[Collective, ...]]](), ""
 
     def stop(self) -> None:
         """The user wants this job to end; called a second time, at once."""
@@ -111,7 +111,7 @@ class Member:
         self._stopping.set()
         if self.stops == 1:
             self._tell("stop")
-            self._end(gently=True, grace=self.plan.stop_grace)
+            self._end(gently=True, grace=self.plan.timeouts.stop_grace)
             return
         if self._engine:
             self._engine.kill()
@@ -119,7 +119,7 @@ class Member:
             self._wire.abort()
 
     async def take_part(self) -> Verdict:
-        limit = self.plan.start_timeout
+        limit = self.plan.timeouts.start
         try:
             while True:
                 wire = await self._join(limit)
@@ -130,7 +130,7 @@ class Member:
                     return verdict
                 if self.stops or self._stopped:
                     return STOPPED
-                limit = self.plan.rejoin_timeout if self._round else limit
+                limit = self.plan.timeouts.rejoin if self._round else limit
         finally:
             self._answering.close()
             if self._engine:
@@ -141,14 +141,14 @@ class Member:
     async def _join(self, limit: float) -> Wire | Verdict:
         """Connects to node 0 and says hello, again and again for `limit` seconds."""
         self.around.state("waiting", self._round)
-        waiting = Waiting(limit if self.plan.node_rank else min(limit, BUSY), self.around.say)
-        node0 = f"node 0, {self.plan.nodes[0]} port {self.plan.control_port}"
+        waiting = Waiting(limit if self.plan.nodes.rank else min(limit, BUSY), self.around.say)
+        node0 = f"node 0, {self.plan.nodes.addresses[0]} port {self.plan.network.control_port}"
         try:
             return await arrive(self._greet, node0, waiting, self._rest) or STOPPED
         except UntrustedError as error:
             return Verdict(code=ExitCode.UNTRUSTED, text=str(error))
         except NobodyError as error:
-            return self._nobody(node0, waiting.waited, str(error)) if self.plan.node_rank else self._taken(str(error))
+            return self._nobody(node0, waiting.waited, str(error)) if self.plan.nodes.rank else self._taken(str(error))
 
     async def _rest(self, seconds: float) -> bool:
         """Whether the user wants this job to end; waits a little for that."""
@@ -161,18 +161,21 @@ class Member:
             told = f"{node0} was lost and not back within {waited:.0f} s (REJOIN_TIMEOUT): {why}"
             return Verdict(code=ExitCode.LOST, text=told)
         told = f"{node0} did not answer within {waited:.0f} s (START_TIMEOUT): {why}"
-        cure = f"Start it there, and let this node in: {connectivity.let_in(self.plan.address)}"
+        cure = f"Start it there, and let this node in: {connectivity.let_in(self.plan.network.address)}"
         return Verdict(code=ExitCode.UNREACHABLE, text=f"{told}. {cure}")
 
     def _taken(self, why: str) -> Verdict:
         """Node 0 does not get one of its own ports."""
         self._answering.close()
-        for name, port in (("MASTER_PORT", self.plan.master_port), ("CONTROL_PORT", self.plan.control_port)):
+        for name, port in (
+            ("MASTER_PORT", self.plan.network.master_port),
+            ("CONTROL_PORT", self.plan.network.control_port),
+        ):
             if holder := self.around.holder(port):
-                told = f"node 0 cannot listen on {self.plan.address} port {port} ({name}): {holder} has it"
+                told = f"node 0 cannot listen on {self.plan.network.address} port {port} ({name}): {holder} has it"
                 cure = "End that, or set another MASTER_PORT on all nodes."
                 return Verdict(code=ExitCode.SETTINGS, text=f"{told}. {cure}")
-        told = f"node 0: port {self.plan.control_port} (CONTROL_PORT) was taken, and is free again ({why})"
+        told = f"node 0: port {self.plan.network.control_port} (CONTROL_PORT) was taken, and is free again ({why})"
         return Verdict(code=ExitCode.FAILED, text=f"{told}. Start node 0 once more.")
 
     async def _greet(self) -> Wire:
@@ -181,14 +184,14 @@ class Member:
             try:
                 await self._listen()
             except OSError as error:
-                port = f" port {self.plan.master_port} (MASTER_PORT)" * (self.plan.node_rank == 0)
+                port = f" port {self.plan.network.master_port} (MASTER_PORT)" * (self.plan.nodes.rank == 0)
                 raise OSError(
-                    f"this node cannot listen on {self.plan.address}{port}: {connectivity.why(error)}"
+                    f"this node cannot listen on {self.plan.network.address}{port}: {connectivity.why(error)}"
                 ) from None
             hello = {
                 "run": self.plan.run_name,
-                "rank": self.plan.node_rank,
-                "nnodes": len(self.plan.nodes),
+                "rank": self.plan.nodes.rank,
+                "nnodes": self.plan.nodes.count,
                 "host": host_id(),
                 "life": self.life,
                 "key": self._key,
@@ -198,7 +201,7 @@ class Member:
                 **self._ready(),
             }
             await introduce(wire, self.token, hello)
-            wire.give_up_after(PATIENCE * self.plan.heartbeat_timeout)
+            wire.give_up_after(PATIENCE * self.plan.timeouts.heartbeat)
         except BaseException:
             wire.close()
             raise
@@ -208,10 +211,12 @@ class Member:
         """Opens this node's listeners anew; node 0 also tries the port that torchrun needs next."""
         self._answering.close()
         self._answering = connectivity.Answering(self._key)
-        if self.plan.node_rank == 0:
-            connectivity.try_port(self.plan.master_port)
-        if len(self.plan.nodes) > 1:
-            await self._answering.open(self.plan.address, [self.plan.master_port] * (self.plan.node_rank == 0))
+        if self.plan.nodes.rank == 0:
+            connectivity.try_port(self.plan.network.master_port)
+        if self.plan.nodes.count > 1:
+            await self._answering.open(
+                self.plan.network.address, [self.plan.network.master_port] * (self.plan.nodes.rank == 0)
+            )
 
     def _ready(self) -> dict[str, object]:
         ports = [{"port": port} for port in self._answering.ports]
@@ -250,13 +255,13 @@ class Member:
 
     async def _beat(self, wire: Wire) -> None:
         """Gives signs of life, and tries what it can when node 0 gives none, until it counts as lost."""
-        beat = self.plan.heartbeat_timeout / BEATS
+        beat = self.plan.timeouts.heartbeat / BEATS
         while True:
             wire.send("beat")
             self._tell_stalls(wire)
             await asyncio.sleep(beat)
             silence = time.monotonic() - self._heard
-            if silence > self.plan.heartbeat_timeout:
+            if silence > self.plan.timeouts.heartbeat:
                 self._silence = f"no sign of life for {silence:.0f} s"
                 wire.abort()
                 return
@@ -268,7 +273,10 @@ class Member:
         # What was seen a moment ago may be of the round before.
         seen = [stall for stall in self.around.stalls() if stall.run_id in ("", self._run_id)]
         stalls = seen[:MOST_RANKS] if self._engine else []
-        places = [(stall.rank, stall.at, stall.sequence) for stall in stalls]
+        # A line has room for some 128 collectives.
+        most = max(1, min(MOST_ENTERED, 128 // max(1, len(stalls))))
+        stalls = [replace(stall, entered=stall.entered[-most:]) for stall in stalls]
+        places = [(stall.rank, stall.at, stall.entered) for stall in stalls]
         if places != self._stalled:
             self._stalled = places
             wire.send("stalled", ranks=[asdict(stall) for stall in stalls])
@@ -296,7 +304,7 @@ class Member:
         if kind == "news":
             self.around.say(text(message, "text", 8000))
         elif kind == "probe":
-            limit = 6 * len(self.plan.nodes)
+            limit = 6 * self.plan.nodes.count
             found = [_target(item) for item in items(message, "targets", limit)]
             self._spawn(self._probe(wire, found))
         elif kind == "go":
@@ -309,12 +317,12 @@ class Member:
         return None
 
     async def _probe(self, wire: Wire, found: list[connectivity.Target]) -> None:
-        failed = await connectivity.dial_all(self.plan.address, found)
+        failed = await connectivity.dial_all(self.plan.network.address, found)
         told = [{"rank": target.rank, "port": target.port, "why": why} for target, why in failed]
         wire.send("reached", failed=told)
 
     def _go(self, message: Message) -> None:
-        size = integer(message, "nnodes", 1, len(self.plan.nodes))
+        size = integer(message, "nnodes", 1, self.plan.nodes.count)
         place = Place(
             round=integer(message, "round", 1, 1 << 20),
             run_id=text(message, "run_id", 200),
@@ -376,7 +384,7 @@ class Member:
 
     def _abandon(self, why: str) -> None:
         """Node 0 is lost: nothing of this round can be saved."""
-        self.around.say(f"node 0 ({self.plan.nodes[0]}) was lost: {why}")
+        self.around.say(f"node 0 ({self.plan.nodes.addresses[0]}) was lost: {why}")
         self._end(gently=False, grace=2.0)
         if self._engine:
             self._failures = 1 if self.around.progress() != self._before else self._failures + 1

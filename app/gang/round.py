@@ -66,14 +66,15 @@ class Round:
 
     def _judge(self, now: float) -> None:
         """Says once that the whole job stands still, and why; and that it goes on, if it does."""
+        seconds = [stall.seconds for each in self._stalls.values() for stall in each if not stall.ended]
         stands = self.running == self.names.keys() == {rank for rank, each in self._stalls.items() if each}
-        if stands and not self._still and not self.halted_at:
-            self._still = now - min(stall.seconds for each in self._stalls.values() for stall in each)
+        if stands and seconds and not self._still and not self.halted_at:
+            self._still = now - min(seconds)
             self.tell(self.hang)
         elif self._still and not stands:
             self._still = 0.0
             if not self.halted_at:
-                self.tell("the ranks move again")
+                self.tell("progress resumed")
 
     @property
     def hang(self) -> str:

@@ -9,7 +9,7 @@ from app.plan.script import SHORTEST_TOKEN
 def read_token(plan: Plan) -> bytes:
     """The cluster token; b"" without one. Raises UserError."""
     if plan.token_file is None:
-        if len(plan.nodes) > 1:
+        if plan.nodes.count > 1:
             say("warning: without CLUSTER_TOKEN_FILE whoever reaches CONTROL_PORT can join or stop this job")
         return b""
     try:

@@ -8,7 +8,7 @@ from signal import SIGABRT, SIGKILL, SIGTERM, Signals
 
 from app.config.exitcodes import ExitCode
 from app.gang.messages import Report
-from app.known_errors.consequences import CASCADE
+from app.known_errors.consequences import is_consequence
 
 BROKEN = re.compile(r"(ModuleNotFoundError|ImportError|SyntaxError|IndentationError|TabError): ")
 REFUSED = "It ended as scripts do that refuse their arguments: see its own message, and correct TRAIN_ARGS"
@@ -90,6 +90,6 @@ def worker_trouble(node: str, report: Report, seen: float) -> Trouble:
         clock=float(report.time),
         # SIGABRT is how NCCL's watchdog ends a healthy worker whose peer has gone.
         sudden=code < 0 and code != -SIGABRT and not report.text and not report.halted,
-        cascade=bool(CASCADE.search(report.text)) or (report.halted and silent_end),
+        cascade=is_consequence(report.text) or (report.halted and silent_end),
         hopeless=hopeless,
     )

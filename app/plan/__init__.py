@@ -1,8 +1,7 @@
 """The launch plan: the only place where decisions are made, each with its source and reason."""
 
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.config.envfile import Value
@@ -14,14 +13,15 @@ from app.plan.consistency import must_be_equal
 from app.plan.decisions import Decision, Ledger, count, shown
 from app.plan.env_warnings import warn_costs, warn_elsewhere, warn_typos
 from app.plan.exports import Exports, common_exports, environment, keep_others, removals
-from app.plan.membership import Membership, names_to_resolve
 from app.plan.network import decide_interface
+from app.plan.node_list import NodeList, names_to_resolve
 from app.plan.nodes import decide_listed
+from app.plan.parts import Network, Nodes, Script, Timeouts, Workers
 from app.plan.rdma import decide_rdma
 from app.plan.resource_checks import check_needs
-from app.plan.script import Script, decide_script, files_to_look_at, log_dir, module_to_find
+from app.plan.script import decide_script, decide_token, files_to_look_at, log_dir, module_to_find
 from app.plan.timeouts import decide_times
-from app.plan.workers import Workers, decide_workers
+from app.plan.workers import decide_workers
 
 __all__ = ["Decision", "Draft", "Plan", "Problem", "draft", "make_plan", "probe_for"]
 
@@ -31,42 +31,12 @@ class Plan:
     """Everything that a launch on this node uses."""
 
     run_name: str
-    node_rank: int
-    nodes: tuple[str, ...]
-    """Literal addresses in rank order; "" where only the roll call can tell (classic variables)."""
-    names: tuple[str, ...]
-    """The same nodes as the user wrote them."""
-    interface: str
-    address: str
-    """This node's own address, on `interface`."""
-    nproc_per_node: str
-    """For torchrun: always the resolved number, so that all parts count alike."""
-    nproc: int
-    master_addr: str
-    master_port: int
-    control_port: int
-    backend: str
-    transport: str
-    """What NCCL will use between nodes: `InfiniBand`, `RoCE` or `sockets`."""
-    command: tuple[str, ...]
-    """The script part of torchrun's command."""
-    env: Mapping[str, str] = field(repr=False)
-    """To add to the process environment for torchrun, sorted by name; secrets of the user's included."""
-    removed: tuple[str, ...]
-    """To take out of the process environment first."""
-    run_dir: Path
-    checkpoint_dir: Path
-    start_timeout: float
-    """Seconds, as the other times."""
-    rejoin_timeout: float
-    stop_grace: float
-    heartbeat_timeout: float
-    hang_report: float
-    """0: never."""
-    hang_timeout: float
-    """0: never."""
+    nodes: Nodes
+    network: Network
+    workers: Workers
+    script: Script
+    timeouts: Timeouts
     max_restarts: int
-    min_nodes: int
     stopped_exit_code: int
     token_file: Path | None
     equal: tuple[tuple[str, str], ...]
@@ -76,17 +46,17 @@ class Plan:
 
     @property
     def world_size(self) -> int:
-        return len(self.nodes) * self.nproc
+        return self.nodes.count * self.workers.nproc
 
     @property
     def log_dir(self) -> Path:
         """Of this node alone: the nodes may share RUN_DIR, and all have the same run ids."""
-        return log_dir(self.run_dir, self.node_rank)
+        return log_dir(self.script.run_dir, self.nodes.rank)
 
     @property
     def report_dir(self) -> Path:
         """Where this node's report of a failure lies."""
-        return self.run_dir / "report" / f"node{self.node_rank}"
+        return self.script.run_dir / "report" / f"node{self.nodes.rank}"
 
     @property
     def stall_dir(self) -> Path:
@@ -141,20 +111,21 @@ def draft(settings: Settings, host: Host) -> Draft:
     transport = decide_rdma(host, own, workers.backend, ledger, exports)
     check_needs(host, workers, transport, ledger)
     script = decide_script(settings, host, ledger)
+    token_file = decide_token(settings, host, ledger)
     common_exports(exports, host, script, ports.ras, 0 if member is None else member.rank)
     min_nodes = decide_times(settings, host, member, ledger)
     if member is not None:
         _decide_command(member, workers, ports, script, ledger)
     keep_others(exports)
     env = environment(settings, exports)
-    removed = removals(settings, env, ledger)
+    script = replace(script, env=env, removed=removals(settings, env, ledger))
     warn_costs(settings, host, ledger)
     if member is not None:
         warn_elsewhere(settings, host, member, workers.backend, ledger)
     warn_typos(settings, ledger)
     plan = None
     if member is not None and not ledger.problems:
-        plan = _plan(settings, host, ledger, member, workers, transport, script, ports, env, removed, min_nodes)
+        plan = _plan(settings, host, ledger, member, workers, transport, script, token_file, ports, min_nodes)
     return Draft(
         plan=plan,
         problems=tuple(ledger.problems),
@@ -163,7 +134,7 @@ def draft(settings: Settings, host: Host) -> Draft:
     )
 
 
-def _decide_member(settings: Settings, host: Host, ledger: Ledger) -> Membership | None:
+def _decide_member(settings: Settings, host: Host, ledger: Ledger) -> NodeList | None:
     written = settings.values.get("NODES")
     if written is not None:
         return decide_listed(written, settings, host, ledger)
@@ -211,8 +182,8 @@ def _warn_port(name: str, value: Value, host: Host, ledger: Ledger) -> None:
         )
 
 
-def _decide_command(member: Membership, workers: Workers, ports: Ports, script: Script, ledger: Ledger) -> None:
-    nnodes, nproc = len(member.nodes), workers.nproc
+def _decide_command(member: NodeList, workers: Workers, ports: Ports, script: Script, ledger: Ledger) -> None:
+    nnodes, nproc = len(member.addresses), workers.nproc
     first = member.rank * nproc
     here = f"rank {first} is" if nproc == 1 else f"ranks {first} to {first + nproc - 1} are"
     product = f"{count(nnodes, 'node')} x {count(nproc, 'process', 'processes')}; {here} on this node"
@@ -221,7 +192,7 @@ def _decide_command(member: Membership, workers: Workers, ports: Ports, script: 
         f"--nnodes={nnodes}",
         f"--nproc-per-node={nproc}",
         f"--node-rank={member.rank}",
-        f"--master-addr={member.nodes[0]}",
+        f"--master-addr={member.addresses[0]}",
         f"--master-port={ports.master}",
         *script.command,
     ]
@@ -232,44 +203,38 @@ def _plan(
     settings: Settings,
     host: Host,
     ledger: Ledger,
-    member: Membership,
+    member: NodeList,
     workers: Workers,
     transport: str,
     script: Script,
+    token_file: Path | None,
     ports: Ports,
-    env: Mapping[str, str],
-    removed: tuple[str, ...],
     min_nodes: int,
 ) -> Plan:
     return Plan(
         run_name=settings.text("RUN_NAME"),
-        node_rank=member.rank,
-        nodes=member.nodes,
-        names=member.names,
-        interface=member.own.interface,
-        address=member.own.address,
-        nproc_per_node=str(workers.nproc),
-        nproc=workers.nproc,
-        master_addr=member.nodes[0],
-        master_port=ports.master,
-        control_port=ports.control,
-        backend=workers.backend,
-        transport=transport,
-        command=script.command,
-        env=env,
-        removed=removed,
-        run_dir=script.run_dir,
-        checkpoint_dir=script.checkpoint_dir,
-        start_timeout=float(settings.text("START_TIMEOUT")),
-        rejoin_timeout=float(settings.text("REJOIN_TIMEOUT")),
-        stop_grace=float(settings.text("STOP_GRACE")),
-        heartbeat_timeout=float(settings.text("HEARTBEAT_TIMEOUT")),
-        hang_report=float(settings.text("HANG_REPORT")),
-        hang_timeout=float(settings.text("HANG_TIMEOUT") or 0),
+        nodes=Nodes(rank=member.rank, addresses=member.addresses, names=member.names, minimum=min_nodes),
+        network=Network(
+            interface=member.own.interface,
+            address=member.own.address,
+            transport=transport,
+            master_addr=member.addresses[0],
+            master_port=ports.master,
+            control_port=ports.control,
+        ),
+        workers=workers,
+        script=script,
+        timeouts=Timeouts(
+            start=float(settings.text("START_TIMEOUT")),
+            rejoin=float(settings.text("REJOIN_TIMEOUT")),
+            stop_grace=float(settings.text("STOP_GRACE")),
+            heartbeat=float(settings.text("HEARTBEAT_TIMEOUT")),
+            hang_report=float(settings.text("HANG_REPORT")),
+            hang_timeout=float(settings.text("HANG_TIMEOUT") or 0),
+        ),
         max_restarts=int(settings.text("MAX_RESTARTS")),
-        min_nodes=min_nodes,
         stopped_exit_code=int(settings.text("STOPPED_EXIT_CODE")),
-        token_file=script.token_file,
+        token_file=token_file,
         equal=must_be_equal(settings, host, member, workers, transport, script, ports.control),
         decisions=tuple(ledger.decisions),
         warnings=tuple(ledger.warnings),

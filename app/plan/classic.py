@@ -6,11 +6,11 @@ from app.host import Host
 from app.host.addresses import family, is_loopback, parse
 from app.plan.decisions import Ledger, shown
 from app.plan.local import Own, local_addresses, loopback_interface, own_towards
-from app.plan.membership import Membership, addresses_of, bare, malformed
+from app.plan.node_list import NodeList, addresses_of, bare, malformed
 from app.plan.schedulers import Scheduled, scheduled
 
 
-def decide_classic(settings: Settings, host: Host, ledger: Ledger) -> Membership | None:
+def decide_classic(settings: Settings, host: Host, ledger: Ledger) -> NodeList | None:
     """Rank and nodes where NODES is unset; the nodes that nobody named are "" until the roll call."""
     rank, nnodes = settings.values.get("NODE_RANK"), settings.values.get("NNODES")
     job = None if rank is not None else scheduled(settings)
@@ -33,18 +33,18 @@ def _elsewhere(master: Value | None, host: Host) -> bool:
     return not any(is_loopback(each) or each in local_addresses(host) for each in addresses)
 
 
-def _alone(host: Host, ledger: Ledger, count: Value) -> Membership:
+def _alone(host: Host, ledger: Ledger, count: Value) -> NodeList:
     why = "NODES is not set" if count.source == "default" else f"NNODES={count.text}"
     ledger.decide("NODES", "127.0.0.1", count.source, f"{why}: one node, this machine alone")
     ledger.decide("NODE_RANK", 0, "derived", "the only node")
     ledger.decide("MASTER_ADDR", "127.0.0.1", "derived", "nothing leaves this machine")
     own = Own(address="127.0.0.1", interface=loopback_interface(host), reason="one node needs no network")
-    return Membership(names=("127.0.0.1",), nodes=("127.0.0.1",), rank=0, own=own)
+    return NodeList(names=("127.0.0.1",), addresses=("127.0.0.1",), rank=0, own=own)
 
 
 def _member(
     settings: Settings, host: Host, ledger: Ledger, job: Scheduled | None, rank: Value | None, count: Value | None
-) -> Membership | None:
+) -> NodeList | None:
     master = settings.values.get("MASTER_ADDR") or (job.master if job else None)
     rank = rank or (job.rank if job else None)
     if master is not None and (wrong := malformed(bare(master.text))):
@@ -95,7 +95,7 @@ def _master_address(master: Value, host: Host, ledger: Ledger) -> str | None:
     return None
 
 
-def _place(rank: Value, size: int, master_address: str, master: Value, host: Host, ledger: Ledger) -> Membership | None:
+def _place(rank: Value, size: int, master_address: str, master: Value, host: Host, ledger: Ledger) -> NodeList | None:
     number = int(rank.text)
     local = local_addresses(host)
     here = master_address in local
@@ -125,4 +125,4 @@ def _place(rank: Value, size: int, master_address: str, master: Value, host: Hos
     nodes[0] = master_address
     names = [*nodes]
     names[0] = master.text
-    return Membership(names=tuple(names), nodes=tuple(nodes), rank=number, own=own)
+    return NodeList(names=tuple(names), addresses=tuple(nodes), rank=number, own=own)

@@ -4,9 +4,8 @@ from collections import Counter
 
 from app.config.settings import Settings
 from app.host import Host
-from app.plan.membership import Membership
-from app.plan.script import Script
-from app.plan.workers import Workers
+from app.plan.node_list import NodeList
+from app.plan.parts import Script, Workers
 
 SETTINGS = (
     "MASTER_PORT",
@@ -33,7 +32,7 @@ SETTINGS = (
 def must_be_equal(
     settings: Settings,
     host: Host,
-    member: Membership,
+    member: NodeList,
     workers: Workers,
     transport: str,
     script: Script,
@@ -41,7 +40,7 @@ def must_be_equal(
 ) -> tuple[tuple[str, str], ...]:
     """Pairs of name and value, sorted; what belongs to one node (rank, interface, HCA, paths) is not among them."""
     found = {name: settings.text(name) for name in SETTINGS if settings.text(name)}
-    found["NNODES"] = str(len(member.nodes))
+    found["NNODES"] = str(len(member.addresses))
     if settings.is_set("NODES"):
         found["NODES"] = ",".join(member.names)
     found["NPROC_PER_NODE"] = str(workers.nproc)

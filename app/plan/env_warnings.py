@@ -8,7 +8,7 @@ from app.host.addresses import is_link_local
 from app.host.nics import Nic
 from app.plan.decisions import Ledger, shown
 from app.plan.local import Own
-from app.plan.membership import Membership
+from app.plan.node_list import NodeList
 from app.plan.resource_checks import speed_of
 from app.plan.typos import misspelt
 
@@ -111,9 +111,9 @@ def warn_costs(settings: Settings, host: Host, ledger: Ledger) -> None:
     _check_rdma_unused(settings, host, ledger)
 
 
-def warn_elsewhere(settings: Settings, host: Host, member: Membership, backend: str, ledger: Ledger) -> None:
+def warn_elsewhere(settings: Settings, host: Host, member: NodeList, backend: str, ledger: Ledger) -> None:
     """A named interface that does not carry this node's address: the other nodes are sent to what it carries."""
-    if len(member.nodes) < 2:
+    if len(member.addresses) < 2:
         return
     for variable in ("GLOO_SOCKET_IFNAME", *(("NCCL_SOCKET_IFNAME",) if backend == "nccl" else ())):
         value = settings.values.get(variable)

@@ -6,7 +6,8 @@ from app.config.envfile import COMPOSE
 from app.config.settings import TABLE, Settings
 from app.host import Host
 from app.plan.decisions import Ledger
-from app.plan.script import Script, log_dir
+from app.plan.parts import Script
+from app.plan.script import log_dir
 
 LIBRARIES = ("NCCL_", "GLOO_", "TORCH_")
 """An empty variable of these is not "unset" to its library: NCCL reads an empty number as 0."""

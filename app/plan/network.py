@@ -5,11 +5,11 @@ from app.host.addresses import family
 from app.host.nics import Nic
 from app.plan.decisions import Ledger
 from app.plan.exports import Exports
-from app.plan.membership import Membership
+from app.plan.node_list import NodeList
 from app.plan.resource_checks import check_interface, speed_of
 
 
-def decide_interface(member: Membership, host: Host, ledger: Ledger, exports: Exports) -> None:
+def decide_interface(member: NodeList, host: Host, ledger: Ledger, exports: Exports) -> None:
     """NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, and what is odd about the interface."""
     own = member.own
     nic = next((each for each in host.nics if each.name == own.interface), None)

@@ -7,10 +7,10 @@ from app.host import Host
 from app.host.addresses import canonical, family, is_loopback, parse
 from app.plan.decisions import Ledger, count, shown
 from app.plan.local import listing, local_addresses, own_towards
-from app.plan.membership import Membership, addresses_of, bare, listed, malformed
+from app.plan.node_list import NodeList, addresses_of, bare, listed, malformed
 
 
-def decide_listed(written: Value, settings: Settings, host: Host, ledger: Ledger) -> Membership | None:
+def decide_listed(written: Value, settings: Settings, host: Host, ledger: Ledger) -> NodeList | None:
     """Nodes, rank and this node's own address; None with a problem in the ledger if they cannot be known."""
     names = listed(written.text)
     before = len(ledger.problems)
@@ -31,7 +31,7 @@ def decide_listed(written: Value, settings: Settings, host: Host, ledger: Ledger
     if own is None:
         ledger.refuse("NODES", f"{shown('NODES', written)}: this machine has no network address to reach them from.")
         return None
-    return Membership(names=names, nodes=nodes, rank=rank, own=own)
+    return NodeList(names=names, addresses=nodes, rank=rank, own=own)
 
 
 def _check_entries(names: tuple[str, ...], written: Value, host: Host, ledger: Ledger) -> None:

@@ -4,8 +4,8 @@ from app.host import Host
 from app.host.nics import Nic
 from app.plan.decisions import Ledger, count
 from app.plan.local import Own
+from app.plan.parts import Workers
 from app.plan.rdma_access import direct, memlock_obstacle
-from app.plan.workers import Workers
 
 SHM_PER_GPU = 1 << 30
 """Bytes of /dev/shm per process: NCCL's buffers between the GPUs of a machine, and batches of data loaders."""

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 from app.config.envfile import Value
@@ -11,17 +10,10 @@ from app.config.settings import Settings
 from app.host import Host
 from app.host.paths import Seen
 from app.plan.decisions import Ledger, count, shown
+from app.plan.parts import Script
 
 IMAGE = Path("/opt/torchrun-compose")
 """Where this project lies in its image."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Script:
-    command: tuple[str, ...]
-    run_dir: Path
-    checkpoint_dir: Path
-    token_file: Path | None
 
 
 NAMED = (
@@ -87,7 +79,6 @@ def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
         command=(*words, *shlex.split(arguments.text if arguments else "")),
         run_dir=run_dir,
         checkpoint_dir=checkpoints,
-        token_file=_token_file(settings, host, ledger),
     )
 
 
@@ -153,7 +144,8 @@ def _folder(name: str, default: Path, settings: Settings, host: Host, ledger: Le
     return host.cwd / wanted
 
 
-def _token_file(settings: Settings, host: Host, ledger: Ledger) -> Path | None:
+def decide_token(settings: Settings, host: Host, ledger: Ledger) -> Path | None:
+    """The file with the secret that the nodes share, if one is set."""
     value = settings.values.get("CLUSTER_TOKEN_FILE")
     if value is None:
         return None

@@ -5,13 +5,13 @@ import re
 from app.config.settings import Settings
 from app.host import Host
 from app.plan.decisions import Ledger, count, shown
-from app.plan.membership import Membership
+from app.plan.node_list import NodeList
 
 ENDING = 5
 """Seconds that a launcher takes to end what is left after STOP_GRACE."""
 
 
-def decide_times(settings: Settings, host: Host, member: Membership | None, ledger: Ledger) -> int:
+def decide_times(settings: Settings, host: Host, member: NodeList | None, ledger: Ledger) -> int:
     """Records how long the nodes wait for each other, and how often they try; returns the fewest nodes of a round."""
     for name, reason in (
         ("START_TIMEOUT", "seconds until all nodes must have answered"),
@@ -28,7 +28,7 @@ def decide_times(settings: Settings, host: Host, member: Membership | None, ledg
             ledger.take(name, value, reason)
     _check_grace(settings, host, ledger)
     least = settings.values.get("MIN_NODES")
-    size = len(member.nodes) if member is not None else None
+    size = len(member.addresses) if member is not None else None
     if least is None:
         return size or 1
     ledger.take("MIN_NODES", least, "a restart may go on with fewer nodes, down to these")

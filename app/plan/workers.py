@@ -1,21 +1,13 @@
 """Workers on this node: how many, on what device, with how many threads."""
 
 import re
-from dataclasses import dataclass
 from itertools import takewhile
 
 from app.config.settings import Settings
 from app.host import Host
 from app.plan.decisions import Ledger, count, shown
 from app.plan.exports import Exports
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workers:
-    nproc: int
-    backend: str
-    gpus: int
-    """GPUs that torch will count."""
+from app.plan.parts import Workers
 
 
 def decide_workers(settings: Settings, host: Host, ledger: Ledger, exports: Exports) -> Workers:

@@ -2,20 +2,20 @@
 
 import signal
 from collections.abc import Mapping
-from dataclasses import replace
 
-from app.known_errors.catalog import Symptom, all_symptoms, diagnose
-from app.report.history import Round
+from app.known_errors.catalog import BROKEN, CAUSE, CONSEQUENCE, all_errors
+from app.known_errors.diagnose import Diagnosis, diagnose
+from app.report.history import RoundRecord
 
-BROKEN, CAUSE, CONSEQUENCE = 4, 3, 1
-"""Ranks of the table of known errors (known_errors/catalog.toml)."""
 LAST_WORDS = 100
 """Lines of a log in which an error still has to do with the end: earlier ones were survived."""
 BY_EXCEPTION = " failed with "
 """In a verdict whose first cause is an exception (gang/verdict.py)."""
 
 
-def diagnosis(last: Round | None, logs: Mapping[str, str], verdict: str, *, memory_kills: bool) -> Symptom | None:
+def diagnosis(
+    last: RoundRecord | None, logs: Mapping[str, str], verdict: str, *, memory_kills: bool
+) -> Diagnosis | None:
     """`last` is this node's last round, `logs` its workers' by `local rank 0 stderr`; `memory_kills`: the control group
     has killed for memory since the start.
 
@@ -24,35 +24,37 @@ def diagnosis(last: Round | None, logs: Mapping[str, str], verdict: str, *, memo
     own = None
     if last is not None and last.failed:
         own = _own(last, _last_words(_of_first(last, logs)), memory_kills)
-        if own and own.rank >= CAUSE:
+        if own and own.error.rank >= CAUSE:
             return own
     found = [own, diagnose(verdict), _broken(_wider(last, own, logs, verdict))]
-    return max((each for each in found if each and each.rank >= CONSEQUENCE), key=lambda each: each.rank, default=None)
+    named = [each for each in found if each and each.error.rank >= CONSEQUENCE]
+    return max(named, key=lambda each: each.error.rank, default=None)
 
 
-def _own(last: Round, words: str, memory_kills: bool) -> Symptom | None:
+def _own(last: RoundRecord, words: str, memory_kills: bool) -> Diagnosis | None:
     """What this node's own first failure is known as."""
     if last.message:
         return diagnose(f"{last.traceback}\n{last.message}")
     code = last.failures[0].exitcode if last.failures else last.code
     if code == -signal.SIGKILL and memory_kills:
-        by_kernel = next(each for each in all_symptoms() if each.id == "oom-kernel")
-        return replace(by_kernel, line=f"{last.first_error}, and the control group has killed for memory")
+        by_kernel = next(each for each in all_errors() if each.id == "oom-kernel")
+        line = f"{last.first_error}, and the control group has killed for memory"
+        return Diagnosis(error=by_kernel, line=line, number=1)
     # Native code says why it aborts, and a script why it exits; other signals come without a word.
     spoke = code >= 0 or code == -signal.SIGABRT
     said = diagnose(words) if spoke else None
-    return said if said and said.rank >= CONSEQUENCE else diagnose(last.first_error)
+    return said if said and said.error.rank >= CONSEQUENCE else diagnose(last.first_error)
 
 
-def _wider(last: Round | None, own: Symptom | None, logs: Mapping[str, str], verdict: str) -> Mapping[str, str]:
+def _wider(last: RoundRecord | None, own: Diagnosis | None, logs: Mapping[str, str], verdict: str) -> Mapping[str, str]:
     """The logs in which a broken thing may explain this end."""
-    if last is not None and last.message and (own is None or own.rank > CONSEQUENCE):
+    if last is not None and last.message and (own is None or own.error.rank > CONSEQUENCE):
         return _of_first(last, logs)
     # A cause that is known as another rank's exception is not found in the logs of those who followed.
     return {} if BY_EXCEPTION in verdict else logs
 
 
-def _of_first(last: Round, logs: Mapping[str, str]) -> Mapping[str, str]:
+def _of_first(last: RoundRecord, logs: Mapping[str, str]) -> Mapping[str, str]:
     """The logs of the rank that failed first; all, if it is not known which."""
     rank = last.failures[0].local_rank if last.failures else -1
     own = {name: text for name, text in logs.items() if name.startswith(f"local rank {rank} ")}
@@ -63,6 +65,6 @@ def _last_words(logs: Mapping[str, str]) -> str:
     return "\n".join("\n".join(text.splitlines()[-LAST_WORDS:]) for text in logs.values())
 
 
-def _broken(logs: Mapping[str, str]) -> Symptom | None:
+def _broken(logs: Mapping[str, str]) -> Diagnosis | None:
     found = diagnose(_last_words(logs))
-    return found if found and found.rank >= BROKEN else None
+    return found if found and found.error.rank >= BROKEN else None

@@ -17,7 +17,7 @@ ROUNDS = "rounds.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
+class RoundRecord:
     run_id: str
     code: int
     """torchrun's exit code, or that of the worker in its error file if the launcher kept no line."""
@@ -60,7 +60,7 @@ def keep_round(plan: Plan, run_id: str, outcome: Outcome) -> None:
         file.write(line + "\n")
 
 
-def read_rounds(folder: Path, started: float) -> tuple[Round, ...]:
+def read_rounds(folder: Path, started: float) -> tuple[RoundRecord, ...]:
     """Those that ended after `started`, oldest first: the lines of `keep_round` with the exceptions that torch's error
     files hold, and error files without a line. Never raises OSError."""
     found = {each.run_id: each for each in _from_error_files(folder)}
@@ -77,11 +77,11 @@ def _from_lines(folder: Path) -> Iterator[dict[str, Any]]:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 fields = json.loads(line)
                 fields["failures"] = tuple(Failure(**failure) for failure in fields["failures"])
-                Round(**fields)
+                RoundRecord(**fields)
                 yield fields
 
 
-def _complete(kept: Mapping[str, Any], copied: Round | None, folder: Path) -> Round:
+def _complete(kept: Mapping[str, Any], copied: RoundRecord | None, folder: Path) -> RoundRecord:
     first = next(iter(kept["failures"]), None)
     told = copied
     if first and first.local_rank >= 0:
@@ -91,21 +91,21 @@ def _complete(kept: Mapping[str, Any], copied: Round | None, folder: Path) -> Ro
         same = copied is not None and bool(first.text) and copied.message.startswith(first.text)
         told = own or (copied if same else None)
     message = told.message if told else first.text if first else ""
-    return Round(**{**kept, "message": message, "traceback": told.traceback if told else ""})
+    return RoundRecord(**{**kept, "message": message, "traceback": told.traceback if told else ""})
 
 
-def _from_error_files(folder: Path) -> list[Round]:
+def _from_error_files(folder: Path) -> list[RoundRecord]:
     files = folder.glob("*.error.json")
     return [each for file in files if (each := _read(file, file.name.removesuffix(".error.json")))]
 
 
-def _read(file: Path, run_id: str) -> Round | None:
+def _read(file: Path, run_id: str) -> RoundRecord | None:
     """An error file as torch's ErrorHandler and dump_error_file write it (elastic/multiprocessing/errors, torch
     2.13)."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))["message"]
         extra = fields["extraInfo"]
-        return Round(
+        return RoundRecord(
             run_id=run_id,
             message=str(fields["message"]),
             traceback=str(extra.get("py_callstack", "")),

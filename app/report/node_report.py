@@ -18,7 +18,7 @@ from app.host.accelerators.xids import kernel_log, read_xids
 from app.host.files import entries, number, text
 from app.host.limits import control_groups
 from app.plan import Plan
-from app.report.history import Round, read_rounds
+from app.report.history import RoundRecord, read_rounds
 
 LAST_LINES = 40
 READ_BYTES = 1 << 20
@@ -29,7 +29,7 @@ WIDTH = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class NodeReport:
     node_rank: int
     nodes: int
     address: str
@@ -37,7 +37,7 @@ class Report:
     time: float
     code: int
     verdict: str
-    rounds: tuple[Round, ...]
+    rounds: tuple[RoundRecord, ...]
     """All of this job, oldest first; those that ended well here, too."""
     logs: Mapping[str, tuple[str, ...]]
     """The last lines of each worker of the last round, by `local rank 0 stderr`."""
@@ -47,11 +47,11 @@ class Report:
     counters_after: Mapping[str, int]
     xids: tuple[str, ...]
     """Errors of GPUs that the kernel has logged since the start; only root outside a container sees them."""
-    symptom: str
+    known_error: str
     line: str
     cause: str
-    cure: str
-    """A known error, "" where none was recognised; docs/troubleshooting.md has an entry of that name."""
+    fix: str
+    """A known error, "" where none was recognised; docs/errors has an entry of that name."""
     names_cause: bool
     """The known error says more than that another rank or node failed first."""
     flight_records: tuple[str, ...]
@@ -88,21 +88,22 @@ def _oom_kills(root: Path) -> int:
     return max(kills)
 
 
-def make_report(plan: Plan, code: int, verdict: str, before: Mapping[str, int], started: float) -> Report:
+def make_report(plan: Plan, code: int, verdict: str, before: Mapping[str, int], started: float) -> NodeReport:
     """All that this node knows of its failure; reads logs that are newer than `started`. Never raises OSError."""
     # The table of known errors is for bad days only, and costs every start otherwise.
-    from app.report.diagnosis import CONSEQUENCE, diagnosis
+    from app.known_errors.catalog import CONSEQUENCE
+    from app.report.diagnosis import diagnosis
 
     logs = plan.log_dir
     rounds = read_rounds(logs, started)
     texts = _last_round(logs, started)
     after = read_counters()
     grown = {name: after[name] - count for name, count in before.items() if after.get(name, count) > count}
-    symptom = diagnosis(rounds[-1] if rounds else None, texts, verdict, memory_kills=MEMORY_KILLS in grown)
-    return Report(
-        node_rank=plan.node_rank,
-        nodes=len(plan.nodes),
-        address=plan.address,
+    known = diagnosis(rounds[-1] if rounds else None, texts, verdict, memory_kills=MEMORY_KILLS in grown)
+    return NodeReport(
+        node_rank=plan.nodes.rank,
+        nodes=plan.nodes.count,
+        address=plan.network.address,
         run_name=plan.run_name,
         time=time.time(),
         code=code,
@@ -113,11 +114,11 @@ def make_report(plan: Plan, code: int, verdict: str, before: Mapping[str, int], 
         counters_before=before,
         counters_after=after,
         xids=_xids(started),
-        symptom=symptom.id if symptom else "",
-        line=symptom.line if symptom else "",
-        cause=symptom.cause if symptom else "",
-        cure=symptom.cure if symptom else "",
-        names_cause=symptom is not None and symptom.rank > CONSEQUENCE,
+        known_error=known.error.id if known else "",
+        line=known.line if known else "",
+        cause=known.error.cause if known else "",
+        fix=known.error.fix if known else "",
+        names_cause=known is not None and known.error.rank > CONSEQUENCE,
         flight_records=tuple(sorted(str(file) for file in logs.glob("flight_recorder_rank_*"))),
         stalls=tuple(sorted(str(file) for file in plan.stall_dir.glob("rank*.json"))),
         decisions=tuple((each.name, each.value, each.source) for each in plan.decisions),
@@ -149,8 +150,8 @@ def _end_of(file: Path) -> str:
         return ""
 
 
-def summary(report: Report, folder: Path) -> str:
-    """At most fifteen lines: who, what, since when, most likely cause, cure."""
+def summary(report: NodeReport, folder: Path) -> str:
+    """At most fifteen lines: who, what, since when, most likely cause, fix."""
     when = datetime.fromtimestamp(report.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     name = ExitCode(report.code).name if report.code in {*ExitCode} else "unknown"
     lines = [
@@ -159,8 +160,8 @@ def summary(report: Report, folder: Path) -> str:
         f"exit code: {report.code} ({name})",
     ]
     lines += _first_error(report.rounds)
-    if report.symptom:
-        lines += [f"known as: {report.symptom} - {report.line}", f"cause: {report.cause}", f"cure: {report.cure}"]
+    if report.known_error:
+        lines += [f"known as: {report.known_error} - {report.line}", f"cause: {report.cause}", f"fix: {report.fix}"]
     grown = ", ".join(f"{name} +{count}" for name, count in report.counters.items())
     lines += [f"since the start: {grown}"] if grown else []
     lines += [f"errors of GPUs since the start: {', '.join(report.xids)}"] if report.xids else []
@@ -169,7 +170,7 @@ def summary(report: Report, folder: Path) -> str:
     return "\n".join(line[:WIDTH] for line in [*lines, f"more: {folder}"])
 
 
-def _first_error(rounds: Sequence[Round]) -> list[str]:
+def _first_error(rounds: Sequence[RoundRecord]) -> list[str]:
     failed = [each for each in rounds if each.failed]
     if not failed or not rounds[-1].failed:
         lines = ["first error here: none, no worker of this node failed by itself"]
@@ -186,7 +187,7 @@ def _own_line(traceback: str) -> str:
     return next(reversed(own or places), "")
 
 
-def write_report(plan: Plan, report: Report) -> Path:
+def write_report(plan: Plan, report: NodeReport) -> Path:
     """Writes both files, whole or not at all; returns their folder. Raises OSError."""
     folder = plan.report_dir
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,103 +1,111 @@
-"""A job in which no rank moves: what each rank's watch has written (watchdog.py)."""
+"""A job in which no rank makes progress: what each rank's watchdog has written (watchdog.py)."""
 
 import contextlib
 import json
-import os
 import shutil
-import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.engine.outcome import Stall
+from app.engine.outcome import Collective, Stall
+from app.engine.watchdog import BUSY, Activity, activity
 from app.plan import Plan
 
-IDLE = 0.02
-"""BUSY of watchdog.py."""
+HOLDS_THE_GIL = "native code holding the GIL (no Python stack)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Silence:
-    """A rank's last sign of life, and since when it has used no processor."""
+class StalledHeartbeat:
+    """A rank's last heartbeat, and since when it has used no processor."""
 
-    sign: int
-    """When it was left, in nanoseconds."""
+    beat: int
+    """When it was written, in nanoseconds."""
     since: float
-    used: float
-    """Seconds of processor time until then."""
+    seconds: float
+    """Of processor time until then, of the rank and all below it."""
 
 
-def watched(plan: Plan) -> dict[str, str]:
-    """What the workers of a new round must know for watchdog.py to watch them; empties the folder for them."""
+def watched(plan: Plan, folder: Path) -> dict[str, str]:
+    """What the workers of a new round must know for watchdog.py to watch them; empties their `folder`."""
     patience = _patience(plan)
-    if not patience:
-        return {}
-    for file in (*plan.stall_dir.glob("rank*"), *signs().glob("rank*")):
-        # What was told of an earlier round; one that cannot be removed must not keep this round from its start.
+    for file in folder.glob("rank*"):
         with contextlib.suppress(OSError):
             file.unlink()
-    with contextlib.suppress(OSError):
-        signs().mkdir(mode=0o700, exist_ok=True)
-    return {"TORCHRUN_COMPOSE_STALLS": f"{patience:g}:{plan.stall_dir}", "TORCHRUN_COMPOSE_LOOKS": str(signs())}
-
-
-def signs() -> Path:
-    """Where the ranks of this launcher leave a sign of life every few seconds: not on a disk, which may hang itself."""
-    return Path(tempfile.gettempdir()) / f"torchrun-compose-looks-{os.getpid()}"
-
-
-def forget_signs() -> None:
-    """At the end of this launcher."""
-    shutil.rmtree(signs(), ignore_errors=True)
+    return {"TORCHRUN_COMPOSE_STALLS": f"{patience:g}:{folder}"} if patience else {}
 
 
 def _patience(plan: Plan) -> float:
-    return min((seconds for seconds in (plan.hang_report, plan.hang_timeout) if seconds), default=0.0)
+    return min((seconds for seconds in (plan.timeouts.hang_report, plan.timeouts.hang_timeout) if seconds), default=0.0)
 
 
-def read_stalls(plan: Plan, silences: dict[int, Silence]) -> tuple[Stall, ...]:
-    """This node's ranks if all of them stand still, in rank order; () as long as one moves. Never raises OSError.
+def keep_stalls(plan: Plan, folder: Path) -> None:
+    """Copies what the ranks have written to the report, with their stacks. Raises OSError."""
+    plan.stall_dir.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("rank*.json"):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(file, plan.stall_dir / file.name)
 
-    `silences` is the caller's to keep from look to look, empty at first."""
-    found = {}
+
+def forget_stalls(plan: Plan) -> None:
+    """Of a round that is over, or that makes progress again. Raises OSError."""
+    for file in plan.stall_dir.glob("rank*"):
+        file.unlink(missing_ok=True)
+
+
+def read_stalls(
+    plan: Plan,
+    folder: Path,
+    heartbeats: dict[int, StalledHeartbeat],
+    measure: Callable[[int], Activity] = activity,
+) -> tuple[Stall, ...]:
+    """This node's ranks if none of them makes progress, in rank order; () as long as one does. Never raises OSError.
+
+    `heartbeats` is the caller's to keep from call to call, empty at first. A rank that has ended makes no progress,
+    but all together have."""
+    found: dict[int, Stall] = {}
     try:
-        for file in plan.stall_dir.glob("rank*.json"):
-            fields = json.loads(file.read_text(encoding="utf-8"))
-            known = {
-                name: fields[name]
-                for name in ("rank", "at", "collective", "group", "sequence", "run_id")
-                if name in fields
-            }
-            found[known["rank"]] = Stall(**known, seconds=int(fields["seconds"]))
-        # Whoever holds Python's lock cannot take its stall back.
-        found |= {rank: mute for rank, mute in _mute(_patience(plan), silences).items() if rank not in found}
+        for file in (*folder.glob("rank*.ended"), *folder.glob("rank*.json")):
+            stall = _read(json.loads(file.read_text(encoding="utf-8")), ended=file.suffix == ".ended")
+            found.setdefault(stall.rank, stall)
+        # Whoever holds the GIL cannot take its stall back.
+        silent = _silent(folder, _patience(plan), heartbeats, measure)
+        found |= {rank: stall for rank, stall in silent.items() if rank not in found}
     except (OSError, ValueError, KeyError, TypeError):
         return ()
-    return tuple(found[rank] for rank in sorted(found)) if len(found) == plan.nproc else ()
+    return tuple(found[rank] for rank in sorted(found)) if len(found) == plan.workers.nproc else ()
 
 
-def _mute(patience: float, silences: dict[int, Silence]) -> dict[int, Stall]:
-    """Ranks that have left no sign of life for `patience` seconds and used no processor meanwhile. Raises OSError,
-    ValueError for a process that has ended."""
+def _read(fields: Mapping[str, object], *, ended: bool) -> Stall:
+    """Raises ValueError, KeyError, TypeError."""
+    entered = fields["entered"]
+    return Stall(
+        rank=int(str(fields["rank"])),
+        seconds=int(float(str(fields["seconds"]))),
+        at="" if ended else str(fields["at"]),
+        entered=tuple(Collective(**each) for each in entered) if isinstance(entered, list) else (),
+        run_id=str(fields["run_id"]),
+        ended=ended,
+    )
+
+
+def _silent(
+    folder: Path, patience: float, heartbeats: dict[int, StalledHeartbeat], measure: Callable[[int], Activity]
+) -> dict[int, Stall]:
+    """Ranks without a heartbeat for `patience` seconds that used no processor meanwhile. Raises OSError, ValueError for
+    a process that has ended or that a person has stopped."""
     found = {}
-    for file in signs().glob("rank*") if patience else ():
+    for file in folder.glob("rank*"):
         if file.suffix:
             continue
-        rank, sign, now = int(file.name.removeprefix("rank")), file.stat().st_mtime_ns, time.monotonic()
-        used = _processor_time(int(file.read_text(encoding="ascii")))
-        known = silences.get(rank)
-        # What it computed between its last sign and its silence does not count.
-        if not known or known.sign != sign or used - known.used > IDLE * (now - known.since):
-            silences[rank] = Silence(sign=sign, since=now, used=used)
+        rank, beat, now = int(file.name.removeprefix("rank")), file.stat().st_mtime_ns, time.monotonic()
+        known, done = heartbeats.get(rank), measure(int(file.read_text(encoding="ascii")))
+        if done.states[0] in "ZXTt":
+            heartbeats.pop(rank, None)
+            raise ValueError("it has ended, or is stopped by a signal or a debugger")
+        # What it computed between its last heartbeat and its silence does not count.
+        if not known or known.beat != beat or done.seconds - known.seconds > BUSY * (now - known.since):
+            heartbeats[rank] = StalledHeartbeat(beat=beat, since=now, seconds=done.seconds)
         elif now - known.since >= patience:
-            at = "native code that holds Python's lock (no stack)"
-            found[rank] = Stall(rank=rank, seconds=int(now - known.since), at=at)
+            found[rank] = Stall(rank=rank, seconds=int(now - known.since), at=HOLDS_THE_GIL)
     return found
-
-
-def _processor_time(pid: int) -> float:
-    """Seconds that all threads of a process have used (kernel: Documentation/filesystems/proc.rst)."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    if fields[0] in "ZX":
-        raise ValueError("it has ended")
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

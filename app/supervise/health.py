@@ -1,62 +1,64 @@
 """The state of a running launcher, for Docker's HEALTHCHECK and for people: `entrypoint.py healthcheck`.
 
-The launcher rewrites a small file in the temporary folder (writable in a read-only container, too) every few
-seconds; healthy is a launcher that lives and did so lately, whatever it is doing.
+The launcher rewrites a small file in its own folder (runtime_dir.py) every few seconds; healthy is a launcher that
+lives and did so lately, whatever it is doing.
 """
 
 import asyncio
 import contextlib
 import json
-import os
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from app.supervise.files import off_loop
+from app.supervise.runtime_dir import running
+
+STATE = "state.json"
 WRITE_EVERY = 5.0
 FRESH = 30.0
 """Seconds after which a state that was not written again means a launcher that hangs."""
 
 
-def keep_state(run_name: str, node_rank: int, progress: Callable[[], str]) -> tuple[Path, Callable[[str, int], None]]:
-    """Keeps this launcher's state file fresh while the event loop runs; returns its path and the way to change it."""
-    path = _folder() / f"{_prefix()}{run_name}-{node_rank}.json"
-    known: dict[str, object] = {"state": "waiting", "round": 0}
+class State:
+    """This launcher's state and its file."""
 
-    def change(state: str, round_: int) -> None:
-        known.update(state=state, round=round_)
-        _write(path, {**known, "progress": progress()})
+    def __init__(self, folder: Path, progress: Callable[[], str]) -> None:
+        self._folder, self._progress = folder, progress
+        self._known: dict[str, object] = {"state": "waiting", "round": 0}
+        self._changed = asyncio.Event()
 
-    def again() -> None:
-        if path.exists():
-            _write(path, {**known, "progress": progress()})
-            asyncio.get_running_loop().call_later(WRITE_EVERY, again)
+    def change(self, state: str, round_: int) -> None:
+        self._known = {"state": state, "round": round_}
+        self._changed.set()
 
-    change("waiting", 0)
-    asyncio.get_running_loop().call_later(WRITE_EVERY, again)
-    return path, change
+    async def keep(self) -> None:
+        """Writes the file while the event loop runs."""
+        while True:
+            self._changed.clear()
+            # A full disk must not end a training.
+            with contextlib.suppress(OSError):
+                await off_loop(self._write, WRITE_EVERY)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), WRITE_EVERY)
+
+    def _write(self) -> None:
+        new = self._folder / f"{STATE}.new"
+        new.write_text(json.dumps({**self._known, "progress": self._progress(), "time": time.time()}))
+        new.replace(self._folder / STATE)
 
 
-def healthcheck(folder: Path | None = None) -> int:
+def healthcheck(folders: Sequence[Path] | None = None) -> int:
     """Prints every launcher of this user, one a line; 0 if there is one and all are well, 1 otherwise."""
-    states = [_read(path) for path in sorted((folder or _folder()).glob(f"{_prefix()}*.json"))]
-    alive = [state for state in states if state and _is_alive(int(str(state["pid"])))]
-    ages = [time.time() - float(str(state["time"])) for state in alive]
-    for state, age in zip(alive, ages, strict=True):
+    states = [state for folder in (running() if folders is None else folders) if (state := _read(folder / STATE))]
+    ages = [time.time() - float(str(state["time"])) for state in states]
+    for state, age in zip(states, ages, strict=True):
         progress = f"last progress: {state['progress']}" if state["progress"] else "no progress yet"
-        stale = f", no sign of life for {age:.0f} s" if age > FRESH else ""
+        stale = f", no heartbeat for {age:.0f} s" if age > FRESH else ""
         print(f"{state['state']}, round {state['round']}, {progress}{stale}")
-    if not alive:
+    if not states:
         print("no launcher is running")
-    return 0 if alive and max(ages) <= FRESH else 1
-
-
-def _write(path: Path, fields: dict[str, object]) -> None:
-    # A full disk must not end a training.
-    with contextlib.suppress(OSError):
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps({**fields, "pid": os.getpid(), "time": time.time()}))
-        new.replace(path)
+    return 0 if states and max(ages) <= FRESH else 1
 
 
 def _read(path: Path) -> dict[str, object] | None:
@@ -64,24 +66,4 @@ def _read(path: Path) -> dict[str, object] | None:
         fields = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return (
-        fields if isinstance(fields, dict) and {"pid", "state", "round", "progress", "time"} <= fields.keys() else None
-    )
-
-
-def _folder() -> Path:
-    return Path(tempfile.gettempdir())
-
-
-def _prefix() -> str:
-    return f"torchrun-compose-{os.getuid()}-"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return fields if isinstance(fields, dict) and {"state", "round", "progress", "time"} <= fields.keys() else None

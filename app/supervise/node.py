@@ -1,17 +1,21 @@
 """Runs one node's part of the job, from the roll call to the exit code: the one thing the entrypoint calls to run."""
 
 import asyncio
+import contextlib
 import os
 import resource
 import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from app.config.console import say
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
 from app.engine import torchrun
+from app.engine.outcome import Outcome
 from app.gang.agreement import gather
 from app.gang.connection import MAX_LINE, Wire, listen
 from app.gang.coordinator import LAST_WORD, LINGER, Hub
@@ -23,13 +27,17 @@ from app.plan import Plan
 from app.report.history import keep_round
 from app.report.node_report import forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
-from app.supervise.hang import forget_signs, watched
-from app.supervise.health import keep_state
-from app.supervise.progress import Looks
+from app.supervise.files import SIGNALS, in_time, off_loop, start_thread
+from app.supervise.hang import watched
+from app.supervise.health import State
+from app.supervise.progress import Progress
 from app.supervise.restart_guard import forget_final, reserve_final, write_final
+from app.supervise.runtime_dir import one_job, runtime_dir
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MOST_FILES = 65_536
+FILES = 30.0
+"""Seconds that the file system of the run's folder has for one act."""
+REAP_EVERY = 1.0
 
 
 def supervise(plan: Plan) -> int:
@@ -38,27 +46,31 @@ def supervise(plan: Plan) -> int:
     Raises UserError where a file or folder of the settings cannot be used."""
     token = read_token(plan)
     make_folders(plan)
-    reserve_final()
+    _best_effort(reserve_final)
     torchrun.adopt_orphans()
     allow_many_files()
-    started, before = time.time(), read_counters()
-
-    def tell(verdict: Verdict) -> None:
-        if verdict.code == ExitCode.DONE:
-            forget_report(plan)
-        elif verdict.code != ExitCode.STOPPED:
-            tell_report(plan, verdict, before, started)
-        # The last line is what people read first.
-        say(verdict.text)
-
-    verdict, own_stop = asyncio.run(_take_part(plan, token, tell))
+    with one_job(plan), runtime_dir() as folder:
+        verdict, own_stop = asyncio.run(_take_part(plan, token, folder))
     if verdict.code in (ExitCode.DONE, ExitCode.STOPPED):
-        forget_final()
+        _best_effort(forget_final)
     if verdict.code == ExitCode.STOPPED:
         return int(verdict.code) if own_stop else plan.stopped_exit_code
     if verdict.code not in (ExitCode.DONE, ExitCode.FAILED):
-        write_final(int(verdict.code), verdict.text)
+        _best_effort(lambda: write_final(int(verdict.code), verdict.text))
     return int(verdict.code)
+
+
+def _best_effort(act: Callable[[], object]) -> None:
+    with contextlib.suppress(OSError):
+        in_time(act, FILES)
+
+
+def tell_end(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: float) -> None:
+    """All that is written and printed of the end, but the verdict itself."""
+    if verdict.code == ExitCode.DONE:
+        forget_report(plan)
+    elif verdict.code != ExitCode.STOPPED:
+        tell_report(plan, verdict, before, started)
 
 
 def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: float) -> None:
@@ -67,7 +79,7 @@ def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started
     try:
         report = make_report(plan, int(verdict.code), verdict.text, before, started)
         if report.names_cause:
-            say(f"cause: {report.cause}\ncure: {report.cure}")
+            say(f"cause: {report.cause}\nfix: {report.fix}")
         say(f"kept for `report`: {write_report(plan, report)}")
     except Exception as error:
         say(f"no report: {type(error).__name__}: {error}")
@@ -75,10 +87,13 @@ def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started
 
 def make_folders(plan: Plan) -> None:
     """The run's folder with its logs. Raises UserError."""
+    where = f"RUN_DIR={plan.script.run_dir}"
     try:
-        plan.log_dir.mkdir(parents=True, exist_ok=True)
+        in_time(lambda: plan.log_dir.mkdir(parents=True, exist_ok=True), FILES)
+    except TimeoutError:
+        raise UserError(f"{where} does not answer within {FILES:.0f} s: is its file server up?") from None
     except OSError as error:
-        raise UserError(f"RUN_DIR={plan.run_dir} cannot be written: {error.strerror}.") from None
+        raise UserError(f"{where} cannot be written: {error.strerror}.") from None
 
 
 def allow_many_files() -> None:
@@ -90,28 +105,32 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) -> tuple[Verdict, bool]:
-    """The verdict, and whether the stop came from this node's own user. `tell` prints the verdict as soon as there is
-    one: node 0 may stay for a while to tell others."""
+async def _take_part(plan: Plan, token: bytes, folder: Path) -> tuple[Verdict, bool]:
+    """The verdict, printed, and whether the stop came from this node's own user."""
+    started, before = time.time(), read_counters()
+    node = Node(plan=plan, folder=folder)
     hub = Hub(plan, token, say)
     server = await _listen(plan, hub)
-    presiding = asyncio.ensure_future(hub.preside()) if server or len(plan.nodes) == 1 else None
-    looks = Looks(plan)
-    path, state = keep_state(plan.run_name, plan.node_rank, lambda: looks.progress)
+    presiding = asyncio.ensure_future(hub.preside()) if server or plan.nodes.count == 1 else None
+    progress = Progress(plan, folder, say, lambda: node.engine)
+    state = State(folder, lambda: progress.text)
     around = Surroundings(
         dial=_dial_inside(hub) if presiding else _dial(plan),
-        launch=lambda place: _launch(plan, place),
+        launch=node.launch,
         clean=torchrun.sweep,
-        progress=lambda: looks.progress,
-        stalls=lambda: looks.stalls,
-        look=looks.renew,
+        progress=lambda: progress.text,
+        stalls=lambda: progress.stalls,
+        look=progress.renew,
         holder=holder,
         say=say,
-        state=state,
+        state=state.change,
     )
-    watching = asyncio.ensure_future(traffic.watch(plan, say)) if traffic.watched(plan) else None
-    member = Member(plan, token, gather(plan) if len(plan.nodes) > 1 else {}, around)
+    # Whatever this node has before its first round is no progress of that.
+    await progress.renew()
+    member = Member(plan, token, gather(plan) if plan.nodes.count > 1 else {}, around)
     _on_signals(member.stop)
+    keeping = asyncio.ensure_future(state.keep())
+    beside = [asyncio.ensure_future(each) for each in (node.reap_orphans(), _watch_traffic(plan))]
     part = asyncio.ensure_future(member.take_part())
     try:
         # A bug in node 0's hub must end the job with its traceback, not leave it waiting for a verdict.
@@ -120,24 +139,38 @@ async def _take_part(plan: Plan, token: bytes, tell: Callable[[Verdict], None]) 
             presiding.result()
         verdict = await part
         own_stop = member.stops > 0
-        tell(verdict)
-        if presiding and member.stops < 2:
-            # The others are told meanwhile. What made this node's member leave by itself, the hub does not know yet.
+        for each in beside:
+            # From here on the report may start programs of its own.
+            each.cancel()
+        if presiding:
+            # What made this node's member leave by itself, the hub does not know yet.
             hub.conclude(verdict)
+        try:
+            await off_loop(lambda: tell_end(plan, verdict, before, started), FILES)
+        except OSError:
+            say(f"no report: RUN_DIR={plan.script.run_dir} does not answer")
+        # The last line is what people read first. Node 0 may stay for a while to tell others.
+        say(verdict.text)
+        if presiding and member.stops < 2:
             _on_signals(presiding.cancel)
             await asyncio.wait([presiding], timeout=LINGER + 2 * LAST_WORD)
     finally:
+        # The loop takes its handlers with it, and a signal now must not change the exit code.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         part.cancel()
-        if watching:
-            watching.cancel()
+        for each in (keeping, *beside):
+            each.cancel()
         if presiding:
             presiding.cancel()
-        path.unlink(missing_ok=True)
-        forget_signs()
         if server:
             server.close()
         torchrun.sweep()
     return verdict, own_stop
+
+
+async def _watch_traffic(plan: Plan) -> None:
+    if traffic.watched(plan):
+        await traffic.watch(plan, say)
 
 
 def _on_signals(act: Callable[[], object]) -> None:
@@ -148,19 +181,28 @@ def _on_signals(act: Callable[[], object]) -> None:
 async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:
     """Node 0's ear, on its fabric address only. None on other nodes, and where another process has the port: that one
     may be a second node 0 or another job, and will say so when this node comes as a guest."""
-    if plan.node_rank or len(plan.nodes) == 1:
+    if plan.nodes.rank or plan.nodes.count == 1:
         return None
     try:
-        return await listen(hub.serve, plan.address, plan.control_port, backlog=2 * len(plan.nodes) + 64)
+        return await listen(
+            hub.serve, plan.network.address, plan.network.control_port, backlog=2 * plan.nodes.count + 64
+        )
     except OSError as error:
-        say(f"node 0 cannot listen on {plan.address} port {plan.control_port}: {os.strerror(error.errno or 0).lower()}")
+        say(
+            f"node 0 cannot listen on {plan.network.address} port {plan.network.control_port}: "
+            f"{os.strerror(error.errno or 0).lower()}"
+        )
         return None
 
 
 def _dial(plan: Plan) -> Callable[[], Awaitable[Wire]]:
     async def dial() -> Wire:
-        own = (plan.address, 0)
-        return Wire(*await asyncio.open_connection(plan.nodes[0], plan.control_port, local_addr=own, limit=MAX_LINE))
+        own = (plan.network.address, 0)
+        return Wire(
+            *await asyncio.open_connection(
+                plan.nodes.addresses[0], plan.network.control_port, local_addr=own, limit=MAX_LINE
+            )
+        )
 
     return dial
 
@@ -177,16 +219,43 @@ def _dial_inside(hub: Hub) -> Callable[[], Awaitable[Wire]]:
     return dial
 
 
-def _launch(plan: Plan, place: Place) -> torchrun.Torchrun:
-    command = torchrun.command_line(
-        plan,
-        node_rank=place.node_rank,
-        nnodes=place.nnodes,
-        master_addr=plan.master_addr,
-        master_port=plan.master_port,
-        run_id=place.run_id,
-    )
-    if place.round > 1:
-        say(f"round {place.round}: node rank {place.node_rank} of {place.nnodes}")
-    environment = {**torchrun.environment(plan, os.environ, run_id=place.run_id), **watched(plan)}
-    return torchrun.Torchrun(command, environment, lambda outcome: keep_round(plan, place.run_id, outcome))
+@dataclass(slots=True, kw_only=True)
+class Node:
+    """What this launcher has started, round after round."""
+
+    plan: Plan
+    folder: Path
+    engine: int = 0
+    """The process id of the last torchrun, 0 before."""
+
+    def launch(self, place: Place) -> torchrun.Torchrun:
+        plan = self.plan
+        command = torchrun.command_line(
+            plan,
+            node_rank=place.node_rank,
+            nnodes=place.nnodes,
+            master_addr=plan.network.master_addr,
+            master_port=plan.network.master_port,
+            run_id=place.run_id,
+        )
+        if place.round > 1:
+            say(f"round {place.round}: node rank {place.node_rank} of {place.nnodes}")
+        environment = torchrun.environment(plan, os.environ, run_id=place.run_id)
+        environment |= watched(plan, self.folder)
+        engine = torchrun.Torchrun(command, environment, lambda outcome: self._keep(place.run_id, outcome))
+        self.engine = engine.process.pid
+        return engine
+
+    def _keep(self, run_id: str, outcome: Outcome) -> None:
+        start_thread(lambda: keep_round(self.plan, run_id, outcome), "history")
+
+    async def reap_orphans(self) -> None:
+        """What init does for processes whose parent has ended: they are this launcher's meanwhile (adopt_orphans)."""
+        while True:
+            await asyncio.sleep(REAP_EVERY)
+            with contextlib.suppress(ChildProcessError):
+                while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                    if ended.si_pid == self.engine:
+                        # Whoever watches it asks for its exit code.
+                        break
+                    os.waitpid(ended.si_pid, 0)

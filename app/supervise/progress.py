@@ -1,68 +1,149 @@
-"""What the folder of a run shows while it runs: how far the training is, and whether its ranks stand still."""
+"""What the folder of a run shows while it runs, and what its ranks tell: how far the training is, whether it stands.
+
+Both are read in threads of their own: a file server that does not answer must not stop the heartbeat of a healthy node.
+"""
 
 import asyncio
+import contextlib
+import os
+import re
+import stat
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.engine.outcome import Stall
 from app.plan import Plan
-from app.supervise.hang import Silence, read_stalls
+from app.supervise.files import in_time, start_thread
+from app.supervise.hang import StalledHeartbeat, forget_stalls, keep_stalls, read_stalls
 
-LOOK_EVERY = 1.0
+READ_EVERY = 1.0
 PATIENCE = 2.0
-"""Seconds that a fresh look is waited for."""
+"""Seconds that fresh progress is waited for."""
+KEEP_LIMIT = 5.0
+LONGEST = 100
+"""Bytes of RUN_DIR/progress that are read."""
 
 
-class Looks:
-    """Looks from a thread of its own: a file system that stalls must not stop the heartbeat of a healthy node."""
+@dataclass(slots=True, kw_only=True)
+class Gained:
+    """The progress of a job: a text that changes when the script has gained something, and at nothing else."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.progress = progress(plan)
+    text: str = ""
+    _steps: tuple[int, ...] = ()
+    _seen: set[str] = field(default_factory=set)
+
+    def read(self, run_dir: Path, checkpoint_dir: Path) -> None:
+        """The first line of RUN_DIR/progress if the script writes that file: its whole numbers must have risen, or
+        without numbers it must be new. Otherwise the newest entry of CHECKPOINT_DIR, hidden and temporary ones apart,
+        whose name must be new: a file that is written again and again shows no gain. Never raises OSError."""
+        line = first_line(run_dir / "progress")
+        if line is not None:
+            steps = tuple(int(number) for number in re.findall(r"(?<![\d.])\d{1,18}(?![\d.])", line))
+            if steps > self._steps or (line and not steps and line not in self._seen):
+                self.text, self._steps = line, max(steps, self._steps)
+                self._seen.add(line)
+            return
+        entries = checkpoints(checkpoint_dir)
+        if new := [name for name in entries if name not in self._seen]:
+            self.text = new[-1][:80]
+            self._seen.update(new)
+
+
+def first_line(path: Path) -> str | None:
+    """Of a regular file, cut; None for anything else."""
+    with contextlib.suppress(OSError):
+        # A pipe without a writer would block whoever opens it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return os.read(descriptor, LONGEST).decode(errors="replace").partition("\n")[0]
+        finally:
+            os.close(descriptor)
+    return None
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """The names of whatever a script has completed there, oldest first."""
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            # An entry may vanish while it is looked at, and a link may lead nowhere.
+            with contextlib.suppress(OSError):
+                if _is_complete(entry.name):
+                    found.append((entry.stat().st_mtime, entry.name))
+    return [name for _, name in sorted(found)]
+
+
+def _is_complete(name: str) -> bool:
+    return not name.startswith(".") and "tmp" not in name and not name.endswith((".new", ".partial"))
+
+
+class Progress:
+    """The newest that is known of both, brought up to date every second."""
+
+    def __init__(self, plan: Plan, folder: Path, say: Callable[[str], None], engine: Callable[[], int]) -> None:
+        """`folder` is the ranks'; `engine` tells torchrun's process id, 0 for none. Reads nothing yet."""
         self.stalls: Sequence[Stall] = ()
-        self._plan = plan
+        self._plan, self._folder, self._say, self._engine = plan, folder, say, engine
+        self._gained = Gained()
         self._asked = self._answered = 0
         self._wanted = threading.Event()
-        threading.Thread(target=self._look_again, name="looks", daemon=True).start()
+        start_thread(self._read_progress, "progress")
+        start_thread(self._read_ranks, "stalls")
+
+    @property
+    def text(self) -> str:
+        return self._gained.text
 
     async def renew(self) -> None:
-        """Returns after a look that began after this call, or after PATIENCE seconds."""
+        """Returns after `text` was read by a reading that began after this call, or after PATIENCE seconds."""
         self._asked += 1
         wanted, until = self._asked, time.monotonic() + PATIENCE
         self._wanted.set()
         while self._answered < wanted and time.monotonic() < until:
             await asyncio.sleep(0.01)
 
-    def _look_again(self) -> None:
-        silences: dict[int, Silence] = {}
+    def _read_progress(self) -> None:
+        script = self._plan.script
         while True:
             self._wanted.clear()
             asked = self._asked
-            self.progress, self.stalls = progress(self._plan), read_stalls(self._plan, silences)
+            self._gained.read(script.run_dir, script.checkpoint_dir)
             self._answered = asked
-            self._wanted.wait(LOOK_EVERY)
+            self._wanted.wait(READ_EVERY)
+
+    def _read_ranks(self) -> None:
+        heartbeats: dict[int, StalledHeartbeat] = {}
+        stopped = 0
+        while self._folder.exists():
+            before, self.stalls = self.stalls, read_stalls(self._plan, self._folder, heartbeats)
+            if bool(before) != bool(self.stalls):
+                self._keep()
+            stopped = self._look_at_engine(stopped)
+            time.sleep(READ_EVERY)
+
+    def _keep(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.stalls:
+                in_time(lambda: keep_stalls(self._plan, self._folder), KEEP_LIMIT)
+            else:
+                in_time(lambda: forget_stalls(self._plan), KEEP_LIMIT)
+
+    def _look_at_engine(self, stopped: int) -> int:
+        """Tells once of a torchrun that somebody has stopped, which tells of no failure any more; returns its pid."""
+        pid = self._engine()
+        if not pid or not _is_stopped(pid):
+            return 0
+        if pid != stopped:
+            told = f"warning: torchrun (process {pid}) was stopped by a signal, and tells of no failure meanwhile."
+            self._say(f"{told} Fix: kill -CONT {pid}")
+        return pid
 
 
-def progress(plan: Plan) -> str:
-    """What changes when the training has got on, and at nothing else; "" for nothing yet.
-
-    The first line of RUN_DIR/progress if the script writes that file. Otherwise the newest entry of CHECKPOINT_DIR,
-    hidden and temporary ones apart: a file by name and time, since many scripts write one again and again, a folder by
-    name alone, since a script that always fails while it saves would renew its time."""
-    try:
-        return (plan.run_dir / "progress").read_text(errors="replace").partition("\n")[0][:100]
-    except OSError:
-        pass
-    try:
-        found = [(entry.stat().st_mtime, entry) for entry in plan.checkpoint_dir.iterdir() if _is_complete(entry)]
-    except OSError:
-        return ""
-    if not found:
-        return ""
-    at, newest = max(found)
-    return newest.name[:80] if newest.is_dir() else f"{newest.name[:80]} {at:.3f}"
-
-
-def _is_complete(entry: Path) -> bool:
-    return not entry.name.startswith(".") and "tmp" not in entry.name and not entry.name.endswith((".new", ".partial"))
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "Tt"
+    return False

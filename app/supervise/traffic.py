@@ -25,7 +25,7 @@ class Traffic:
 
 def watched(plan: Plan) -> bool:
     """Whether this plan expects NCCL to go over RDMA to other nodes."""
-    return plan.backend == "nccl" and len(plan.nodes) > 1 and plan.transport != "sockets"
+    return plan.workers.backend == "nccl" and plan.nodes.count > 1 and plan.network.transport != "sockets"
 
 
 def read_traffic(plan: Plan, root: Path = Path("/")) -> Traffic:
@@ -38,7 +38,7 @@ def read_traffic(plan: Plan, root: Path = Path("/")) -> Traffic:
     counted = [each for each in words if each is not None]
     return Traffic(
         rdma=4 * sum(counted) if counted and len(counted) == len(words) else None,
-        interface=number(root / "sys/class/net" / plan.interface / "statistics/tx_bytes") or 0,
+        interface=number(root / "sys/class/net" / plan.network.interface / "statistics/tx_bytes") or 0,
     )
 
 
@@ -53,7 +53,7 @@ def alarm(plan: Plan, before: Traffic, now: Traffic) -> str | None:
     if rdma >= interface:
         return ""
     return (
-        f"warning: {plan.transport} is here, but NCCL runs over sockets: {plan.interface} has sent "
+        f"warning: {plan.network.transport} is here, but NCCL runs over sockets: {plan.network.interface} has sent "
         f"{interface / 1e9:.1f} GB, all RDMA ports {rdma / 1e9:.1f} GB. It is many times slower. NCCL_DEBUG=INFO tells "
         "why (NET/Socket instead of NET/IB); `doctor` on all nodes finds the usual causes"
     )

@@ -13,7 +13,9 @@ from tests.testbed import Cluster, Node
 
 RUNS = int(os.environ.get("HEALTHY_RUNS", "2"))
 FLAGS = "--steps 12 --layers 1 --width 32 --heads 2 --context 32 --batch 8 --sample 0 --eval-every 0"
-ALARM = re.compile(r"warn|FAIL|error|lost|slow:|waiting \d|cannot|no rank has moved|kept for|Traceback", re.IGNORECASE)
+ALARM = re.compile(
+    r"warn|FAIL|error|lost|slow:|waiting \d|cannot|no progress|kept for|report written|Traceback", re.IGNORECASE
+)
 EXPECTED = re.compile(
     r"c10d\] The hostname of the client socket cannot be retrieved|without CLUSTER_TOKEN_FILE|, no errors$"
 )

@@ -93,7 +93,7 @@ def test_one_node_alone_ends_within_two_seconds_and_never_loads_torch(doctors: D
         "import os, sys, time; start = time.monotonic(); sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from app.doctor.command import main\n"
-        "import app.doctor.attend, app.doctor.collective\n"
+        "import app.doctor.attend, app.doctor.collect.collective\n"
         "print(main(['--alone', '--json'], os.environ, Path('.env')), time.monotonic() - start, 'torch' in sys.modules)"
     )
     done = subprocess.run(

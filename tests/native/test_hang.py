@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -27,7 +26,7 @@ print("has computed", flush=True)
 def on_two_nodes(made: Nodes, *arguments: str) -> list[str]:
     """The whole line with the verdict, of both nodes."""
     launchers = made.start_all(*arguments)
-    return [launcher.wait_for(r"no rank has moved for \d+ s: (.*)", 60)[1] for launcher in launchers]
+    return [launcher.wait_for(r"no progress on any rank for \d+ s: (.*)", 60)[1] for launcher in launchers]
 
 
 def test_a_rank_that_sleeps_before_a_collective_is_named_by_all_nodes_and_nobody_is_stopped(tmp_path: Path) -> None:
@@ -35,7 +34,7 @@ def test_a_rank_that_sleeps_before_a_collective_is_named_by_all_nodes_and_nobody
     with nodes(tmp_path, 2, script, NPROC_PER_NODE="2", HANG_REPORT="2") as made:
         told = on_two_nodes(made, "2", "6")
         assert told[0] == told[1]
-        assert "rank 2 did not enter all_reduce (number 6), where ranks 0, 1 and 3 wait at script.py:19" in told[0]
+        assert "rank 2 has not reached all_reduce #6; ranks 0, 1, 3 are blocked in it at script.py:19" in told[0]
         assert "rank 2 on node 1 (127.0.0.2) is at script.py:25, in load_batch: time.sleep(seconds)" in told[0]
         kept = json.loads((tmp_path / "node1/default/report/node1/stalls/rank2.json").read_text())
         assert "load_batch" in kept["stack"]
@@ -48,15 +47,15 @@ def test_a_rank_in_another_collective_is_named_and_hang_timeout_starts_all_again
     with nodes(tmp_path, 2, script, NPROC_PER_NODE="2", HANG_TIMEOUT="4", HANG_REPORT="2", MAX_RESTARTS="1") as made:
         told = on_two_nodes(made)
         assert told[0] == told[1]
-        assert "ranks 0, 2 and 3 all_reduce (number 6) at script.py:18" in told[0]
-        assert "rank 1 barrier (number 6) at script.py:24, in save_checkpoint: dist.barrier()" in told[0]
+        assert "ranks 0, 2, 3 all_reduce #6 at script.py:18" in told[0]
+        assert "rank 1 barrier #6 at script.py:24, in save_checkpoint: dist.barrier()" in told[0]
         for launcher in made.launchers:
-            launcher.wait_for("the job hangs: no rank has moved .* All nodes start again", 30)
+            launcher.wait_for("the job hangs: no progress on any rank .* All nodes start again", 30)
             launcher.wait_for("round 2: ", 30)
         assert [launcher.end(90) for launcher in made.launchers] == [5, 5]
 
 
-HOLDS_THE_LOCK = """
+HOLDS_THE_GIL = """
 import ctypes, os, sys, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 dist.all_reduce(torch.ones(1))
@@ -72,22 +71,20 @@ open(sys.argv[2]).close()
 """
 
 
-def test_a_rank_in_native_code_that_holds_pythons_lock_is_named_though_it_cannot_tell(tmp_path: Path) -> None:
+def test_a_rank_in_native_code_that_holds_the_gil_is_named_though_it_cannot_tell(tmp_path: Path) -> None:
     held, freed = tmp_path / "held", tmp_path / "freed"
     os.mkfifo(held)
     os.mkfifo(freed)
-    with nodes(tmp_path, 2, HOLDS_THE_LOCK, HANG_REPORT="2") as made:
+    with nodes(tmp_path, 2, HOLDS_THE_GIL, HANG_REPORT="2") as made:
         told = on_two_nodes(made, str(held), str(freed))
-        assert "rank 1 did not enter all_reduce (number 2), where rank 0 waits at script.py:12" in told[0]
-        assert "rank 1 on node 1 (127.0.0.2) is at native code that holds Python's lock" in told[0]
+        assert "rank 1 has not reached all_reduce #2; rank 0 is blocked in it at script.py:12" in told[0]
+        assert "rank 1 on node 1 (127.0.0.2) is at native code holding the GIL" in told[0]
         # Open in both directions a pipe has its writer.
         with held.open("rb+", buffering=0):
             for launcher in made.launchers:
-                launcher.wait_for("the ranks move again")
+                launcher.wait_for("progress resumed")
         with freed.open("rb+", buffering=0):
             assert [launcher.end(60) for launcher in made.launchers] == [0, 0]
-        made_here = {f"torchrun-compose-looks-{launcher.process.pid}" for launcher in made.launchers}
-        assert not made_here & {file.name for file in Path(tempfile.gettempdir()).iterdir()}
 
 
 @pytest.mark.parametrize("limit", ["2", "0"])
@@ -100,4 +97,4 @@ def test_a_rank_that_computes_while_the_others_wait_is_no_hang_and_0_switches_th
         launchers = made.start_all()
         assert [launcher.end(60) for launcher in launchers] == [0, 0]
         assert time.monotonic() - began > 6
-        assert all("no rank has moved" not in launcher.text for launcher in launchers)
+        assert all("no progress" not in launcher.text for launcher in launchers)

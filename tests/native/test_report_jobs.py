@@ -54,7 +54,7 @@ def test_an_unknown_exception_is_not_explained_by_the_complaint_of_its_neighbour
         assert made.start(0).end(60) == 5
         assert "rank 1 failed with ValueError: bad batch" in made.launchers[0].said[-1]
     report = json.loads((tmp_path / "node0/default/report/node0/report.json").read_text())
-    assert (report["rounds"][0]["message"], report["symptom"]) == ("ValueError: bad batch", "")
+    assert (report["rounds"][0]["message"], report["known_error"]) == ("ValueError: bad batch", "")
 
 
 KILLED = """
@@ -70,9 +70,9 @@ def test_a_worker_that_is_killed_is_the_first_error_of_its_node_and_all_say_what
     with nodes(tmp_path, 2, KILLED, MAX_RESTARTS="1", RUNS_ROOT=str(tmp_path / "shared")) as made:
         assert [launcher.end(60) for launcher in made.start_all()] == [5, 5]
         for launcher in made.launchers:
-            cause, cure, kept, verdict = launcher.said[-4:]
+            cause, fix, kept, verdict = launcher.said[-4:]
             assert cause.startswith("cause: The worker was killed from outside")
-            assert cure.startswith("cure: `dmesg")
+            assert fix.startswith("fix: `dmesg")
             assert kept.startswith("kept for `report`: ")
             assert "rank 1 was ended by SIGKILL" in verdict
     folders = [tmp_path / f"shared/default/report/node{rank}" for rank in (0, 1)]

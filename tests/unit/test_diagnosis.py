@@ -4,9 +4,8 @@ import pytest
 
 from app.engine.outcome import Failure
 from app.engine.torchrun import first_cause_first
-from app.known_errors.catalog import Symptom
 from app.report.diagnosis import diagnosis
-from app.report.history import Round
+from app.report.history import RoundRecord
 
 PEER = "RuntimeError: [/gloo/pair.cc:553] Connection closed by peer [10.0.0.2]:39558. This is typically caused by ..."
 NO_MODULE = "ModuleNotFoundError: No module named 'flash_attn'"
@@ -20,19 +19,19 @@ REMARKS = (
 )
 
 
-def failed(text: str = "", exitcode: int = 1, *, halted: bool = False) -> Round:
+def failed(text: str = "", exitcode: int = 1, *, halted: bool = False) -> RoundRecord:
     """A round in which local rank 1 failed first, with the exception `text`."""
     failure = Failure(rank=3, local_rank=1, exitcode=exitcode, text=text)
     trace = f'Traceback:\n  File "my.py", line 7, in step\n{text}\n' if text else ""
-    return Round(run_id="r", code=1, time=1.0, failures=(failure,), message=text, traceback=trace, halted=halted)
+    return RoundRecord(run_id="r", code=1, time=1.0, failures=(failure,), message=text, traceback=trace, halted=halted)
 
 
 def named(
-    last: Round | None, own: str = "", other: str = "", verdict: str = "verdict", *, memory_kills: bool = False
+    last: RoundRecord | None, own: str = "", other: str = "", verdict: str = "verdict", *, memory_kills: bool = False
 ) -> str:
     logs = {"local rank 0 stderr": other, "local rank 1 stderr": own, "local rank 10 stderr": ""}
-    found: Symptom | None = diagnosis(last, logs, verdict, memory_kills=memory_kills)
-    return found.id if found else ""
+    found = diagnosis(last, logs, verdict, memory_kills=memory_kills)
+    return found.error.id if found else ""
 
 
 @pytest.mark.parametrize("remark", REMARKS)

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.doctor.attend import Attendant
+from app.doctor.cluster_checks.transport import Collective
+from app.doctor.collect.look import Disk
 from app.doctor.facts import Facts
-from app.doctor.look import Disk
-from app.doctor.transport import Collective
 from app.gang import connectivity
 from app.gang.connection import Message
 from app.plan import Plan
@@ -19,7 +19,7 @@ def node(facts: Facts, folder: Path) -> Attendant:
     """A node whose checkpoints go below `folder`."""
     facts = replace(facts, look=replace(facts.look, disk=Disk(folder=str(folder))))
     assert facts.plan is not None
-    plan = replace(facts.plan, checkpoint_dir=folder / "checkpoints")
+    plan = replace(facts.plan, script=replace(facts.plan.script, checkpoint_dir=folder / "checkpoints"))
     one = Attendant(facts=facts, plan=plan, token=b"", findings=(), say=print, reduce=full_disk)
     one._answering = connectivity.Answering("key")
     return one

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from app.doctor.cluster import judge
-from app.doctor.findings import Finding, Level, Row, green, red
-from app.doctor.measured import Measured, Node
+from app.doctor.cluster_checks import judge
+from app.doctor.cluster_checks.transport import Collective
+from app.doctor.collect.meter import Speed
+from app.doctor.findings import Finding, Row, Severity, green, red
 from app.doctor.meeting import steps
-from app.doctor.meter import Speed
+from app.doctor.results import Measured, Node
 from app.doctor.talk import read_facts, told_facts
-from app.doctor.transport import Collective
 
 GBIT = 125e6
 
@@ -49,8 +49,7 @@ def cluster(count: int, **all_nodes: object) -> Measured:
 
 
 def bad(rows: tuple[Row, ...]) -> dict[tuple[int, str], Finding]:
-    wrong = (Level.YELLOW, Level.RED)
-    return {(row.rank, each.check): each for row in rows for each in row.findings if each.level in wrong}
+    return {(row.rank, each.check): each for row in rows for each in row.findings if each.bad}
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 40])
@@ -59,7 +58,7 @@ def test_a_sound_cluster_is_green_in_every_cell(count: int) -> None:
     assert not bad(rows)
     assert len(rows) == count
     for row in rows:
-        checks = {each.check for each in row.findings if each.level == Level.GREEN}
+        checks = {each.check for each in row.findings if each.severity == Severity.GREEN}
         assert checks == {"rank", "present", "agree", "reach", "mtu", "speed", "shared", "all-reduce"}
 
 
@@ -77,7 +76,7 @@ def test_a_node_that_did_not_come_is_a_red_row_with_its_address() -> None:
     rows = judge(measured)
     assert rows[1].name == "node 1 (10.0.0.2)"
     assert bad(rows).keys() == {(1, "present")}
-    skipped = {each.check for each in rows[0].findings if each.level == Level.SKIPPED}
+    skipped = {each.check for each in rows[0].findings if each.severity == Severity.SKIPPED}
     assert {"reach", "mtu", "all-reduce"} <= skipped
 
 
@@ -90,14 +89,15 @@ def test_one_node_and_several_are_told_in_singular_and_plural() -> None:
 def test_no_collective_is_tried_where_a_port_is_known_to_be_taken() -> None:
     measured = cluster(2)
     assert not measured.hopeless
-    measured.nodes[0] = node(0, findings=(red("ports", "MASTER_PORT 29400 is taken on 0.0.0.0."),))
+    measured.nodes[0] = node(0, findings=(red("port-taken", "ports", "MASTER_PORT is taken."),))
     assert measured.hopeless
 
 
 def test_a_node_that_went_away_is_red() -> None:
     measured = cluster(3)
     measured.lost = {2: "its connection closed"}
-    assert "went away again: its connection closed" in bad(judge(measured))[2, "present"].sentence
+    lost = bad(judge(measured))[2, "present"]
+    assert (lost.id, lost.values["reason"]) == ("node-lost", "its connection closed")
 
 
 def test_a_setting_that_differs_is_red_at_the_node_that_differs_and_names_both_values() -> None:
@@ -105,15 +105,15 @@ def test_a_setting_that_differs_is_red_at_the_node_that_differs_and_names_both_v
     measured.nodes[1] = node(1, facts={"torch": "2.12.0", "RUN_NAME": "default"})
     found = bad(judge(measured))
     assert found.keys() == {(1, "agree")}
-    assert found[1, "agree"].level == Level.RED
+    assert found[1, "agree"].severity == Severity.RED
     assert "torch 2.13.0 (nodes 0, 2) 2.12.0 (node 1)" in found[1, "agree"].sentence
-    assert found[1, "agree"].cure == "Use the same image on all nodes."
+    assert found[1, "agree"].fix == "Use the same image on all nodes."
 
 
 def test_a_difference_that_may_be_meant_is_yellow() -> None:
     measured = cluster(2)
     measured.nodes[1] = node(1, facts={**measured.nodes[0].facts, "cuda driver": "580.82"})
-    assert bad(judge(measured))[1, "agree"].level == Level.YELLOW
+    assert bad(judge(measured))[1, "agree"].severity == Severity.YELLOW
 
 
 def test_of_two_hundred_packages_the_one_that_differs_is_named_and_no_other() -> None:
@@ -135,7 +135,7 @@ def test_packages_that_are_too_many_to_name_are_counted_beside_them_and_not_in_t
         measured.nodes[rank] = node(rank, facts={"packages": packages})
     finding = bad(judge(measured))[1, "agree"]
     assert finding.sentence.endswith("; and 8 more")
-    assert finding.cure.startswith("Use the same image on all nodes")
+    assert finding.fix.startswith("Use the same image on all nodes")
 
 
 def test_a_blocked_port_stands_at_the_node_that_lets_nobody_in() -> None:
@@ -145,18 +145,18 @@ def test_a_blocked_port_stands_at_the_node_that_lets_nobody_in() -> None:
     assert found.keys() == {(1, "reach")}
     assert "node 0 (10.0.0.1) cannot connect to it, port 40001 and 40002" in found[1, "reach"].sentence
     assert "random ports" in found[1, "reach"].sentence
-    assert "-s 10.0.0.1 -d 10.0.0.2" in found[1, "reach"].cure
+    assert "-s 10.0.0.1 -d 10.0.0.2" in found[1, "reach"].fix
     measured.nodes = {rank: node(rank, address=f"2001:db8::{rank}") for rank in measured.nodes}
-    assert bad(judge(measured))[1, "reach"].cure.startswith("sudo ip6tables -I INPUT -p tcp -s 2001:db8::0")
+    assert bad(judge(measured))[1, "reach"].fix.startswith("sudo ip6tables -I INPUT -p tcp -s 2001:db8::0")
 
 
-@pytest.mark.parametrize(("transport", "level"), [("sockets", Level.YELLOW), ("RoCE", Level.RED)])
-def test_an_odd_mtu_is_told_and_red_where_roce_depends_on_it(transport: str, level: Level) -> None:
+@pytest.mark.parametrize(("transport", "severity"), [("sockets", Severity.YELLOW), ("RoCE", Severity.RED)])
+def test_an_odd_mtu_is_told_and_red_where_roce_depends_on_it(transport: str, severity: Severity) -> None:
     measured = cluster(3, transport=transport)
     measured.nodes[2] = replace(measured.nodes[2], mtu=1500)
     found = bad(judge(measured))
     assert found.keys() == {(2, "mtu")}
-    assert found[2, "mtu"].level == level
+    assert found[2, "mtu"].severity == severity
     assert "eth2 has MTU 1500, but 9000 on nodes 0, 1" in found[2, "mtu"].sentence
 
 
@@ -166,9 +166,9 @@ def test_full_size_packets_that_are_lost_on_the_way_are_red_at_the_receiver() ->
     found = bad(judge(measured))
     assert found.keys() == {(1, "mtu")}
     assert "Packets of 9000 bytes from node 0 (10.0.0.1) are lost" in found[1, "mtu"].sentence
-    assert "-s 8972 10.0.0.2" in found[1, "mtu"].cure
+    assert "-s 8972 10.0.0.2" in found[1, "mtu"].fix
     measured.nodes[1] = replace(measured.nodes[1], address="2001:db8::2")
-    assert "-s 8952 2001:db8::2" in bad(judge(measured))[1, "mtu"].cure
+    assert "-s 8952 2001:db8::2" in bad(judge(measured))[1, "mtu"].fix
 
 
 def test_where_udp_does_not_pass_the_size_is_not_called_green() -> None:
@@ -176,7 +176,7 @@ def test_where_udp_does_not_pass_the_size_is_not_called_green() -> None:
     measured.packets = dict.fromkeys(measured.packets, "unknown")
     rows = judge(measured)
     assert not bad(rows)
-    assert all(each.level == Level.SKIPPED for row in rows for each in row.findings if each.check == "mtu")
+    assert all(each.severity == Severity.SKIPPED for row in rows for each in row.findings if each.check == "mtu")
 
 
 def slow(measured: Measured, *pairs: tuple[int, int], gigabits: float) -> Measured:
@@ -198,21 +198,21 @@ def test_of_four_nodes_the_slow_one_is_named_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("link", "gigabits", "level"),
+    ("link", "gigabits", "severity"),
     [
         (1000, 0.94, None),
-        (1000, 0.5, Level.YELLOW),
-        (1000, 0.1, Level.RED),
+        (1000, 0.5, Severity.YELLOW),
+        (1000, 0.1, Severity.RED),
         (100_000, 4.0, None),
-        (100_000, 2.0, Level.YELLOW),
-        (100_000, 1.0, Level.RED),
+        (100_000, 2.0, Severity.YELLOW),
+        (100_000, 1.0, Severity.RED),
     ],
 )
 def test_a_pair_is_judged_by_its_link_and_no_more_is_asked_than_one_stream_gives(
-    link: int, gigabits: float, level: Level | None
+    link: int, gigabits: float, severity: Severity | None
 ) -> None:
     found = bad(judge(slow(cluster(2, speed=link), (0, 1), gigabits=gigabits)))
-    assert (found[0, "speed"].level if found else None) == level
+    assert (found[0, "speed"].severity if found else None) == severity
 
 
 @pytest.mark.parametrize(("own", "told"), [(20.0, True), (3.0, False)])

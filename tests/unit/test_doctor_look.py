@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.doctor.look import Disk, look, look_at_disk
+from app.doctor.collect.look import Disk, look, look_at_disk
 from app.host import Host, probe
 from app.host.accelerators.health import ACS, GpuHealth, read_health, read_peers
 from app.host.accelerators.xids import read_xids
@@ -78,7 +78,7 @@ def test_a_disk_that_refuses_to_be_written_says_why(monkeypatch: pytest.MonkeyPa
     def refuse(**_where: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("app.doctor.look.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("app.doctor.collect.look.tempfile.TemporaryFile", refuse)
     disk = look_at_disk(tmp_path)
     assert disk == Disk(
         folder=str(tmp_path),
@@ -106,8 +106,8 @@ def test_a_file_system_that_does_not_answer_does_not_hold_up_doctor(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     never = threading.Event()
-    monkeypatch.setattr("app.doctor.look.STAT_LIMIT", 0.05)
-    monkeypatch.setattr("app.doctor.look.os.statvfs", lambda _place: never.wait(20))
+    monkeypatch.setattr("app.doctor.collect.look.STAT_LIMIT", 0.05)
+    monkeypatch.setattr("app.doctor.collect.look.os.statvfs", lambda _place: never.wait(20))
     try:
         assert look_at_disk(tmp_path).failure.startswith("no answer within")
     finally:
@@ -116,8 +116,8 @@ def test_a_file_system_that_does_not_answer_does_not_hold_up_doctor(
 
 def test_a_write_that_hangs_does_not_hold_up_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     never = threading.Event()
-    monkeypatch.setattr("app.doctor.look.PROBE_LIMIT", 0.05)
-    monkeypatch.setattr("app.doctor.look.os.fsync", lambda _descriptor: never.wait(20))
+    monkeypatch.setattr("app.doctor.collect.look.PROBE_LIMIT", 0.05)
+    monkeypatch.setattr("app.doctor.collect.look.os.fsync", lambda _descriptor: never.wait(20))
     try:
         assert look_at_disk(tmp_path).speed is None
     finally:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from app.doctor import meter
-from app.doctor.meter import Meter, Peer, full_size, measure
+from app.doctor.collect import meter
+from app.doctor.collect.meter import Meter, Peer, full_size, measure
 
 
 @pytest.fixture

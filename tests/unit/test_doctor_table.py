@@ -2,11 +2,11 @@
 
 import json
 
-from app.doctor.findings import Finding, Level, Row, green, skipped
+from app.doctor.findings import Finding, Row, green, red, skipped, yellow
 from app.doctor.table import exit_code, to_json, to_lines, to_table
 
-SLOW = Finding(check="speed", level=Level.YELLOW, sentence="To node 1: 0.9 Gb/s.", cure="ethtool eth0")
-CUT = Finding(check="reach", level=Level.RED, sentence="Cannot reach node 1:\n  port 29400", cure="open it")
+SLOW = yellow("pair-slow", "speed", "To node {peer}: {rate}.", "ethtool eth0", peer=1, rate="0.9 Gb/s")
+CUT = red("port-blocked", "reach", "Cannot reach node {peer}:\n  port 29400", "open it", peer=1)
 
 
 def rows(*nodes: tuple[Finding, ...]) -> list[Row]:
@@ -22,12 +22,12 @@ def test_the_exit_code_is_1_for_red_and_0_for_anything_better() -> None:
     assert exit_code(rows((*WELL, CUT), WELL)) == 1
 
 
-def test_lines_carry_node_check_level_sentence_and_cure_on_one_line_each() -> None:
+def test_lines_carry_node_check_level_sentence_and_fix_on_one_line_each() -> None:
     text = to_lines(rows(WELL, (*WELL, SLOW, CUT))).splitlines()
     assert "node 0 (10.0.0.1): rank ok: 0 of 2" in text
     assert "node 0 (10.0.0.1): gpus -: none" in text
-    assert "node 1 (10.0.0.2): speed warn: To node 1: 0.9 Gb/s. Cure: ethtool eth0" in text
-    assert "node 1 (10.0.0.2): reach FAIL: Cannot reach node 1: port 29400 Cure: open it" in text
+    assert "node 1 (10.0.0.2): speed warn: To node 1: 0.9 Gb/s. Fix: ethtool eth0" in text
+    assert "node 1 (10.0.0.2): reach FAIL: Cannot reach node 1: port 29400 Fix: open it" in text
     assert text[-1] == "doctor: 2 nodes, NOT fit to train: 1 red, 1 yellow"
 
 
@@ -35,10 +35,12 @@ def test_json_tells_the_verdict_and_every_finding() -> None:
     content = json.loads(to_json(rows(WELL, (*WELL, SLOW))))
     assert (content["verdict"], content["fit"]) == ("yellow", True)
     assert content["nodes"][1]["findings"][-1] == {
+        "id": "pair-slow",
         "check": "speed",
-        "level": "yellow",
+        "severity": "yellow",
         "sentence": "To node 1: 0.9 Gb/s.",
-        "cure": "ethtool eth0",
+        "values": {"peer": 1, "rate": "0.9 Gb/s"},
+        "fix": "ethtool eth0",
     }
 
 
@@ -49,7 +51,7 @@ def test_a_table_shows_the_worst_of_each_cell_and_tells_only_what_is_wrong() -> 
     assert first.split() == ["node", "0", "(10.0.0.1)", "ok", "-", "-", "-"]
     assert second.split() == ["node", "1", "(10.0.0.2)", "ok", "-", "FAIL", "warn"]
     assert "0 of 2" not in text
-    assert "Cure: open it" in text
+    assert "Fix: open it" in text
     assert "\033" not in text
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from app.doctor.findings import Level
+from app.doctor.cluster_checks.transport import Collective, NcclLog, carrier, judge_transport, read_nccl
+from app.doctor.findings import Severity
 from app.doctor.talk import read_collective, told_collective
-from app.doctor.transport import Collective, NcclLog, carrier, judge_transport, read_nccl
 
 # https://github.com/NVIDIA/nccl/issues/1925 (NCCL 2.28)
 IB_2_28 = """
@@ -105,37 +105,37 @@ WELL = Collective(
 
 def test_infiniband_with_gpudirect_is_green_and_names_its_cards() -> None:
     finding = judge_transport(WELL)
-    assert finding.level == Level.GREEN
+    assert finding.severity == Severity.GREEN
     assert "IB (mlx5_0:1/IB" in finding.sentence
     assert "2 of 2 channels with GPUDirect" in finding.sentence
 
 
 def test_sockets_on_a_machine_with_infiniband_are_red() -> None:
     finding = judge_transport(replace(WELL, log=read_nccl(FALLBACK)))
-    assert finding.level == Level.RED
+    assert finding.severity == Severity.RED
     assert finding.sentence.startswith("InfiniBand is here (8 active ports) but NCCL runs over sockets (ens7:")
 
 
 def test_sockets_are_right_where_there_is_nothing_else() -> None:
     plain = replace(WELL, transport="sockets", active_ports=0, expects_direct=False, log=read_nccl(FALLBACK))
-    assert judge_transport(replace(plain, carrier="eth0")).level == Level.GREEN
+    assert judge_transport(replace(plain, carrier="eth0")).severity == Severity.GREEN
 
 
 def test_infiniband_through_the_cpus_memory_is_yellow_where_it_could_be_direct() -> None:
-    assert judge_transport(replace(WELL, log=read_nccl(WITHOUT_GDR))).level == Level.YELLOW
-    assert judge_transport(replace(WELL, log=read_nccl(WITHOUT_GDR), expects_direct=False)).level == Level.GREEN
+    assert judge_transport(replace(WELL, log=read_nccl(WITHOUT_GDR))).severity == Severity.YELLOW
+    assert judge_transport(replace(WELL, log=read_nccl(WITHOUT_GDR), expects_direct=False)).severity == Severity.GREEN
 
 
 def test_a_collective_over_another_interface_than_planned_is_told() -> None:
     gloo = Collective(backend="gloo", ranks=2, interface="eth0", carrier="docker0")
     finding = judge_transport(gloo)
-    assert finding.level == Level.YELLOW
+    assert finding.severity == Severity.YELLOW
     assert "went over docker0, not over eth0" in finding.sentence
 
 
 def test_a_failed_collective_is_red_with_its_reason() -> None:
     finding = judge_transport(Collective(failure="Connection refused"))
-    assert (finding.level, "Connection refused" in finding.sentence) == (Level.RED, True)
+    assert (finding.severity, "Connection refused" in finding.sentence) == (Severity.RED, True)
 
 
 def test_the_carrier_is_the_interface_that_moved_the_payload() -> None:
@@ -151,7 +151,7 @@ def test_on_one_node_no_network_is_judged_and_the_way_between_its_gpus_is_told()
     finding = judge_transport(
         Collective(backend="nccl", ranks=8, alone=True, active_ports=8, interface="eth0", log=log)
     )
-    assert finding.level == Level.GREEN
+    assert finding.severity == Severity.GREEN
     assert finding.sentence.endswith("inside this machine: GPUs read each other's memory (P2P)")
     assert read_nccl("a:1:2 [0] NCCL INFO Channel 00 : 0[0] -> 1[1] via SHM/direct/direct\n").inside == ("SHM",)
 

@@ -68,8 +68,8 @@ def test_json_has_the_plan_the_decisions_and_what_is_wrong() -> None:
     out = io.StringIO()
     assert explain(draft(given(NODES="10.0.0.1,10.0.0.2"), HOST), as_json=True, out=out) == 0
     content = json.loads(out.getvalue())
-    assert content["plan"]["node_rank"] == 0
-    assert content["plan"]["env"]["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert content["plan"]["nodes"]["rank"] == 0
+    assert content["plan"]["script"]["env"]["GLOO_SOCKET_IFNAME"] == "eth0"
     assert {"name", "value", "source", "reason", "rejected"} == content["decisions"][0].keys()
     out = io.StringIO()
     assert explain(draft(given(MASTER_PORT="x"), HOST), as_json=True, out=out) == 2
@@ -97,7 +97,12 @@ def test_the_command_of_torchrun_and_the_world_size_are_shown_as_they_will_be() 
     )
     plan = planned(HOST, **environ)
     command = command_line(
-        plan, node_rank=1, nnodes=2, master_addr=plan.master_addr, master_port=plan.master_port, run_id="x"
+        plan,
+        node_rank=1,
+        nnodes=2,
+        master_addr=plan.network.master_addr,
+        master_port=plan.network.master_port,
+        run_id="x",
     )
     shown = shlex.split(found["torchrun"].value)
     assert shown == [word for word in command if word in shown]
@@ -138,7 +143,7 @@ def test_a_secret_of_the_users_file_is_handed_on_and_never_shown(tmp_path: Path)
     settings = read_settings({}, tmp_path / ".env")
     plan = make_plan(settings, HOST)
     assert isinstance(plan, Plan)
-    assert plan.env["WANDB_API_KEY"] == "hunter2"
+    assert plan.script.env["WANDB_API_KEY"] == "hunter2"
     for as_json in (False, True):
         out = io.StringIO()
         explain(draft(settings, HOST), as_json=as_json, out=out)

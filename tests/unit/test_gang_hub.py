@@ -119,7 +119,7 @@ def lead(plan: Plan, story: Callable[[Job], Awaitable[None]]) -> None:
 
 async def running(job: Job, ranks: Sequence[int] = (0, 1, 2)) -> list[Node]:
     """Nodes that have all been told to start."""
-    nodes = [await job.joins(rank, nnodes=len(job.hub.plan.nodes)) for rank in ranks]
+    nodes = [await job.joins(rank, nnodes=job.hub.plan.nodes.count) for rank in ranks]
     for node in nodes:
         await node.goes()
     for node in nodes:
@@ -208,7 +208,7 @@ def test_everybody_who_comes_in_the_moment_of_a_refusal_is_told_it() -> None:
         assert verdict.code == ExitCode.DISAGREE
         assert time.monotonic() - started < 3
 
-    lead(replace(a_plan(), nodes=(*NODES.split(","), "10.0.0.4")), story)
+    lead(replace(a_plan(), nodes=replace(a_plan().nodes, addresses=(*NODES.split(","), "10.0.0.4"))), story)
 
 
 def test_newcomers_that_are_refused_in_a_running_round_are_sent_away_and_fill_neither_sockets_nor_log() -> None:
@@ -317,7 +317,7 @@ def test_a_node_whose_job_was_being_stopped_when_node_0_vanished_has_stopped_too
             return await job.connect()
 
         # The addresses are made up, so nothing can listen on them.
-        member = a_member(replace(plan, address="127.0.0.1"), dial, Engine(), launched)
+        member = a_member(replace(plan, network=replace(plan.network, address="127.0.0.1")), dial, Engine(), launched)
         part = asyncio.ensure_future(member.take_part())
         first = await job.joins(0, nnodes=2)
         async with asyncio.timeout(20):
@@ -374,7 +374,9 @@ def test_a_torchrun_whose_last_words_are_torn_has_ended_all_the_same() -> None:
     async def story(job: Job) -> None:
         engine, launched = Engine(broken=True), asyncio.Event()
         plan = a_plan(1, MAX_RESTARTS="0")
-        member = a_member(replace(plan, master_port=free_port()), job.connect, engine, launched)
+        member = a_member(
+            replace(plan, network=replace(plan.network, master_port=free_port())), job.connect, engine, launched
+        )
         part = asyncio.ensure_future(member.take_part())
         await launched.wait()
         engine.ended.set()

@@ -28,8 +28,8 @@ def test_a_harmful_value_is_kept_with_a_warning_that_says_what_it_costs(name: st
     value = HARMFUL.get(name, "1")
     found = decide(HOST, **{name: value})
     assert found.plan is not None
-    assert name not in found.plan.env
-    assert name not in found.plan.removed
+    assert name not in found.plan.script.env
+    assert name not in found.plan.script.removed
     assert any(text.startswith(f"{name}={value} (environment) is kept: ") for text in found.warnings)
 
 
@@ -169,7 +169,7 @@ def test_a_typo_is_told_among_the_problems_if_there_are_any() -> None:
 def test_stray_torchrun_variables_are_removed_and_named() -> None:
     found = decide(HOST, PET_NNODES="4", PET_STANDALONE="")
     assert found.plan is not None
-    assert found.plan.removed == ("PET_NNODES", "PET_STANDALONE")
+    assert found.plan.script.removed == ("PET_NNODES", "PET_STANDALONE")
     assert found.warnings[0].startswith(
         "PET_NNODES (environment), PET_STANDALONE (environment) removed from the environment"
     )
@@ -177,5 +177,5 @@ def test_stray_torchrun_variables_are_removed_and_named() -> None:
 
 def test_empty_variables_of_the_libraries_are_removed() -> None:
     plan = planned(HOST, NCCL_IB_GID_INDEX="", NCCL_IB_HCA="", NCCL_DEBUG="", HOME="")
-    assert plan.removed == ("NCCL_IB_GID_INDEX", "NCCL_IB_HCA")
-    assert plan.env["NCCL_DEBUG"] == "WARN"
+    assert plan.script.removed == ("NCCL_IB_GID_INDEX", "NCCL_IB_HCA")
+    assert plan.script.env["NCCL_DEBUG"] == "WARN"

@@ -58,11 +58,11 @@ def test_every_machine_has_an_expectation() -> None:
 def test_a_machine_gets_the_rank_card_and_variables_that_its_owner_would_choose(name: str, tmp_path: Path) -> None:
     rank, interface, address, nproc, backend, infiniband = EXPECTED[name]
     plan = plan_of(drafted(name, tmp_path))
-    assert (plan.node_rank, plan.interface, plan.address) == (rank, interface, address)
-    assert (plan.nproc, plan.nproc_per_node, plan.backend) == (nproc, str(nproc), backend)
-    assert plan.env["NCCL_SOCKET_IFNAME"] == f"={interface}"
-    assert plan.env["GLOO_SOCKET_IFNAME"] == interface
-    assert {key: value for key, value in plan.env.items() if key.startswith("NCCL_IB_")} == infiniband
+    assert (plan.nodes.rank, plan.network.interface, plan.network.address) == (rank, interface, address)
+    assert (plan.workers.nproc, plan.workers.backend) == (nproc, backend)
+    assert plan.script.env["NCCL_SOCKET_IFNAME"] == f"={interface}"
+    assert plan.script.env["GLOO_SOCKET_IFNAME"] == interface
+    assert {key: value for key, value in plan.script.env.items() if key.startswith("NCCL_IB_")} == infiniband
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -90,8 +90,8 @@ def test_no_file_is_left_of_a_machine_that_is_gone() -> None:
 def test_both_hosts_of_the_classic_script_agree(tmp_path: Path) -> None:
     first, second = plan_of(drafted("classic_a", tmp_path / "a")), plan_of(drafted("classic_b", tmp_path / "b"))
     assert first.equal == second.equal
-    assert (first.nodes, first.master_addr) == (second.nodes, second.master_addr)
-    assert first.env["NCCL_SOCKET_IFNAME"] != second.env["NCCL_SOCKET_IFNAME"]
+    assert first.nodes.addresses == second.nodes.addresses
+    assert first.script.env["NCCL_SOCKET_IFNAME"] != second.script.env["NCCL_SOCKET_IFNAME"]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_the_transport_is_what_nccl_makes_of_the_users_variables(
     name: str, variable: str, value: str, transport: str, network: str, warning: str, tmp_path: Path
 ) -> None:
     plan = plan_of(drafted(name, tmp_path, **{variable: value}))
-    assert plan.transport == transport
+    assert plan.network.transport == transport
     assert f", {network}" in short(plan).splitlines()[1]
     assert len(plan.warnings) == bool(warning), plan.warnings
     assert warning in "".join(plan.warnings)

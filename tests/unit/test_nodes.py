@@ -17,19 +17,19 @@ NODES = "10.0.0.1,10.0.0.2"
 
 def test_the_rank_is_the_place_of_this_machines_address_in_nodes() -> None:
     plan = planned(HOST, NODES="10.0.0.1,10.0.0.2,10.0.0.3")
-    assert (plan.node_rank, plan.address, plan.interface) == (1, "10.0.0.2", "ens1")
-    assert plan.nodes == plan.names == ("10.0.0.1", "10.0.0.2", "10.0.0.3")
-    assert (plan.master_addr, plan.world_size) == ("10.0.0.1", 3 * plan.nproc)
+    assert (plan.nodes.rank, plan.network.address, plan.network.interface) == (1, "10.0.0.2", "ens1")
+    assert plan.nodes.addresses == plan.nodes.names == ("10.0.0.1", "10.0.0.2", "10.0.0.3")
+    assert (plan.network.master_addr, plan.world_size) == ("10.0.0.1", 3 * plan.workers.nproc)
 
 
 @pytest.mark.parametrize("text", ["10.0.0.1, 10.0.0.2", "10.0.0.1\n10.0.0.2 # two", " 10.0.0.1;10.0.0.2 ,"])
 def test_spaces_line_ends_and_comments_in_nodes_are_fine(text: str) -> None:
-    assert planned(HOST, NODES=text).nodes == ("10.0.0.1", "10.0.0.2")
+    assert planned(HOST, NODES=text).nodes.addresses == ("10.0.0.1", "10.0.0.2")
 
 
 def test_the_listed_address_decides_between_two_networks() -> None:
-    assert planned(HOST, NODES="192.168.1.1,192.168.1.2").interface == "eno1"
-    assert planned(HOST, NODES=NODES).interface == "ens1"
+    assert planned(HOST, NODES="192.168.1.1,192.168.1.2").network.interface == "eno1"
+    assert planned(HOST, NODES=NODES).network.interface == "ens1"
 
 
 def test_no_match_lists_nodes_and_addresses_side_by_side() -> None:
@@ -45,7 +45,7 @@ def test_no_match_lists_nodes_and_addresses_side_by_side() -> None:
 
 def test_two_matches_are_refused_until_node_rank_says_which() -> None:
     assert "2 of these are addresses of this machine" in refused(HOST, NODES="192.168.1.2,10.0.0.2")
-    assert planned(HOST, NODES="192.168.1.2,10.0.0.2", NODE_RANK="1").address == "10.0.0.2"
+    assert planned(HOST, NODES="192.168.1.2,10.0.0.2", NODE_RANK="1").network.address == "10.0.0.2"
 
 
 def test_addresses_of_container_networks_never_match() -> None:
@@ -54,13 +54,13 @@ def test_addresses_of_container_networks_never_match() -> None:
 
 def test_an_ipv6_address_matches_in_any_spelling() -> None:
     host = machine(card("ens1", "2001:db8::2/64"))
-    assert planned(host, NODES="[2001:DB8:0::1],2001:0db8::0002").nodes == ("2001:db8::1", "2001:db8::2")
+    assert planned(host, NODES="[2001:DB8:0::1],2001:0db8::0002").nodes.addresses == ("2001:db8::1", "2001:db8::2")
 
 
 def test_ipv6_nodes_on_an_interface_with_both_families_keep_nccl_to_ipv6() -> None:
     host = machine(card("ens1", "10.0.0.2/24", "2001:db8::2/64"))
     plan = planned(host, NODES="2001:db8::1,2001:db8::2")
-    assert plan.env["NCCL_SOCKET_FAMILY"] == "AF_INET6"
+    assert plan.script.env["NCCL_SOCKET_FAMILY"] == "AF_INET6"
     assert "uses 2001:db8::2, but Gloo uses the first, 10.0.0.2" in "\n".join(plan.warnings)
 
 
@@ -81,7 +81,7 @@ def named(**answers: tuple[str, ...]) -> dict[str, Answer]:
 def test_names_are_resolved_and_kept_as_written() -> None:
     host = machine(FABRIC, answers=named(a=("10.0.0.1",), b=("2001:db8::7", "10.0.0.2")))
     plan = planned(host, NODES="a,b")
-    assert (plan.node_rank, plan.nodes, plan.names) == (1, ("10.0.0.1", "10.0.0.2"), ("a", "b"))
+    assert (plan.nodes.rank, plan.nodes.addresses, plan.nodes.names) == (1, ("10.0.0.1", "10.0.0.2"), ("a", "b"))
     assert ("NODES", "a,b") in plan.equal
 
 
@@ -100,15 +100,15 @@ def test_two_names_of_one_machine_are_refused() -> None:
 
 def test_an_ipoib_interface_is_found_like_any_other() -> None:
     plan = planned(machine(MANAGEMENT, card("ib0", "10.5.0.2/24", kind="infiniband")), NODES="10.5.0.1,10.5.0.2")
-    assert plan.env["NCCL_SOCKET_IFNAME"] == "=ib0"
-    assert plan.env["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert plan.script.env["NCCL_SOCKET_IFNAME"] == "=ib0"
+    assert plan.script.env["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
 def test_the_own_name_that_means_127_0_1_1_gets_the_address_towards_the_others() -> None:
     host = machine(MANAGEMENT, FABRIC, answers=named(a=("10.0.0.1",), me=("127.0.1.1",)))
     found = decide(host, NODES="a,me")
     assert found.plan is not None
-    assert (found.plan.node_rank, found.plan.address) == (1, "10.0.0.2")
+    assert (found.plan.nodes.rank, found.plan.network.address) == (1, "10.0.0.2")
     assert "me is 127.0.1.1 on this machine" in found.warnings[0]
 
 
@@ -150,7 +150,7 @@ def test_node_rank_without_any_match_is_kept_with_a_warning_and_the_routed_addre
     route = Route(interface="ens1", network=ip_network("10.9.0.0/16"), metric=0)
     host = machine(MANAGEMENT, FABRIC, routes=(route,))
     plan = planned(host, NODES="10.9.0.1,10.9.0.2", NODE_RANK="1")
-    assert (plan.node_rank, plan.address, plan.nodes) == (1, "10.0.0.2", ("10.9.0.1", "10.9.0.2"))
+    assert (plan.nodes.rank, plan.network.address, plan.nodes.addresses) == (1, "10.0.0.2", ("10.9.0.1", "10.9.0.2"))
     assert "cannot be checked" in plan.warnings[0]
 
 
@@ -160,14 +160,14 @@ def test_node_rank_beyond_nodes_is_refused() -> None:
 
 def test_nnodes_beside_nodes_must_agree() -> None:
     assert "Remove NNODES" in refused(HOST, NODES=NODES, NNODES="3")
-    assert len(planned(HOST, NODES=NODES, NNODES="2").nodes) == 2
+    assert planned(HOST, NODES=NODES, NNODES="2").nodes.count == 2
 
 
 def test_master_addr_must_be_node_0() -> None:
     assert "is not node 0, which is 10.0.0.1" in refused(HOST, NODES=NODES, MASTER_ADDR="10.0.0.2")
-    assert planned(HOST, NODES=NODES, MASTER_ADDR="10.0.0.1").master_addr == "10.0.0.1"
+    assert planned(HOST, NODES=NODES, MASTER_ADDR="10.0.0.1").network.master_addr == "10.0.0.1"
     host = machine(FABRIC, answers=named(head=("10.0.0.1",)))
-    assert planned(host, NODES=NODES, MASTER_ADDR="head").master_addr == "10.0.0.1"
+    assert planned(host, NODES=NODES, MASTER_ADDR="head").network.master_addr == "10.0.0.1"
 
 
 @pytest.mark.parametrize("others", [{"NODES": NODES}, {"NNODES": "2", "NODE_RANK": "1"}, {}])
@@ -194,40 +194,52 @@ def test_the_table_for_loopback_nodes_shows_why_each_of_them_is_here() -> None:
 
 def test_several_nodes_on_one_machine_use_loopback_addresses_and_node_rank() -> None:
     plan = planned(HOST, NODES="127.0.0.1,127.0.0.2", NODE_RANK="1")
-    assert (plan.address, plan.interface, plan.warnings) == ("127.0.0.2", "lo", ())
+    assert (plan.network.address, plan.network.interface, plan.warnings) == ("127.0.0.2", "lo", ())
     assert "set NODE_RANK (0 or 1)" in refused(HOST, NODES="127.0.0.1,127.0.0.2")
 
 
 def test_nothing_set_is_one_node_that_uses_no_network() -> None:
     plan = planned(HOST)
-    assert (plan.node_rank, plan.nodes, plan.address, plan.interface) == (0, ("127.0.0.1",), "127.0.0.1", "lo")
-    assert planned(HOST, NNODES="1", NODE_RANK="0").nodes == ("127.0.0.1",)
+    assert (plan.nodes.rank, plan.nodes.addresses, plan.network.address, plan.network.interface) == (
+        0,
+        ("127.0.0.1",),
+        "127.0.0.1",
+        "lo",
+    )
+    assert planned(HOST, NNODES="1", NODE_RANK="0").nodes.addresses == ("127.0.0.1",)
 
 
 @pytest.mark.parametrize("master", ["localhost", "127.0.0.1", "10.0.0.2"])
 def test_a_left_over_master_addr_of_this_machine_is_still_one_node(master: str) -> None:
     host = machine(FABRIC, answers=named(localhost=("127.0.0.1",)))
-    assert planned(host, MASTER_ADDR=master).nodes == ("127.0.0.1",)
+    assert planned(host, MASTER_ADDR=master).nodes.addresses == ("127.0.0.1",)
 
 
 def test_one_listed_node_uses_its_own_interface() -> None:
-    assert planned(HOST, NODES="10.0.0.2").interface == "ens1"
+    assert planned(HOST, NODES="10.0.0.2").network.interface == "ens1"
 
 
 def test_the_classic_variables_place_the_known_nodes_and_leave_the_others_to_the_roll_call() -> None:
     plan = planned(HOST, NNODES="3", NODE_RANK="2", MASTER_ADDR="10.0.0.1")
-    assert (plan.node_rank, plan.nodes, plan.address) == (2, ("10.0.0.1", "", "10.0.0.2"), "10.0.0.2")
+    assert (plan.nodes.rank, plan.nodes.addresses, plan.network.address) == (
+        2,
+        ("10.0.0.1", "", "10.0.0.2"),
+        "10.0.0.2",
+    )
     assert "NODES" not in dict(plan.equal)
 
 
 def test_the_classic_variables_on_node_0() -> None:
     plan = planned(HOST, NNODES="2", NODE_RANK="0", MASTER_ADDR="10.0.0.2")
-    assert (plan.nodes, plan.interface) == (("10.0.0.2", ""), "ens1")
+    assert (plan.nodes.addresses, plan.network.interface) == (("10.0.0.2", ""), "ens1")
     assert "although it is node 0" in warned(HOST, NNODES="2", NODE_RANK="0", MASTER_ADDR="10.0.0.1")
 
 
 def test_classic_nodes_on_one_machine_get_an_address_each() -> None:
-    assert planned(HOST, NNODES="2", NODE_RANK="1", MASTER_ADDR="127.0.0.1").nodes == ("127.0.0.1", "127.0.0.2")
+    assert planned(HOST, NNODES="2", NODE_RANK="1", MASTER_ADDR="127.0.0.1").nodes.addresses == (
+        "127.0.0.1",
+        "127.0.0.2",
+    )
 
 
 @pytest.mark.parametrize(
@@ -256,11 +268,11 @@ RESOLVED = machine(FABRIC, answers=named(n1=("10.0.0.1",), n2=("10.0.0.2",)))
 def test_slurm_gives_rank_size_and_master_where_nothing_more_explicit_is_set() -> None:
     found = decide(RESOLVED, **SLURM)
     assert found.plan is not None
-    assert (found.plan.node_rank, found.plan.master_addr, len(found.plan.nodes)) == (1, "10.0.0.1", 2)
+    assert (found.plan.nodes.rank, found.plan.network.master_addr, found.plan.nodes.count) == (1, "10.0.0.1", 2)
     assert reason(found, "NODE_RANK") == "from Slurm, since neither NODES nor NODE_RANK is set"
     explicit = decide(RESOLVED, **SLURM, NODES="10.0.0.2,10.0.0.1")
     assert explicit.plan is not None
-    assert explicit.plan.node_rank == 0
+    assert explicit.plan.nodes.rank == 0
 
 
 def test_a_rank_of_slurm_that_contradicts_master_addr_names_slurm() -> None:
@@ -275,12 +287,12 @@ def test_a_second_launcher_on_a_slurm_node_is_refused() -> None:
 def test_kubernetes_gives_the_rank_and_needs_the_rest() -> None:
     assert "NNODES and MASTER_ADDR are not set" in refused(RESOLVED, JOB_COMPLETION_INDEX="1")
     plan = planned(RESOLVED, JOB_COMPLETION_INDEX="1", NNODES="2", MASTER_ADDR="n1")
-    assert (plan.node_rank, plan.master_addr) == (1, "10.0.0.1")
+    assert (plan.nodes.rank, plan.network.master_addr) == (1, "10.0.0.1")
 
 
 def test_open_mpi_gives_rank_and_size_for_one_launcher_per_node() -> None:
     world = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
-    assert planned(RESOLVED, **world, OMPI_COMM_WORLD_LOCAL_SIZE="1").node_rank == 1
+    assert planned(RESOLVED, **world, OMPI_COMM_WORLD_LOCAL_SIZE="1").nodes.rank == 1
     assert "-npernode 1" in refused(RESOLVED, **world, OMPI_COMM_WORLD_LOCAL_SIZE="2")
 
 

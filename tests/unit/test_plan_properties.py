@@ -129,8 +129,8 @@ def test_what_the_user_set_is_never_replaced(environ: dict[str, str], host: Host
         # BACKEND is resolved for the script; RUN_DIR, CHECKPOINT_DIR and PYTHONPATH are made absolute or prefixed.
         resolved = {"BACKEND", "RUN_DIR", "CHECKPOINT_DIR", "PYTHONPATH"}
         kept = {name for name, text in environ.items() if text.strip()} - resolved
-        assert not kept & plan.env.keys()
-        assert not {name for name in kept & set(plan.removed) if not name.startswith("PET_")}
+        assert not kept & plan.script.env.keys()
+        assert not {name for name in kept & set(plan.script.removed) if not name.startswith("PET_")}
 
 
 @settings(max_examples=100, deadline=None)
@@ -162,8 +162,8 @@ def test_the_ranks_of_all_nodes_are_a_permutation(order: list[int], size: int, b
             machine(card(f"eth{address[-1]}", f"{address}/24"), *extra),
         )
         assert isinstance(plan, Plan)
-        assert plan.nodes[plan.node_rank] == plan.address == address
-        ranks += [plan.node_rank * plan.nproc + local for local in range(plan.nproc)]
+        assert plan.nodes.addresses[plan.nodes.rank] == plan.network.address == address
+        ranks += [plan.nodes.rank * plan.workers.nproc + local for local in range(plan.workers.nproc)]
         worlds.add(plan.world_size)
         equal.add(plan.equal)
     assert sorted(ranks) == list(range(2 * size))
@@ -213,22 +213,31 @@ def test_a_node_of_a_cluster_has_a_plan_that_keeps_its_users_variables(
     environ, host, rank = cluster
     plan = make_plan(read_settings(environ, None), host)
     assert isinstance(plan, Plan), plan
-    assert (plan.node_rank, plan.address) == (rank, f"10.0.0.{rank + 1}")
-    assert len({plan.master_port, plan.control_port, int(plan.env["NCCL_RAS_ADDR"].rpartition(":")[2])}) == 3
-    assert str(plan.master_port) == environ.get("MASTER_PORT", "29400")
-    assert not environ.keys() & plan.env.keys()
-    assert not environ.keys() & set(plan.removed)
+    assert (plan.nodes.rank, plan.network.address) == (rank, f"10.0.0.{rank + 1}")
+    assert (
+        len(
+            {
+                plan.network.master_port,
+                plan.network.control_port,
+                int(plan.script.env["NCCL_RAS_ADDR"].rpartition(":")[2]),
+            }
+        )
+        == 3
+    )
+    assert str(plan.network.master_port) == environ.get("MASTER_PORT", "29400")
+    assert not environ.keys() & plan.script.env.keys()
+    assert not environ.keys() & set(plan.script.removed)
     decided = {each.name: each.value for each in plan.decisions}
     kept = [name for name in environ if name.startswith(("NCCL_", "GLOO_", "OMP_"))]
     assert {name: decided.get(name) for name in kept} == {name: environ[name] for name in kept}
     if environ.get("NCCL_IB_DISABLE") == "1" or environ.get("NCCL_NET") == "Socket":
-        assert plan.transport == "sockets"
+        assert plan.network.transport == "sockets"
     lines = short(plan).splitlines()
     assert len(lines) == 5
-    assert ("RDMA through" in lines[1]) == (plan.transport != "sockets" and plan.backend == "nccl")
+    assert ("RDMA through" in lines[1]) == (plan.network.transport != "sockets" and plan.workers.backend == "nccl")
 
 
 def test_facts_below_an_empty_root_are_absent_and_not_an_error(tmp_path: Path) -> None:
     found = draft(read_settings({}, None), probe_for(read_settings({}, None), tmp_path))
     assert found.plan is not None
-    assert found.plan.interface == "lo"
+    assert found.plan.network.interface == "lo"

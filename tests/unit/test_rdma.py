@@ -50,7 +50,7 @@ def gpu_host(*ports: RdmaPort, nics: tuple[Nic, ...] = (NIC,), **facts: object) 
 
 def test_one_good_port_is_left_to_nccl() -> None:
     plan = planned(gpu_host(roce()), NODES=NODES)
-    assert not [name for name in plan.env if name.startswith("NCCL_IB")]
+    assert not [name for name in plan.script.env if name.startswith("NCCL_IB")]
     assert ("transport of NCCL", "RoCE") in plan.equal
 
 
@@ -66,13 +66,13 @@ def test_one_good_port_is_left_to_nccl() -> None:
 )
 def test_nccl_is_kept_from_an_active_port_that_is_wrong(wrong: RdmaPort, why: str) -> None:
     host = gpu_host(roce(), wrong, nics=(NIC, card("ens9")))
-    assert planned(host, NODES=NODES).env["NCCL_IB_HCA"] == "=mlx5_0:1"
+    assert planned(host, NODES=NODES).script.env["NCCL_IB_HCA"] == "=mlx5_0:1"
     assert why in str(choose(host)[1][0])
 
 
 def test_a_port_that_is_down_needs_no_list_since_nccl_skips_it() -> None:
     plan = planned(gpu_host(roce(), roce("mlx5_1", state="DOWN")), NODES=NODES)
-    assert "NCCL_IB_HCA" not in plan.env
+    assert "NCCL_IB_HCA" not in plan.script.env
 
 
 def test_an_address_on_a_vlan_over_a_bond_of_the_port_counts() -> None:
@@ -84,7 +84,7 @@ def test_an_address_on_a_vlan_over_a_bond_of_the_port_counts() -> None:
 def test_the_users_hca_wins() -> None:
     host = gpu_host(roce(), roce("mlx5_9", netdev="ens9"))
     plan = planned(host, NODES=NODES, NCCL_IB_HCA="mlx5_9")
-    assert "NCCL_IB_HCA" not in plan.env
+    assert "NCCL_IB_HCA" not in plan.script.env
     assert reason(decide(host, NODES=NODES, NCCL_IB_HCA="mlx5_9"), "NCCL_IB_HCA") == (
         "as you set it, in place of =mlx5_0:1"
     )
@@ -92,9 +92,9 @@ def test_the_users_hca_wins() -> None:
 
 def test_the_users_zero_leaves_nccl_an_active_port_that_is_not_usable() -> None:
     host = gpu_host(roce(netdev="ens9"))
-    assert planned(host, NODES=NODES).transport == "sockets"
+    assert planned(host, NODES=NODES).network.transport == "sockets"
     plan = planned(host, NODES=NODES, NCCL_IB_DISABLE="0")
-    assert (plan.transport, "NCCL_IB_DISABLE" in plan.env) == ("RoCE", False)
+    assert (plan.network.transport, "NCCL_IB_DISABLE" in plan.script.env) == ("RoCE", False)
     assert "no port is usable: mlx5_0:1 (RoCE 100 Gb/s): its interface ens9 has no address." in plan.warnings[0]
 
 
@@ -120,7 +120,7 @@ def test_what_keeps_the_container_from_infiniband_is_said_with_its_cure(
     assert f"InfiniBand is on this machine but the container cannot use it, because {because}" in warned(
         host, NODES=NODES
     )
-    assert planned(host, NODES=NODES).env["NCCL_IB_DISABLE"] == "1"
+    assert planned(host, NODES=NODES).script.env["NCCL_IB_DISABLE"] == "1"
 
 
 def test_a_cpu_job_is_not_bothered_with_infiniband() -> None:
@@ -132,9 +132,9 @@ def test_too_little_locked_memory_is_refused_where_rdma_will_be_used() -> None:
     low = Limits(cpus=8, memlock=8 << 20)
     text = refused(gpu_host(infiniband("m"), limits=low), NODES=NODES)
     assert "the limit of locked memory is 8192 KiB, and RDMA registers more: set HARDWARE=nvidia-ib, which" in text
-    assert planned(gpu_host(limits=low), NODES=NODES).backend == "nccl"
+    assert planned(gpu_host(limits=low), NODES=NODES).workers.backend == "nccl"
     may = replace(low, may_lock=True)
-    assert planned(gpu_host(infiniband("m"), limits=may), NODES=NODES).backend == "nccl"
+    assert planned(gpu_host(infiniband("m"), limits=may), NODES=NODES).workers.backend == "nccl"
 
 
 def test_gpu_memory_through_the_cpu_is_told() -> None:
@@ -159,9 +159,9 @@ def test_a_port_with_addresses_in_two_networks_is_kept_to_that_of_the_nodes() ->
     table = (gid(3, mapped("10.9.0.2"), "ens1.9"), gid(5, mapped("10.0.0.2")))
     nics = (NIC, card("ens1.9", "10.9.0.2/24", kind="vlan"))
     plan = planned(gpu_host(roce(gids=table), nics=nics), NODES=NODES)
-    assert plan.env["NCCL_IB_ADDR_RANGE"] == "10.0.0.0/24"
+    assert plan.script.env["NCCL_IB_ADDR_RANGE"] == "10.0.0.0/24"
     own = planned(gpu_host(roce(gids=table), nics=nics), NODES=NODES, NCCL_IB_GID_INDEX="5")
-    assert "NCCL_IB_ADDR_RANGE" not in own.env
+    assert "NCCL_IB_ADDR_RANGE" not in own.script.env
 
 
 def test_a_port_without_a_routable_address_is_told() -> None:

@@ -20,10 +20,10 @@ from app.engine.outcome import Failure, Outcome
 from app.engine.torchrun import command_line, environment
 from app.gang.verdict import Verdict
 from app.plan import Draft, Plan
-from app.report.history import Round, keep_round
+from app.report.history import RoundRecord, keep_round
 from app.report.node_report import (
     READ_BYTES,
-    Report,
+    NodeReport,
     forget_report,
     make_report,
     read_counters,
@@ -57,10 +57,10 @@ def error_file(run_dir: Path, run_id: str, message: str, at: float = 1000.0) -> 
 
 def test_the_last_error_the_ends_of_the_logs_and_what_grew_are_in_the_report(tmp_path: Path) -> None:
     plan, _ = planned(tmp_path)
-    error_file(plan.run_dir, "default-1-abc", "ValueError: first", 1000)
-    error_file(plan.run_dir, "default-2-abc", "ValueError: bad batch", 1060)
-    error_file(plan.run_dir, "default-9-old", "ValueError: of another start", 10)
-    logs = plan.run_dir / "logs/node0/default-2-abc_x/attempt_0"
+    error_file(plan.script.run_dir, "default-1-abc", "ValueError: first", 1000)
+    error_file(plan.script.run_dir, "default-2-abc", "ValueError: bad batch", 1060)
+    error_file(plan.script.run_dir, "default-9-old", "ValueError: of another start", 10)
+    logs = plan.script.run_dir / "logs/node0/default-2-abc_x/attempt_0"
     write(logs / "1/stderr.log", "\n".join(f"line {number}" for number in range(100)))
     write(logs / "0/stdout.log", "hello\n")
     before = {name: count - 2 for name, count in read_counters().items()}
@@ -73,20 +73,20 @@ def test_the_last_error_the_ends_of_the_logs_and_what_grew_are_in_the_report(tmp
     assert "gone0 rx_errors" not in report.counters
 
 
-def test_a_known_error_in_a_workers_log_is_named_with_its_cure(tmp_path: Path) -> None:
+def test_a_known_error_in_a_workers_log_is_named_with_its_fix(tmp_path: Path) -> None:
     plan, _ = planned(tmp_path)
     text = "RuntimeError: CUDA error: system not yet initialized"
-    write(plan.run_dir / "logs/node0/default-1-abc_x/attempt_0/0/stderr.log", text)
+    write(plan.script.run_dir / "logs/node0/default-1-abc_x/attempt_0/0/stderr.log", text)
     report = make_report(plan, 5, "verdict", {}, 0.0)
-    assert report.symptom
-    assert report.cure
+    assert report.known_error
+    assert report.fix
     assert "system not yet initialized" in report.line
 
 
 def test_without_any_log_the_report_says_that_the_cause_is_elsewhere(tmp_path: Path) -> None:
     plan, _ = planned(tmp_path)
     report = make_report(plan, 6, "node 2 was lost", {}, 0.0)
-    assert (report.rounds, dict(report.logs), report.symptom) == ((), {}, "")
+    assert (report.rounds, dict(report.logs), report.known_error) == ((), {}, "")
     assert "first error here: none, no worker of this node failed by itself" in summary(report, FOLDER)
 
 
@@ -114,7 +114,7 @@ def test_a_round_in_which_this_node_was_told_to_end_is_no_failure_of_its_own(tmp
     keep_round(plan, "default-1-abc", Outcome(code=1, failures=(killed(0, 0, -15),), halted=True))
     report = make_report(plan, 5, "node 1 - rank 3 failed with ValueError: x (exit code 1)", {}, 0.0)
     assert "first error here: none, no worker of this node failed by itself" in summary(report, FOLDER)
-    assert report.symptom == ""
+    assert report.known_error == ""
 
 
 def test_a_torn_line_of_the_history_is_left_out(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_torn_line_of_the_history_is_left_out(tmp_path: Path) -> None:
 def test_the_exception_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> None:
     plan, _ = planned(tmp_path)
     closed = "RuntimeError: [pair.cc:553] Connection closed by peer [10.0.0.2]:39558"
-    error_file(plan.run_dir, "default-1-abc", closed)
+    error_file(plan.script.run_dir, "default-1-abc", closed)
     content = {"message": {"message": "ValueError: bad batch", "extraInfo": {"py_callstack": TRACE, "timestamp": "1"}}}
     write(plan.log_dir / "default-1-abc_x/attempt_0/1/error.json", json.dumps(content))
     failures = (killed(3, 1, 1, "ValueError: bad batch"), killed(2, 0, 1, closed))
@@ -141,20 +141,20 @@ def test_the_exception_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> 
 def test_a_worker_that_was_killed_is_not_given_the_exception_of_a_neighbour(tmp_path: Path) -> None:
     plan, _ = planned(tmp_path)
     closed = "RuntimeError: [pair.cc:553] Connection closed by peer [10.0.0.2]:39558"
-    error_file(plan.run_dir, "default-1-abc", closed)
+    error_file(plan.script.run_dir, "default-1-abc", closed)
     keep_round(plan, "default-1-abc", Outcome(code=1, failures=(killed(3, 1), killed(2, 0, 1, closed))))
     report = make_report(plan, 5, "verdict", {}, 0.0)
     assert "first error here: rank 3 was ended by SIGKILL" in summary(report, FOLDER)
-    assert report.symptom == "killed-9"
+    assert report.known_error == "killed-9"
 
 
 def test_nodes_that_share_a_folder_keep_their_logs_and_errors_apart(tmp_path: Path) -> None:
     first, _ = planned(tmp_path)
-    second = replace(first, node_rank=1)
+    second = replace(first, nodes=replace(first.nodes, rank=1))
     places = {"nnodes": 2, "master_addr": "10.0.0.1", "master_port": 29400, "run_id": "default-1-abc"}
     seen = []
     for plan, text in ((first, "first"), (second, "second")):
-        words = command_line(plan, node_rank=plan.node_rank, **places)  # type: ignore[arg-type]  # one dict of all kinds
+        words = command_line(plan, node_rank=plan.nodes.rank, **places)  # type: ignore[arg-type]  # one dict of all kinds
         folder = Path(next(word.removeprefix("--log-dir=") for word in words if word.startswith("--log-dir=")))
         told = environment(plan, {}, run_id="default-1-abc")["TORCHELASTIC_ERROR_FILE"]
         seen += [folder, Path(told).parent]
@@ -162,7 +162,7 @@ def test_nodes_that_share_a_folder_keep_their_logs_and_errors_apart(tmp_path: Pa
         content = {"message": {"message": f"ValueError: {text}", "extraInfo": {}}}
         write(Path(told), json.dumps(content))
         keep_round(
-            plan, "default-1-abc", Outcome(code=1, failures=(killed(plan.node_rank, 0, 1, f"ValueError: {text}"),))
+            plan, "default-1-abc", Outcome(code=1, failures=(killed(plan.nodes.rank, 0, 1, f"ValueError: {text}"),))
         )
     assert seen[0] == seen[1] != seen[2] == seen[3]
     for plan, text in ((first, "first"), (second, "second")):
@@ -174,11 +174,11 @@ def test_nodes_that_share_a_folder_keep_their_logs_and_errors_apart(tmp_path: Pa
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"message": "text"}', '{"message": {"message": 1}}', "null"])
 def test_an_error_file_that_is_none_is_left_out(content: str, tmp_path: Path) -> None:
     plan, _ = planned(tmp_path)
-    write(plan.run_dir / "logs/node0/default-1-abc.error.json", content)
+    write(plan.script.run_dir / "logs/node0/default-1-abc.error.json", content)
     assert make_report(plan, 5, "verdict", {}, 0.0).rounds == ()
 
 
-FULL = Report(
+FULL = NodeReport(
     node_rank=1,
     nodes=2,
     address="10.0.0.2",
@@ -187,7 +187,7 @@ FULL = Report(
     code=5,
     verdict="\n".join(f"verdict line {number}" for number in range(30)),
     rounds=tuple(
-        Round(run_id=f"r{number}", message="ValueError: bad\nmore", traceback=TRACE, code=1, time=number)
+        RoundRecord(run_id=f"r{number}", message="ValueError: bad\nmore", traceback=TRACE, code=1, time=number)
         for number in range(9)
     ),
     logs={},
@@ -195,11 +195,11 @@ FULL = Report(
     counters_before={},
     counters_after={},
     xids=("0000:18:00 Xid 79",) * 20,
-    symptom="gpu-lost",
+    known_error="gpu-lost",
     names_cause=True,
     line="x" * 5000,
     cause="y" * 5000,
-    cure="z" * 5000,
+    fix="z" * 5000,
     stalls=("rank0.json", "rank1.json"),
     flight_records=("a", "b"),
     decisions=(),
@@ -251,13 +251,13 @@ def test_a_report_that_fails_is_told_and_hides_nothing(
     assert capsys.readouterr().err == "torchrun-compose: no report: RecursionError: a bug\n"
 
 
-def test_the_cause_and_the_cure_of_a_known_error_are_told_with_the_verdict_and_a_consequence_is_not(
+def test_the_cause_and_the_fix_of_a_known_error_are_told_with_the_verdict_and_a_consequence_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, _ = planned(tmp_path)
     peer, disk = "RuntimeError: Connection closed by peer [10.0.0.2]", "OSError: [Errno 28] No space left on device"
-    for message, words in ((disk, ["cause:", "cure:", "kept"]), (peer, ["kept"])):
-        error_file(plan.run_dir, "default-1-abc", message)
+    for message, words in ((disk, ["cause:", "fix:", "kept"]), (peer, ["kept"])):
+        error_file(plan.script.run_dir, "default-1-abc", message)
         tell_report(plan, Verdict(code=ExitCode.TRAINING, text="verdict"), {}, 0.0)
         lines = capsys.readouterr().err.splitlines()
         assert [line.split()[1] for line in lines] == words
@@ -270,10 +270,10 @@ def test_a_job_that_ends_well_removes_the_report_of_an_earlier_one_and_keeps_sta
     write(folder / "stalls/rank0.json", "{}")
     forget_report(plan)
     assert [file.name for file in folder.iterdir()] == ["stalls"]
-    other = replace(plan, node_rank=1, run_dir=tmp_path / "other")
+    other = replace(plan, nodes=replace(plan.nodes, rank=1), script=replace(plan.script, run_dir=tmp_path / "other"))
     write_report(other, FULL)
     forget_report(other)
-    assert not (other.run_dir / "report").exists()
+    assert not (other.script.run_dir / "report").exists()
 
 
 def test_the_command_says_that_a_job_began_after_the_reported_one(tmp_path: Path) -> None:
@@ -283,9 +283,13 @@ def test_the_command_says_that_a_job_began_after_the_reported_one(tmp_path: Path
     folder = plan.log_dir / "default-1-abc_x/attempt_0"
     os.utime(folder, (1_800_000_000, 1_800_000_000))
     os.utime(report, (1_800_000_100, 1_800_000_100))
-    assert "since then" not in told(plan.run_dir)
+    assert "since then" not in told(plan.script.run_dir)
     os.utime(report, (1_799_999_000, 1_799_999_000))
-    assert told(plan.run_dir).splitlines()[-1].startswith("since then: a round began here at 2027-01-15 08:00:00 UTC")
+    assert (
+        told(plan.script.run_dir)
+        .splitlines()[-1]
+        .startswith("since then: a round began here at 2027-01-15 08:00:00 UTC")
+    )
 
 
 def test_only_folders_of_nodes_are_reports_in_the_order_of_their_ranks(tmp_path: Path) -> None:
@@ -300,7 +304,7 @@ def test_both_files_are_written_and_a_second_report_replaces_the_first(tmp_path:
     folder = write_report(plan, replace(FULL, code=6))
     assert sorted(file.name for file in folder.iterdir()) == ["report.json", "report.txt"]
     assert json.loads((folder / "report.json").read_text())["code"] == 6
-    assert stored(plan.run_dir) == [folder]
+    assert stored(plan.script.run_dir) == [folder]
 
 
 def test_stacks_without_a_report_are_no_report(tmp_path: Path) -> None:
@@ -402,11 +406,11 @@ def test_a_long_line_is_redacted_in_a_moment() -> None:
 
 def test_the_bundle_holds_stacks_and_flight_records_that_can_still_be_read(tmp_path: Path) -> None:
     plan, found = planned(tmp_path)
-    write(plan.run_dir / "report/node0/stalls/rank0.json", '{"stack": "wandb-value"}')
+    write(plan.script.run_dir / "report/node0/stalls/rank0.json", '{"stack": "wandb-value"}')
     record = plan.log_dir / "flight_recorder_rank_0"
     record.parent.mkdir(parents=True)
     record.write_bytes(pickle.dumps({"frames": ["/data/wandb-value/train.py"], "sizes": [[3, 255]]}))
-    with tarfile.open(fileobj=io.BytesIO(bundle(plan.run_dir, found, ["wandb-value"]))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(bundle(plan.script.run_dir, found, ["wandb-value"]))) as archive:
         content = {Path(name).name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]  # all are files
     assert content["rank0.json"].decode() == f'{{"stack": "{REMOVED}"}}'
     assert pickle.loads(content["flight_recorder_rank_0"]) == {  # noqa: S301 - written above
@@ -419,7 +423,7 @@ def test_the_end_of_a_long_log_begins_with_a_whole_line(tmp_path: Path) -> None:
     plan, found = planned(tmp_path)
     write(plan.log_dir / "a_x/attempt_0/0/stdout.log", "first wandb-value\n" + "y" * READ_BYTES + "\nlast\n")
     write(plan.log_dir / "a_x/attempt_0/0/stderr.log", "z" * 2 * READ_BYTES)
-    with tarfile.open(fileobj=io.BytesIO(bundle(plan.run_dir, found, ["wandb-value"]))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(bundle(plan.script.run_dir, found, ["wandb-value"]))) as archive:
         content = {Path(name).name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]  # all are files
     assert content["stdout.log"] == b"last\n"
     assert len(content["stderr.log"]) == READ_BYTES
@@ -428,10 +432,10 @@ def test_the_end_of_a_long_log_begins_with_a_whole_line(tmp_path: Path) -> None:
 def test_the_bundle_holds_report_logs_and_plan_and_none_of_the_secrets(tmp_path: Path) -> None:
     plan, found = planned(tmp_path)
     write_report(plan, FULL)
-    error_file(plan.run_dir, "default-1-abc", "ValueError: with wandb-value inside")
-    write(plan.run_dir / "logs/node0/default-1-abc_x/attempt_0/0/stderr.log", "key wandb-value\n")
-    write(plan.run_dir / "checkpoints/step.pt", "weights")
-    with tarfile.open(fileobj=io.BytesIO(bundle(plan.run_dir, found, ["wandb-value"]))) as archive:
+    error_file(plan.script.run_dir, "default-1-abc", "ValueError: with wandb-value inside")
+    write(plan.script.run_dir / "logs/node0/default-1-abc_x/attempt_0/0/stderr.log", "key wandb-value\n")
+    write(plan.script.run_dir / "checkpoints/step.pt", "weights")
+    with tarfile.open(fileobj=io.BytesIO(bundle(plan.script.run_dir, found, ["wandb-value"]))) as archive:
         content = {name: archive.extractfile(name).read().decode() for name in archive.getnames()}  # type: ignore[union-attr]  # all are files
     assert {name.rpartition("/")[2] for name in content} == {
         "report.json",

@@ -30,7 +30,7 @@ def count(root: Path, name: str, value: int) -> None:
 def test_the_counters_of_ports_and_of_the_interface_are_read_in_bytes(plan: Plan, tmp_path: Path) -> None:
     count(tmp_path, "infiniband/mlx5_0/ports/1/counters/port_xmit_data", 100)
     count(tmp_path, "infiniband/mlx5_1/ports/1/counters/port_xmit_data", 20)
-    count(tmp_path, f"net/{plan.interface}/statistics/tx_bytes", 7)
+    count(tmp_path, f"net/{plan.network.interface}/statistics/tx_bytes", 7)
     assert read_traffic(plan, tmp_path) == Traffic(rdma=480, interface=7)
 
 
@@ -40,7 +40,7 @@ def test_a_training_over_sockets_beside_infiniband_is_an_alarm_once_enough_was_s
     told = alarm(plan, before, Traffic(rdma=5 * GB, interface=13 * GB))
     assert told is not None
     assert told.startswith(
-        f"warning: {plan.transport} is here, but NCCL runs over sockets: {plan.interface} has sent 4"
+        f"warning: {plan.network.transport} is here, but NCCL runs over sockets: {plan.network.interface} has sent 4"
     )
     assert alarm(plan, before, Traffic(rdma=50 * GB, interface=10 * GB)) == ""
 
@@ -53,7 +53,7 @@ def test_ports_that_do_not_count_are_not_watched_and_raise_no_alarm(
         count(tmp_path, f"infiniband/{device}/ports/1/rate", 0)
     for device in counted:
         count(tmp_path, f"infiniband/{device}/ports/1/counters/port_xmit_data", 100)
-    count(tmp_path, f"net/{plan.interface}/statistics/tx_bytes", 7)
+    count(tmp_path, f"net/{plan.network.interface}/statistics/tx_bytes", 7)
     before = read_traffic(plan, tmp_path)
     assert before == Traffic(rdma=None, interface=7)
     assert alarm(plan, before, Traffic(rdma=None, interface=13 * GB)) == ""
@@ -65,8 +65,8 @@ def test_ports_that_do_not_count_are_not_watched_and_raise_no_alarm(
 def test_only_a_plan_with_rdma_between_nodes_is_watched(plan: Plan) -> None:
     assert watched(plan)
     for other in (
-        replace(plan, transport="sockets"),
-        replace(plan, backend="gloo"),
-        replace(plan, nodes=plan.nodes[:1]),
+        replace(plan, network=replace(plan.network, transport="sockets")),
+        replace(plan, workers=replace(plan.workers, backend="gloo")),
+        replace(plan, nodes=replace(plan.nodes, addresses=plan.nodes.addresses[:1])),
     ):
         assert not watched(other)

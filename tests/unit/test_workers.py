@@ -26,13 +26,12 @@ HIDDEN = machine(limits=CPUS, container=True, gpus=Gpus(on_bus=("0000:01:00.0", 
 def test_nproc_means_what_torchrun_takes_it_for(text: str, on_gpus: tuple[int, str], on_cpus: tuple[int, str]) -> None:
     for host, expected in ((GPU_HOST, on_gpus), (CPU_HOST, on_cpus)):
         plan = planned(host, NPROC_PER_NODE=text)
-        assert (plan.nproc, plan.backend) == expected
-        assert plan.nproc_per_node == str(plan.nproc)
-        assert plan.env["BACKEND"] == plan.backend
+        assert (plan.workers.nproc, plan.workers.backend) == expected
+        assert plan.script.env["BACKEND"] == plan.workers.backend
 
 
 def test_gpu_asks_for_gpus() -> None:
-    assert planned(GPU_HOST, NPROC_PER_NODE="gpu").nproc == 2
+    assert planned(GPU_HOST, NPROC_PER_NODE="gpu").workers.nproc == 2
     assert "there is no GPU here. Set a number or cpu, or give the container its GPUs with HARDWARE=nvidia." in refused(
         CPU_HOST, NPROC_PER_NODE="gpu"
     )
@@ -52,16 +51,16 @@ def test_a_mask_that_hides_all_gpus_is_named_as_the_cause() -> None:
 def test_hardware_cpu_asks_for_workers_on_the_cpu_without_docker_too() -> None:
     found = decide(GPU_HOST, HARDWARE="cpu")
     assert found.plan is not None
-    assert (found.plan.backend, found.plan.nproc, found.warnings) == ("gloo", 8, ())
+    assert (found.plan.workers.backend, found.plan.workers.nproc, found.warnings) == ("gloo", 8, ())
     assert reason(found, "BACKEND") == "HARDWARE=cpu asks for workers on the CPU"
     cpu_build = machine(gpus=TWO_GPUS, limits=CPUS, packages={"torch": "2.13.0+cpu"})
     assert warned(cpu_build, HARDWARE="cpu") == ""
-    assert planned(GPU_HOST, HARDWARE="cpu", BACKEND="nccl").backend == "nccl"
+    assert planned(GPU_HOST, HARDWARE="cpu", BACKEND="nccl").workers.backend == "nccl"
 
 
 def test_more_processes_than_gpus_are_refused_for_nccl_only() -> None:
     assert "but this node has 2 usable GPUs" in refused(GPU_HOST, NPROC_PER_NODE="3")
-    assert planned(GPU_HOST, NPROC_PER_NODE="3", BACKEND="gloo").nproc == 3
+    assert planned(GPU_HOST, NPROC_PER_NODE="3", BACKEND="gloo").workers.nproc == 3
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,7 @@ def test_nccl_without_gpus_or_cuda_is_refused() -> None:
     assert "at most 0" not in refused(CPU_HOST, BACKEND="nccl", NPROC_PER_NODE="2")
     cpu_build = machine(gpus=TWO_GPUS, limits=CPUS, packages={"torch": "2.13.0+cpu"})
     assert "is built without CUDA" in refused(cpu_build, BACKEND="nccl")
-    assert planned(cpu_build).backend == "gloo"
+    assert planned(cpu_build).workers.backend == "gloo"
     assert "training runs on the CPU" in warned(cpu_build)
 
 
@@ -90,7 +89,7 @@ def test_gpus_that_the_container_was_not_given_are_an_error_that_says_which_word
         "HARDWARE is not set, and this machine has 2 NVIDIA GPUs that the container was not given. Set HARDWARE=nvidia "
         "in .env (or HARDWARE=cpu to train without them)."
     )
-    assert planned(HIDDEN, HARDWARE="cpu").backend == "gloo"
+    assert planned(HIDDEN, HARDWARE="cpu").workers.backend == "gloo"
 
 
 def test_a_bare_machine_without_a_driver_is_only_warned() -> None:
@@ -100,19 +99,19 @@ def test_a_bare_machine_without_a_driver_is_only_warned() -> None:
 
 def test_hardware_that_promises_gpus_where_none_are_is_refused() -> None:
     assert "but no GPU is here" in refused(CPU_HOST, HARDWARE="nvidia")
-    assert planned(CPU_HOST, HARDWARE="nvidia", BACKEND="gloo").backend == "gloo"
+    assert planned(CPU_HOST, HARDWARE="nvidia", BACKEND="gloo").workers.backend == "gloo"
 
 
 @pytest.mark.parametrize(("nproc", "threads"), [("1", "8"), ("2", "4"), ("3", "2"), ("16", "1")])
 def test_threads_are_the_cpus_shared_by_the_processes(nproc: str, threads: str) -> None:
-    assert planned(CPU_HOST, NPROC_PER_NODE=nproc).env["OMP_NUM_THREADS"] == threads
+    assert planned(CPU_HOST, NPROC_PER_NODE=nproc).script.env["OMP_NUM_THREADS"] == threads
 
 
 def command(*argv: str, **environ: str) -> tuple[str, ...]:
     settings = read_settings(environ, None, argv)
     plan = draft(settings, machine(files={"train.py": Seen(digest="abc")})).plan
     assert plan is not None
-    return plan.command
+    return plan.script.command
 
 
 def test_the_script_comes_from_arguments_then_settings_then_this_project() -> None:
@@ -125,15 +124,15 @@ def test_the_script_comes_from_arguments_then_settings_then_this_project() -> No
 
 
 def test_only_this_projects_modules_change_the_python_path() -> None:
-    assert planned(CPU_HOST).env["PYTHONPATH"] == str(CPU_HOST.project)
-    assert planned(CPU_HOST, PYTHONPATH="/mine").env["PYTHONPATH"] == f"{CPU_HOST.project}:/mine"
-    assert "PYTHONPATH" not in planned(CPU_HOST, TRAIN_SCRIPT="-m mine").env
+    assert planned(CPU_HOST).script.env["PYTHONPATH"] == str(CPU_HOST.project)
+    assert planned(CPU_HOST, PYTHONPATH="/mine").script.env["PYTHONPATH"] == f"{CPU_HOST.project}:/mine"
+    assert "PYTHONPATH" not in planned(CPU_HOST, TRAIN_SCRIPT="-m mine").script.env
 
 
 def test_a_missing_script_is_refused() -> None:
     host = machine(files={"/workspace/no.py": Seen(kind="missing")})
     assert "there is no such file here" in refused(host, TRAIN_SCRIPT="/workspace/no.py")
-    assert planned(host, TRAIN_SCRIPT="-m no.such.module").command == ("-m", "no.such.module")
+    assert planned(host, TRAIN_SCRIPT="-m no.such.module").script.command == ("-m", "no.such.module")
     assert "names no script" in refused(host, TRAIN_SCRIPT="-m")
     assert refused(machine(module=False), TRAIN_SCRIPT="-m no.such.module") == (
         "TRAIN_SCRIPT=-m no.such.module (environment): Python finds no 'no' here. Correct the name, or set PYTHONPATH."
@@ -203,10 +202,13 @@ def test_the_scripts_content_must_be_equal_on_all_nodes() -> None:
 def test_folders_follow_the_run_unless_they_are_set() -> None:
     host = machine(cwd=Path("/here"))
     plan = planned(host, RUN_NAME="r1")
-    assert (plan.run_dir, plan.checkpoint_dir) == (Path("/here/runs/r1"), Path("/here/runs/r1/checkpoints"))
-    assert plan.env["TORCH_FR_DUMP_TEMP_FILE"] == "/here/runs/r1/logs/node0/flight_recorder_rank_"
+    assert (plan.script.run_dir, plan.script.checkpoint_dir) == (
+        Path("/here/runs/r1"),
+        Path("/here/runs/r1/checkpoints"),
+    )
+    assert plan.script.env["TORCH_FR_DUMP_TEMP_FILE"] == "/here/runs/r1/logs/node0/flight_recorder_rank_"
     own = planned(host, RUNS_ROOT="/runs", CHECKPOINT_DIR="/nfs/c")
-    assert (own.run_dir, own.env["CHECKPOINT_DIR"]) == (Path("/runs/default"), "/nfs/c")
+    assert (own.script.run_dir, own.script.env["CHECKPOINT_DIR"]) == (Path("/runs/default"), "/nfs/c")
 
 
 def test_a_token_file_must_be_there_and_hold_a_token() -> None:
@@ -224,11 +226,11 @@ def test_a_token_file_must_be_there_and_hold_a_token() -> None:
 
 def test_ports_follow_master_port_and_must_differ() -> None:
     plan = planned(CPU_HOST, MASTER_PORT="5000")
-    assert (plan.control_port, plan.env["NCCL_RAS_ADDR"]) == (5001, "localhost:5002")
+    assert (plan.network.control_port, plan.script.env["NCCL_RAS_ADDR"]) == (5001, "localhost:5002")
     top = planned(CPU_HOST, MASTER_PORT="65535")
-    assert (top.control_port, top.env["NCCL_RAS_ADDR"]) == (65534, "localhost:65533")
+    assert (top.network.control_port, top.script.env["NCCL_RAS_ADDR"]) == (65534, "localhost:65533")
     assert "Give them different ports" in refused(CPU_HOST, MASTER_PORT="5000", CONTROL_PORT="5000")
-    assert planned(CPU_HOST, MASTER_PORT="5000", CONTROL_PORT="5002").env["NCCL_RAS_ADDR"] == "localhost:5003"
+    assert planned(CPU_HOST, MASTER_PORT="5000", CONTROL_PORT="5002").script.env["NCCL_RAS_ADDR"] == "localhost:5003"
 
 
 def test_ports_that_need_root_or_may_be_taken_are_warned_about() -> None:

@@ -1,11 +1,12 @@
 """What only several nodes know together: pure judgements of what they measured, each finding at the node to look at."""
 
 from collections import Counter
+from collections.abc import Mapping
 
-from app.doctor.findings import Finding, Level, Row, green, skipped
-from app.doctor.links import judge_mtu, judge_speed
-from app.doctor.measured import Found, Measured
-from app.doctor.transport import judge_transport
+from app.doctor.cluster_checks.links import judge_mtu, judge_speed
+from app.doctor.cluster_checks.transport import judge_transport
+from app.doctor.findings import Finding, Row, Severity, green, red, skipped, told, yellow
+from app.doctor.results import Found, Measured
 from app.gang.agreement import differences, told_nodes
 from app.gang.connectivity import let_in
 
@@ -34,16 +35,20 @@ def _address(measured: Measured, rank: int) -> str:
 
 def judge_present(measured: Measured) -> Found:
     for rank, why in measured.missing.items():
-        cure = "docker compose run --rm trainer doctor   # on that node"
-        yield rank, Finding(check="present", level=Level.RED, sentence=f"This node never came: {why}.", cure=cure)
+        fix = "docker compose run --rm trainer doctor   # on that node"
+        yield rank, red("node-missing", "present", "This node never came: {reason}.", fix, reason=why)
     for rank, node in measured.nodes.items():
         if rank in measured.lost:
-            sentence = f"This node came and went away again: {measured.lost[rank]}."
-            yield rank, Finding(check="present", level=Level.RED, sentence=sentence)
+            yield (
+                rank,
+                red(
+                    "node-lost", "present", "This node came and went away again: {reason}.", reason=measured.lost[rank]
+                ),
+            )
         else:
-            yield rank, green("present", f"host {node.host}")
+            yield rank, green("present", "host {host}", host=node.host)
     for sentence in measured.doubles:
-        yield min(measured.nodes), Finding(check="rank", level=Level.RED, sentence=sentence)
+        yield min(measured.nodes), told("rank-claimed-twice", "rank", Severity.RED, sentence)
 
 
 def judge_agree(measured: Measured) -> Found:
@@ -55,15 +60,7 @@ def judge_agree(measured: Measured) -> Found:
         values = {rank: node.facts.get(name, "-") for rank, node in measured.nodes.items()}
         if len({*values.values()}) == 1:
             continue
-        wrong, doubtful = differences({rank: {name: value} for rank, value in values.items()})
-        lines = [" ".join(line.split()) for line in (wrong or doubtful).splitlines()]
-        told = [line for line in lines if line.startswith(("package ", "and "))] or lines[:1]
-        finding = Finding(
-            check="agree",
-            level=Level.RED if wrong else Level.YELLOW,
-            sentence=f"Nodes differ: {'; '.join(told)}",
-            cure=" ".join(lines[len(told) :]) or "set it the same on all nodes, or use the same image",
-        )
+        finding = _difference(name, values)
         counts = Counter(values.values())
         usual = max(values.values(), key=lambda value: counts[value])
         for rank in values:
@@ -71,7 +68,22 @@ def judge_agree(measured: Measured) -> Found:
                 wrong_at.add(rank)
                 yield rank, finding
     for rank in measured.nodes.keys() - wrong_at:
-        yield rank, green("agree", f"{len(measured.nodes[rank].facts)} settings and versions as on most nodes")
+        facts = len(measured.nodes[rank].facts)
+        yield rank, green("agree", "{facts} settings and versions as on most nodes", facts=facts)
+
+
+def _difference(name: str, values: Mapping[int, str]) -> Finding:
+    wrong, doubtful = differences({rank: {name: value} for rank, value in values.items()})
+    lines = [" ".join(line.split()) for line in (wrong or doubtful).splitlines()]
+    shown = [line for line in lines if line.startswith(("package ", "and "))] or lines[:1]
+    return Finding(
+        id="setting-differs",
+        check="agree",
+        severity=Severity.RED if wrong else Severity.YELLOW,
+        text="Nodes differ: {differences}",
+        values={"setting": name, "differences": "; ".join(shown)},
+        fix=" ".join(lines[len(shown) :]) or "set it the same on all nodes, or use the same image",
+    )
 
 
 def judge_reach(measured: Measured) -> Found:
@@ -80,26 +92,19 @@ def judge_reach(measured: Measured) -> Found:
     for (source, target, why), ports in measured.blocked.items():
         caller, called = measured.nodes[source], measured.nodes[target]
         bad.add(target)
-        told = " and ".join(map(str, sorted(ports)))
-        sentence = f"{caller.name} cannot connect to it, port {told}: {why}."
+        text = "{peer} cannot connect to it, port {ports}: {reason}."
         if len(ports) > 1:
-            sentence += " NCCL and Gloo use random ports: open all between the nodes."
-        cure = let_in(caller.address, called.address)
-        full_size = why.startswith("connects")
-        yield (
-            target,
-            Finding(
-                check="reach",
-                level=Level.RED,
-                sentence=sentence,
-                cure=f"ip link show {called.interface}   # on both nodes" if full_size else cure,
-            ),
-        )
+            text += " NCCL and Gloo use random ports: open all between the nodes."
+        fix = let_in(caller.address, called.address)
+        if why.startswith("connects"):
+            fix = f"ip link show {called.interface}   # on both nodes"
+        shown = " and ".join(map(str, sorted(ports)))
+        yield target, red("port-blocked", "reach", text, fix, peer=caller.name, ports=shown, reason=why)
     for rank in measured.nodes.keys() - bad - measured.lost.keys():
         callers = sorted(source for source, target in measured.tried if target == rank)
         if callers:
             verb = "connects" if len(callers) == 1 else "connect"
-            yield rank, green("reach", f"{told_nodes(callers)} {verb} to it on random ports")
+            yield rank, green("reach", "{callers} {verb} to it on random ports", callers=told_nodes(callers), verb=verb)
         else:
             yield rank, skipped("reach", "no other node is here")
 
@@ -107,10 +112,10 @@ def judge_reach(measured: Measured) -> Found:
 def judge_clock(measured: Measured) -> Found:
     for rank, (offset, doubt) in measured.offsets.items():
         if abs(offset) - doubt > CLOCKS_APART:
-            ahead = "ahead of" if offset > 0 else "behind"
-            sentence = f"Its clock is {abs(offset):.0f} s {ahead} node 0's: logs and file times will mislead."
-            cure = "timedatectl; sudo systemctl restart chronyd   # or systemd-timesyncd"
-            yield rank, Finding(check="clock", level=Level.YELLOW, sentence=sentence, cure=cure)
+            text = "Its clock is {seconds:.0f} s {direction} node 0's: logs and file times will mislead."
+            fix = "timedatectl; sudo systemctl restart chronyd   # or systemd-timesyncd"
+            direction = "ahead of" if offset > 0 else "behind"
+            yield rank, yellow("clock-differs", "clock", text, fix, seconds=abs(offset), direction=direction)
 
 
 def judge_shared(measured: Measured) -> Found:
@@ -122,17 +127,17 @@ def judge_shared(measured: Measured) -> Found:
     if all(others == everyone for others in seen.values()):
         yield from ((rank, green("shared", "one checkpoint folder for all nodes")) for rank in seen)
     elif all(others == {rank} for rank, others in seen.items()):
-        told = "each node has its own checkpoint folder; sharded checkpoints (FSDP, DCP) need one for all"
-        yield from ((rank, green("shared", told)) for rank in seen)
+        text = "each node has its own checkpoint folder; sharded checkpoints (FSDP, DCP) need one for all"
+        yield from ((rank, green("shared", text)) for rank in seen)
     else:
         for rank, others in seen.items():
+            text = "Its checkpoint folder holds the files of {nodes} only."
+            nodes = others
             if others == {rank}:
-                sharers = sorted(other for other in seen if len(seen[other]) > 1)
-                sentence = f"Its checkpoint folder is its own, while {told_nodes(sharers)} share one."
-            else:
-                sentence = f"Its checkpoint folder holds the files of {told_nodes(sorted(others))} only."
-            cure = "mount the same shared folder on all nodes (RUNS or CHECKPOINT_DIR), or on none"
-            yield rank, Finding(check="shared", level=Level.RED, sentence=sentence, cure=cure)
+                text = "Its checkpoint folder is its own, while {nodes} share one."
+                nodes = frozenset(other for other in seen if len(seen[other]) > 1)
+            fix = "mount the same shared folder on all nodes (RUNS or CHECKPOINT_DIR), or on none"
+            yield rank, red("folder-partly-shared", "shared", text, fix, nodes=told_nodes(sorted(nodes)))
 
 
 def judge_collective(measured: Measured) -> Found:

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from app.config.exitcodes import ExitCode
-from app.known_errors.catalog import Symptom, all_symptoms, diagnose, known_errors, with_known_errors
+from app.known_errors.catalog import LAYERS, KnownError, all_errors
+from app.known_errors.consequences import is_consequence
+from app.known_errors.diagnose import diagnose
+from app.known_errors.pages import pages
+from app.train.loop import LOST
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "troubleshooting.md"
+DOCS = ROOT / "docs"
 
 HARMLESS = (
     "[W1124 01:46:38.881 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved. err=-3",
@@ -34,42 +38,23 @@ HARMLESS = (
 )
 
 
-# What the peers of a failed process print: never the answer while anything else is known.
-CONSEQUENCES = {
-    "aborted",
-    "exit-barrier",
-    "gloo-pair-closed",
-    "gloo-peer-closed",
-    "gloo-peer-reset",
-    "ib-flushed",
-    "nccl-dump-elsewhere",
-    "nccl-followup",
-    "nccl-ib-not-found",
-    "nccl-peer-closed",
-    "nccl-remote-error",
-    "nccl-store-gone",
-    "stopped",
-    "store-lost",
-}
+def by_id(error: KnownError) -> str:
+    return error.id
 
 
-def by_id(symptom: Symptom) -> str:
-    return symptom.id
-
-
-@pytest.mark.parametrize("symptom", all_symptoms(), ids=by_id)
-def test_each_sample_is_diagnosed_as_its_own_entry(symptom: Symptom) -> None:
-    found = diagnose(symptom.sample)
+@pytest.mark.parametrize("error", all_errors(), ids=by_id)
+def test_each_sample_is_diagnosed_as_its_own_entry(error: KnownError) -> None:
+    found = diagnose(error.sample)
     assert found is not None
-    assert found.id == symptom.id
+    assert found.error.id == error.id
 
 
-@pytest.mark.parametrize("symptom", all_symptoms(), ids=by_id)
-def test_each_alternative_text_of_an_entry_leads_to_it_or_to_a_more_specific_one(symptom: Symptom) -> None:
-    for text in symptom.match:
+@pytest.mark.parametrize("error", all_errors(), ids=by_id)
+def test_each_alternative_text_of_an_entry_leads_to_it_or_to_a_more_specific_one(error: KnownError) -> None:
+    for text in error.match:
         found = diagnose(f"[rank1]: {text.replace('...', ' 17 ').removeprefix('^')} and more")
         assert found is not None, text
-        assert found.id == symptom.id or found.rank > symptom.rank, (text, found.id)
+        assert found.error.id == error.id or found.error.rank > error.rank, (text, found.error.id)
 
 
 @pytest.mark.parametrize("text", HARMLESS)
@@ -86,7 +71,6 @@ ORDINARY = (
     "calendar: async fatal event handler registered",
     "GID table changed its width to 80 columns",
     "ValueError: invalid literal for int() with base 10: ''",
-    "torch.OutOfMemoryError: HIP out of memory. Tried to allocate 2.00 GiB",
     "retry on MemoryError is on",
     "the dataset's manifest unknown, indexing anew",
     "Stale file handle cache dropped",
@@ -104,25 +88,24 @@ ORDINARY = (
 @pytest.mark.parametrize("text", ORDINARY)
 def test_what_an_ordinary_program_prints_names_no_cause(text: str) -> None:
     found = diagnose(f"step 1\n[default0]:{text}\nstep 2\n")
-    assert found is None or found.rank < 3
+    assert found is None or found.error.rank < 3
 
 
 @pytest.mark.parametrize("text", ["MemoryError", "MemoryError: ", "[rank1]: MemoryError", "[default0]:MemoryError"])
 def test_an_entry_that_begins_with_a_caret_is_found_at_the_beginning_of_a_line(text: str) -> None:
     found = diagnose(f"Traceback\n{text}\n")
     assert found is not None
-    assert found.id == "host-memory"
+    assert found.error.id == "host-memory"
 
 
-@pytest.mark.parametrize("name", sorted(CONSEQUENCES))
-def test_a_consequence_loses_against_any_cause_wherever_it_stands(name: str) -> None:
-    consequence = next(symptom for symptom in all_symptoms() if symptom.id == name)
-    for cause in all_symptoms():
-        if cause.id in CONSEQUENCES:
+@pytest.mark.parametrize("consequence", [error for error in all_errors() if error.rank < 2], ids=by_id)
+def test_a_consequence_loses_against_any_cause_wherever_it_stands(consequence: KnownError) -> None:
+    for cause in all_errors():
+        if cause.rank < 2:
             continue
         found = diagnose(f"{consequence.sample}\n{cause.sample}\n{consequence.sample}")
         assert found is not None
-        assert found.id == cause.id
+        assert found.error.id == cause.id
 
 
 def test_a_worker_killed_for_memory_is_the_cause_and_its_peers_complaint_is_not() -> None:
@@ -135,13 +118,13 @@ torch.distributed.elastic.multiprocessing.api.SignalException: Process 6531 got 
 """
     found = diagnose(log)
     assert found is not None
-    assert found.id == "killed-9"
+    assert found.error.id == "killed-9"
     assert found.line == "exitcode  : -9 (pid: 6478)  (SIGKILL)"
 
 
 def test_among_equals_the_earliest_is_the_diagnosis() -> None:
     first, second = "ModuleNotFoundError: No module named 'einops'", "OSError: [Errno 28] No space left on device"
-    assert [found.id for text in (f"{first}\n{second}", f"{second}\n{first}") if (found := diagnose(text))] == [
+    assert [found.error.id for text in (f"{first}\n{second}", f"{second}\n{first}") if (found := diagnose(text))] == [
         "package-missing",
         "disk-full",
     ]
@@ -150,46 +133,44 @@ def test_among_equals_the_earliest_is_the_diagnosis() -> None:
 def test_the_diagnosis_carries_the_line_that_gave_it_away() -> None:
     found = diagnose("step 1\n[default1]:ModuleNotFoundError: No module named 'einops'\nmore")
     assert found is not None
-    assert found.line == "[default1]:ModuleNotFoundError: No module named 'einops'"
+    assert found.line == "ModuleNotFoundError: No module named 'einops'"
+    assert found.number == 2
 
 
 def test_a_known_text_is_found_across_the_line_break_of_a_wrapped_message() -> None:
     found = diagnose("RuntimeError: Found no NVIDIA driver on\n    your system.")
     assert found is not None
-    assert found.id == "gpu-no-driver"
+    assert found.error.id == "gpu-no-driver"
 
 
 def test_the_table_has_sixty_entries_and_each_is_complete_and_unique() -> None:
-    symptoms = all_symptoms()
-    assert len(symptoms) >= 60
-    assert len({symptom.id for symptom in symptoms}) == len(symptoms)
-    for symptom in symptoms:
-        assert 0 <= symptom.rank <= 4, symptom.id
-        assert all((symptom.match, symptom.sample, symptom.cause, symptom.cure, symptom.source)), symptom.id
-        assert re.fullmatch(r"[a-z0-9-]+", symptom.id), symptom.id
-        assert f"### {symptom.id}\n" in known_errors(), f"{symptom.id} has a group that is not in the table"
+    errors = all_errors()
+    assert len(errors) >= 60
+    assert len({error.id for error in errors}) == len(errors)
+    for error in errors:
+        assert 0 <= error.rank <= 4, error.id
+        assert all((error.match, error.sample, error.cause, error.fix, error.source)), error.id
+        assert re.fullmatch(r"[a-z0-9-]+", error.id), error.id
+        assert error.layer in LAYERS
 
 
 def test_the_samples_carry_no_path_of_the_machine_they_were_made_on() -> None:
-    assert not [symptom.id for symptom in all_symptoms() if re.search(r"/(root|work|tmp/sym)/", symptom.sample)]
+    assert not [error.id for error in all_errors() if re.search(r"/(root|work|tmp/sym)/", error.sample)]
 
 
-def test_the_page_holds_the_table_as_it_is_now() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    assert with_known_errors(page) == page, "run: python -m app.known_errors.catalog docs/troubleshooting.md"
+def test_the_pages_hold_the_table_as_it_is_now() -> None:
+    written = {page.name: page.read_text(encoding="utf-8") for page in (DOCS / "errors").iterdir()}
+    assert written == pages(), "run: python -m app.known_errors docs/errors"
 
 
-def test_the_page_explains_every_exit_code_of_ours() -> None:
-    page = PAGE.read_text(encoding="utf-8")
+def test_the_pages_of_errors_are_written_by_the_module(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "app.known_errors", str(tmp_path)], cwd=ROOT, check=True)
+    assert {page.name: page.read_text(encoding="utf-8") for page in tmp_path.iterdir()} == pages()
+
+
+def test_the_first_steps_explain_every_exit_code_of_ours() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     assert [code.name for code in ExitCode if f"\n| {code.value} | " not in page] == []
-
-
-def test_a_page_without_the_marks_is_refused_and_left_alone(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("no marks")
-    done = subprocess.run([sys.executable, "-m", "app.known_errors.catalog", str(page)], cwd=ROOT, capture_output=True)
-    assert done.returncode != 0
-    assert page.read_text() == "no marks"
 
 
 def test_a_megabyte_of_unknown_output_is_read_in_under_two_seconds_of_cpu() -> None:
@@ -197,3 +178,32 @@ def test_a_megabyte_of_unknown_output_is_read_in_under_two_seconds_of_cpu() -> N
     started = time.process_time()
     assert diagnose(text) is None
     assert time.process_time() - started < 2
+
+
+ALONE = [error for error in all_errors() if error.rank == 1 or error.peer]
+
+
+@pytest.mark.parametrize("error", ALONE, ids=by_id)
+def test_what_ranks_print_whose_peer_has_gone_is_a_consequence(error: KnownError) -> None:
+    assert is_consequence(error.sample)
+    assert is_consequence(f"RuntimeError: {error.sample.splitlines()[0]}") or len(error.sample.splitlines()) > 1
+
+
+@pytest.mark.parametrize("words", LOST)
+def test_the_shipped_script_and_the_table_agree_on_what_a_lost_peer_leaves(words: str) -> None:
+    assert is_consequence(f"RuntimeError: [pair.cc:1] {words} [10.0.0.2]:1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ValueError: bad batch",
+        "torch.distributed.DistNetworkError: The server socket has failed to listen on any local network address. "
+        "port: 29400, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use",
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 22.00 MiB.",
+        "RuntimeError: of no table",
+        "",
+    ],
+)
+def test_a_ranks_own_error_is_no_consequence(text: str) -> None:
+    assert not is_consequence(text)

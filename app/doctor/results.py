@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from app.doctor.findings import Finding, Level, worst
-from app.doctor.meter import Speed
-from app.doctor.transport import Collective
+from app.doctor.cluster_checks.transport import Collective
+from app.doctor.collect.meter import Speed
+from app.doctor.findings import Finding, Severity, worst
 
 Found = Iterator[tuple[int, Finding]]
 """(rank of the node whose row it is, finding)"""
@@ -64,4 +64,4 @@ class Measured:
     def hopeless(self) -> bool:
         """Whether torchrun would only be waited for: nodes are missing or cut off, or its port is known to be taken."""
         own = [each for node in self.nodes.values() for each in node.findings if each.check == "ports"]
-        return bool(self.missing or self.lost or self.blocked or self.doubles) or worst(own) == Level.RED
+        return bool(self.missing or self.lost or self.blocked or self.doubles) or worst(own) == Severity.RED

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
 
-from app.doctor.engine import look_at_engine
+from app.doctor.collect.engine import look_at_engine
 from app.host import Host
 from app.host.accelerators.health import GpuLook, look_at_gpus
 from app.host.addresses import canonical

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from app.doctor.findings import Finding, Level, green
+from app.doctor.findings import Finding, Value, green, red, yellow
 
 VIA = re.compile(r"via NET/([^/\s(]+(?: [^/\s(]+)*)/(\d+)(?:\([^)]*\))?((?:/\w+)*)")
 """`Channel 00/0 : 0[0] -> 8[0] [send] via NET/IB/0/GDRDMA` (nccl/src/transport/net.cc)."""
@@ -78,38 +78,43 @@ class Collective:
 def judge_transport(found: Collective) -> Finding:
     """The verdict on what was really used, against what the hardware offers."""
     if found.failure:
-        cure = "docker compose run --rm trainer explain; docs/troubleshooting.md has the texts of known errors"
-        sentence = f"The all-reduce failed: {found.failure}"
-        return Finding(check="all-reduce", level=Level.RED, sentence=sentence, cure=cure)
-    how = f"{found.backend} on {found.ranks} ranks, {8 * found.bus_bandwidth / 1e9:.1f} Gb/s bus bandwidth"
+        fix = "docker compose run --rm trainer explain; docs/troubleshooting.md has the texts of known errors"
+        return red("all-reduce-failed", "all-reduce", "The all-reduce failed: {reason}", fix, reason=found.failure)
+    how = "{backend} on {ranks} ranks, {gigabits:.1f} Gb/s bus bandwidth, "
+    values: dict[str, Value] = {
+        "backend": found.backend,
+        "ranks": found.ranks,
+        "gigabits": 8 * found.bus_bandwidth / 1e9,
+    }
     if found.alone:
         ways = " and ".join(WAYS[way] for way in found.log.inside if way in WAYS)
-        return green("all-reduce", f"{how}, inside this machine{f': {ways}' if ways else ''}")
-    if found.backend == "nccl":
-        wrong = _nccl_trouble(found)
-        if wrong:
-            return wrong
+        return green("all-reduce", how + "inside this machine{ways}", **values, ways=f": {ways}" if ways else "")
+    wrong = _nccl_fallback(found) if found.backend == "nccl" else None
+    if wrong:
+        return wrong
     if found.carrier and found.carrier != found.interface:
-        sentence = f"The all-reduce went over {found.carrier}, not over {found.interface} as planned."
-        cure = "remove GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME from .env; check `ip route` on this node"
-        return Finding(check="all-reduce", level=Level.YELLOW, sentence=sentence, cure=cure)
-    return green("all-reduce", f"{how}, through {_used(found)}")
+        text = "The all-reduce went over {carrier}, not over {interface} as planned."
+        fix = "remove GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME from .env; check `ip route` on this node"
+        values = {"carrier": found.carrier, "interface": found.interface}
+        return yellow("wrong-interface", "all-reduce", text, fix, **values)
+    return green("all-reduce", how + "through {transport}", **values, transport=_used(found))
 
 
-def _nccl_trouble(found: Collective) -> Finding | None:
+def _nccl_fallback(found: Collective) -> Finding | None:
     log = found.log
     if not log.network:
         # One GPU a node, or all ranks on one node: nothing went over a network that could be judged.
         return None
     if log.network in SOCKETS and found.active_ports:
         layer = found.transport if found.transport != "sockets" else "InfiniBand or RoCE"
-        sentence = f"{layer} is here ({found.active_ports} active ports) but NCCL runs over sockets ({_named(log)})."
-        cure = "the rdma check above says what is in the way; NCCL_NET=IB makes NCCL fail instead of falling back"
-        return Finding(check="all-reduce", level=Level.RED, sentence=sentence, cure=cure)
+        text = "{layer} is here ({ports} active ports) but NCCL runs over sockets ({devices})."
+        fix = "the rdma check above says what is in the way; NCCL_NET=IB makes NCCL fail instead of falling back"
+        values: dict[str, Value] = {"layer": layer, "ports": found.active_ports, "devices": _named(log)}
+        return red("nccl-sockets", "all-reduce", text, fix, **values)
     if found.expects_direct and log.network not in SOCKETS and log.channels and not log.direct:
-        sentence = f"NCCL uses {log.network}, but through the CPU's memory: no channel has GPUDirect RDMA (GDRDMA)."
-        cure = "sudo modprobe nvidia-peermem; check PCI ACS and IOMMU, and `nvidia-smi topo -m`"
-        return Finding(check="all-reduce", level=Level.YELLOW, sentence=sentence, cure=cure)
+        text = "NCCL uses {network}, but through the CPU's memory: no channel has GPUDirect RDMA (GDRDMA)."
+        fix = "sudo modprobe nvidia-peermem; check PCI ACS and IOMMU, and `nvidia-smi topo -m`"
+        return yellow("nccl-no-gpudirect", "all-reduce", text, fix, network=log.network)
     return None
 
 

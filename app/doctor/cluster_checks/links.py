@@ -1,10 +1,11 @@
 """Judgements of the links between nodes: packet size and speed, each finding at the node to look at."""
 
 from collections import Counter
+from collections.abc import Mapping
 
-from app.doctor.findings import Finding, Level, green, skipped
-from app.doctor.measured import Found, Measured
-from app.doctor.meter import Speed, headers
+from app.doctor.collect.meter import Speed, headers
+from app.doctor.findings import Finding, Severity, Value, green, red, skipped, yellow
+from app.doctor.results import Found, Measured
 from app.gang.agreement import told_nodes
 from app.plan.decisions import count
 
@@ -26,42 +27,56 @@ def judge_mtu(measured: Measured) -> Found:
     if len(sizes) < 2 or len(measured.nodes) < 2:
         yield from ((rank, skipped("mtu", "no pair to compare")) for rank in measured.nodes)
         return
-    counts = Counter(sizes.values())
-    usual = max(sizes.values(), key=lambda size: (counts[size], size))
     bad: set[int] = set()
-    for rank, size in sizes.items():
-        node = measured.nodes[rank]
-        if size != usual:
-            bad.add(rank)
-            others = told_nodes([other for other, theirs in sizes.items() if theirs == usual])
-            rdma = node.transport == "RoCE"
-            what = "RoCE fails between them." if rdma else "TCP adapts; RoCE and UDP lose packets."
-            yield (
-                rank,
-                Finding(
-                    check="mtu",
-                    level=Level.RED if rdma else Level.YELLOW,
-                    sentence=f"{node.interface} has MTU {size}, but {usual} on {others}. {what}",
-                    cure=f"sudo ip link set {node.interface} mtu {usual}   # or the smaller one on all nodes",
-                ),
-            )
-    for (source, target), outcome in measured.packets.items():
-        if outcome == "lost":
-            bad.add(target)
-            size = min(sizes.get(source, 0), sizes.get(target, 0))
-            sentence = (
-                f"Packets of {size} bytes from {measured.nodes[source].name} are lost on the way, small ones pass: a "
-                "switch or tunnel between them has a smaller MTU."
-            )
-            address = measured.nodes[target].address
-            cure = f"ping -M do -s {size - headers(address)} {address}   # on node {source}"
-            yield target, Finding(check="mtu", level=Level.RED, sentence=sentence, cure=cure)
+    for rank, finding in (*_odd_mtus(measured, sizes), *_lost_packets(measured, sizes)):
+        bad.add(rank)
+        yield rank, finding
     for rank in measured.nodes.keys() - bad:
         outcomes = {outcome for (_, target), outcome in measured.packets.items() if target == rank}
         if "passes" in outcomes:
-            yield rank, green("mtu", f"{sizes.get(rank)}, packets of full size arrive")
+            yield rank, green("mtu", "{mtu}, packets of full size arrive", mtu=sizes.get(rank, 0))
         else:
             yield rank, skipped("mtu", "full-size packets not tried: no UDP between the nodes")
+
+
+def _odd_mtus(measured: Measured, sizes: Mapping[int, int]) -> Found:
+    counts = Counter(sizes.values())
+    usual = max(sizes.values(), key=lambda size: (counts[size], size))
+    others = told_nodes([rank for rank, size in sizes.items() if size == usual])
+    for rank, size in sizes.items():
+        node = measured.nodes[rank]
+        rdma = node.transport == "RoCE"
+        if size != usual:
+            yield (
+                rank,
+                Finding(
+                    id="mtu-differs",
+                    check="mtu",
+                    severity=Severity.RED if rdma else Severity.YELLOW,
+                    text="{interface} has MTU {mtu}, but {usual} on {others}. {consequence}",
+                    values={
+                        "interface": node.interface,
+                        "mtu": size,
+                        "usual": usual,
+                        "others": others,
+                        "consequence": "RoCE fails between them." if rdma else "TCP adapts; RoCE and UDP lose packets.",
+                    },
+                    fix=f"sudo ip link set {node.interface} mtu {usual}   # or the smaller one on all nodes",
+                ),
+            )
+
+
+def _lost_packets(measured: Measured, sizes: Mapping[int, int]) -> Found:
+    for (source, target), outcome in measured.packets.items():
+        if outcome == "lost":
+            size = min(sizes.get(source, 0), sizes.get(target, 0))
+            text = (
+                "Packets of {size} bytes from {peer} are lost on the way, small ones pass: a switch or tunnel between "
+                "them has a smaller MTU."
+            )
+            address = measured.nodes[target].address
+            fix = f"ping -M do -s {size - headers(address)} {address}   # on node {source}"
+            yield target, red("path-mtu", "mtu", text, fix, size=size, peer=measured.nodes[source].name)
 
 
 def judge_speed(measured: Measured) -> Found:
@@ -76,41 +91,44 @@ def judge_speed(measured: Measured) -> Found:
                 node = measured.nodes[rank]
                 out, back = (speed.out, speed.back) if rank == pair[0] else (speed.back, speed.out)
                 link = f" of a link of {node.speed / 1000:g} Gb/s" if node.speed else ""
-                sentence = (
-                    f"With node {other}: sends {_rate(out)}, receives {_rate(back)}{link}; round trip {_micros(speed)}."
-                )
-                cure = f"ethtool {node.interface}; ip -s link show {node.interface}   # speed, duplex, errors"
-                yield rank, Finding(check="speed", level=level, sentence=sentence, cure=cure)
+                text = "With node {peer}: sends {out}, receives {back}{link}; round trip {rtt}."
+                fix = f"ethtool {node.interface}; ip -s link show {node.interface}   # speed, duplex, errors"
+                values: dict[str, Value] = {
+                    "peer": other,
+                    "out": _rate(out),
+                    "back": _rate(back),
+                    "link": link,
+                    "rtt": _micros(speed),
+                }
+                yield rank, Finding(id="pair-slow", check="speed", severity=level, text=text, values=values, fix=fix)
     for pair, speed in measured.speeds.items():
         if speed.rtt > FAR:
-            sentence = f"The round trip to node {pair[0]} takes {_micros(speed)}: not one network, or a busy machine."
-            cure = f"traceroute {measured.nodes[pair[0]].address}"
-            yield pair[1], Finding(check="speed", level=Level.YELLOW, sentence=sentence, cure=cure)
+            text = "The round trip to node {peer} takes {rtt}: not one network, or a busy machine."
+            fix = f"traceroute {measured.nodes[pair[0]].address}"
+            yield pair[1], yellow("pair-far", "speed", text, fix, peer=pair[0], rtt=_micros(speed))
     for pair, why in measured.unmeasured.items():
-        yield pair[1], skipped("speed", f"with node {pair[0]} not measured: {why}")
+        yield pair[1], skipped("speed", "with node {peer} not measured: {reason}", peer=pair[0], reason=why)
     touched = {rank for pair in slow for rank in pair if share[rank] == max(share[each] for each in pair)}
     for rank in measured.nodes.keys() - touched:
         mine = [speed for pair, speed in measured.speeds.items() if rank in pair]
         if mine:
             least = min(min(speed.out, speed.back) for speed in mine)
             rtt = max(mine, key=lambda speed: speed.rtt)
-            yield (
-                rank,
-                green("speed", f"at least {_rate(least)} with {count(len(mine), 'node')}, round trip {_micros(rtt)}"),
-            )
+            text = "at least {rate} with {peers}, round trip {rtt}"
+            yield rank, green("speed", text, rate=_rate(least), peers=count(len(mine), "node"), rtt=_micros(rtt))
 
 
-def slowness(measured: Measured, pair: tuple[int, int], speed: Speed) -> Level | None:
+def slowness(measured: Measured, pair: tuple[int, int], speed: Speed) -> Severity | None:
     """YELLOW or RED for a pair that is slower than its link promises; None otherwise."""
     least = 8 * min(speed.out, speed.back)
     links = [1e6 * measured.nodes[rank].speed for rank in pair if measured.nodes[rank].speed]
     if len(links) == len(pair):
         within = [OF_ITSELF * 8 * speed.own] if speed.own else []
         share = least / min(*links, PROVEN, *within)
-        return Level.RED if share < SLOW_RED else Level.YELLOW if share < SLOW_YELLOW else None
+        return Severity.RED if share < SLOW_RED else Severity.YELLOW if share < SLOW_YELLOW else None
     rates = sorted(8 * min(each.out, each.back) for each in measured.speeds.values())
     better = rates[len(rates) // 2 :]
-    return Level.YELLOW if len(rates) > 1 and least < UNLIKE * better[len(better) // 2] else None
+    return Severity.YELLOW if len(rates) > 1 and least < UNLIKE * better[len(better) // 2] else None
 
 
 def _rate(rate: float) -> str:

@@ -11,11 +11,11 @@ from app.plan.schedulers import scheduled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Membership:
+class NodeList:
     """The job's nodes as this node sees them."""
 
     names: tuple[str, ...]
-    nodes: tuple[str, ...]
+    addresses: tuple[str, ...]
     """Literal addresses in rank order; "" where only the roll call can tell."""
     rank: int
     own: Own

@@ -11,43 +11,47 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.config.project import PROJECT
+from app.doctor.cluster_checks.transport import Collective, carrier, read_nccl
 from app.doctor.facts import Facts
 from app.doctor.meeting import ALL_REDUCE
-from app.doctor.transport import Collective, carrier, read_nccl
 from app.engine import torchrun
 from app.host import Host
 from app.host.files import entries, number
-from app.known_errors.catalog import diagnose
+from app.known_errors.diagnose import diagnose
 from app.plan import Plan
+from app.plan.rdma_access import direct
 
-LAUNCHER_WORDS = 3
-"""Of torchrun.command_line: the interpreter, -P, and the agent that reports to a supervisor, which doctor has not."""
+LAUNCHER_WORDS = 4
+"""Of torchrun.command_line: the interpreter, -P, the agent that reports to a supervisor, which doctor has not, and its
+own flag."""
 
 
 async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: int) -> Collective:
     """Runs torchrun for at most ALL_REDUCE seconds and reads what it left. Never raises for what torchrun does."""
-    nproc = plan.nproc if plan.backend == "nccl" else 1 if nnodes > 1 else min(plan.nproc, 2)
+    nproc = plan.workers.nproc if plan.workers.backend == "nccl" else 1 if nnodes > 1 else min(plan.workers.nproc, 2)
     expected = Collective(
-        backend=plan.backend,
+        backend=plan.workers.backend,
         ranks=nproc * nnodes,
         alone=nnodes == 1,
-        interface=plan.interface,
-        transport=dict(plan.equal).get("transport of NCCL", "sockets"),
-        expects_direct=any(each.name == "GPUDirect RDMA" and each.value != "no" for each in plan.decisions),
+        interface=plan.network.interface,
+        transport=plan.network.transport,
+        expects_direct=bool(direct(facts.host)),
         active_ports=sum(port.state == "ACTIVE" for port in facts.host.rdma_ports),
     )
     with tempfile.TemporaryDirectory(prefix="doctor-") as name:
         folder = Path(name)
         (folder / "logs").mkdir()
         changed = replace(
-            plan, command=("-m", "app.doctor.allreduce"), nproc=nproc, nproc_per_node=str(nproc), run_dir=folder
+            plan,
+            script=replace(plan.script, command=("-m", "app.doctor.allreduce"), run_dir=folder),
+            workers=replace(plan.workers, nproc=nproc),
         )
         command = torchrun.command_line(
             changed,
             node_rank=place,
             nnodes=nnodes,
-            master_addr=plan.master_addr,
-            master_port=plan.master_port,
+            master_addr=plan.network.master_addr,
+            master_port=plan.network.master_port,
             run_id=run_id,
         )
         engine = [sys.executable, "-m", "torch.distributed.run", *command[LAUNCHER_WORDS:]]
@@ -71,7 +75,7 @@ async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: 
         bus_bandwidth=found["size"] / found["seconds"] * 2 * (ranks - 1) / ranks,
         # RDMA passes the interfaces' counters by; what else they moved says nothing.
         carrier=""
-        if nnodes == 1 or (plan.backend == "nccl" and log.network != "Socket")
+        if nnodes == 1 or (plan.workers.backend == "nccl" and log.network != "Socket")
         else _above(facts.host, plan, through),
         log=log,
     )
@@ -109,9 +113,9 @@ async def _run(command: list[str], env: dict[str, str], output: Path) -> str:
 
 
 def _diagnosis(output: str) -> str:
-    symptom = diagnose(output)
-    if symptom is not None:
-        return f"{symptom.line} - {symptom.cause} {symptom.cure}"
+    known = diagnose(output)
+    if known is not None:
+        return f"{known.line} - {known.error.cause} {known.error.fix}"
     errors = [line for line in output.splitlines() if "Error" in line]
     return errors[0].strip()[:300] if errors else ""
 
@@ -128,7 +132,7 @@ def _bytes() -> dict[str, int]:
 
 def _above(host: Host, plan: Plan, name: str) -> str:
     """A bond's member or a VLAN's parent carries what was given to the bond or VLAN."""
-    nic = next((each for each in host.nics if each.name == plan.interface), None)
+    nic = next((each for each in host.nics if each.name == plan.network.interface), None)
     below = set(nic.lower) if nic else set()
     below |= {lower for each in host.nics if each.name in below for lower in each.lower}
-    return plan.interface if name in below else name
+    return plan.network.interface if name in below else name

@@ -1,0 +1,69 @@
+"""What one node knows by itself. Each check is one function: facts in, findings out; none reads, waits or connects."""
+
+from collections.abc import Callable
+
+from app.doctor.facts import Facts
+from app.doctor.findings import Finding, green, skipped
+from app.doctor.node_checks.machine import check_clock, check_disk, check_engine, check_gpus, check_limits
+from app.doctor.node_checks.network import check_names, check_network, check_ports, check_rdma
+from app.doctor.planned import problems, warnings
+
+
+def check_node(facts: Facts) -> tuple[Finding, ...]:
+    """All findings of one node: what the plan says is wrong, and each check's own; every check answers."""
+    planned = (*problems(facts.draft), *warnings(facts.draft))
+    covered = {each.check for each in planned}
+    own = [finding for check in CHECKERS for finding in check(facts)]
+    # A green cell next to the plan's warning would say nothing.
+    return (*planned, *(each for each in own if each.bad or each.check not in covered))
+
+
+def check_rank(facts: Facts) -> tuple[Finding, ...]:
+    plan, rank = facts.plan, facts.decision("NODE_RANK")
+    if not plan:
+        return (green("rank", "decided, but other settings are wrong") if rank else skipped("rank", "not decided"),)
+    source = f" ({rank.source})" if rank else ""
+    text = "{rank} of {nodes}, {address} on {interface}{source}"
+    nodes = plan.nodes.count
+    return (
+        green(
+            "rank",
+            text,
+            rank=plan.nodes.rank,
+            nodes=nodes,
+            address=plan.network.address,
+            interface=plan.network.interface,
+            source=source,
+        ),
+    )
+
+
+def check_settings(facts: Facts) -> tuple[Finding, ...]:
+    plan = facts.plan
+    if not plan:
+        return ()
+    text = "{command}, {processes} per node, {backend}"
+    return (
+        green(
+            "settings",
+            text,
+            command=" ".join(plan.script.command),
+            processes=plan.workers.nproc,
+            backend=plan.workers.backend,
+        ),
+    )
+
+
+CHECKERS: tuple[Callable[[Facts], tuple[Finding, ...]], ...] = (
+    check_rank,
+    check_settings,
+    check_network,
+    check_names,
+    check_ports,
+    check_rdma,
+    check_gpus,
+    check_limits,
+    check_disk,
+    check_clock,
+    check_engine,
+)

@@ -1,0 +1,153 @@
+"""torch's elastic agent as it is, but for its worker processes: how they begin, and when their end is told.
+
+Imported by agent.py alone, in a process that has torch. torchrun's own `main` runs unchanged and makes its worker
+processes by the classes here, subclasses of torch's.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic import multiprocessing
+from torch.distributed.elastic.multiprocessing import RunProcsResult, SignalException, SubprocessContext
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.run import main as torchrun
+
+from app.engine import torch_private
+
+Tell = Callable[[dict[str, object]], None]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""Those that torch handles."""
+SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - as in worker.py
+
+
+def run(arguments: list[str], grace: int | None, tell: Tell) -> int:
+    """Runs torchrun; 0, 1, or 128 + the signal that stopped it. `grace` is the seconds that its workers get to end."""
+    signals = Signals()
+    if not torch_private.missing(torch_private.ENGINE):
+        context: Any = partial(Workers, signals=signals, grace=grace, tell=tell)
+        multiprocessing.SubprocessContext = context  # type: ignore[misc]  # a class, to whom only calls it
+    try:
+        torchrun(arguments)
+        return 0
+    except SignalException as stop:
+        return 128 + stop.sigval
+    except ChildFailedError as error:
+        signals.ignore()
+        failures: dict[int, ProcessFailure] = error.failures
+        tell({"event": "failed", "failures": [facts(rank, failure) for rank, failure in failures.items()]})
+        return 1
+    except Exception as error:
+        # torchrun itself, such as on a full disk.
+        signals.ignore()
+        itself = {"rank": -1, "exitcode": 1, "text": f"{type(error).__name__}: {error}", "time": time.time()}
+        tell({"event": "failed", "failures": [itself]})
+        raise
+    finally:
+        signals.ignore()
+
+
+class Signals:
+    """Lets no signal into the middle of torch's work on its processes.
+
+    torch's handler raises SignalException wherever Python is (elastic/multiprocessing/api.py). In the locks of
+    subprocess or of a thread pool that hangs torchrun; while it ends its workers, why one had failed is lost, or the
+    signal is, after seconds in which torch loads its compiler to print it (elastic/multiprocessing/tail_log.py `stop`).
+    """
+
+    def __init__(self) -> None:
+        self.deaf = False
+        """The workers are being ended: a signal could only spoil that."""
+        self._held = False
+        self._waiting: signal.Signals | None = None
+
+    def install(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals that come meanwhile count as come afterwards."""
+        if self._held:
+            yield
+            return
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._waiting and not self.deaf:
+            self._stop(self._waiting)
+
+    def ignore(self) -> None:
+        """For when all is over: a late SIGTERM would become a traceback from whatever runs then."""
+        self.deaf = True
+        for number in SIGNALS:
+            with contextlib.suppress(SignalException):
+                signal.signal(number, signal.SIG_IGN)
+            # Python runs a handler that was due when it next can, which may have been within the call above.
+            signal.signal(number, signal.SIG_IGN)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self._held:
+            self._waiting = signal.Signals(number)
+        elif not self.deaf:
+            self._stop(signal.Signals(number))
+
+    def _stop(self, number: signal.Signals) -> None:
+        raise SignalException(f"signal {number}", number)
+
+
+class Workers(SubprocessContext):
+    """The workers of one node; tells `{"event": "closing"}` as soon as torch begins to end them or one has failed,
+    which is up to `grace` seconds before it says why."""
+
+    def __init__(self, *, signals: Signals, grace: int | None, tell: Tell, **rest: Any) -> None:  # noqa: ANN401
+        super().__init__(**rest)
+        self._signals, self._grace, self._tell = signals, grace, tell
+
+    def _start(self) -> None:
+        # torch has just installed its own handlers, before any process that they could hurt.
+        self._signals.install()
+        with self._signals.held():
+            super()._start()  # type: ignore[no-untyped-call]  # as torch has it
+
+    def _poll(self) -> RunProcsResult | None:
+        with self._signals.held():
+            return super()._poll()
+
+    def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
+        if not self._signals.deaf and any(each.proc.poll() != 0 for each in self.subprocess_handlers.values()):
+            self._signals.deaf = True
+            self._tell({"event": "closing"})
+        # torchrun takes --shutdown-timeout from torch 2.12 on; here every torch does.
+        super()._close(death_sig, timeout if self._grace is None else self._grace)
+
+
+def facts(rank: int, failure: ProcessFailure) -> dict[str, object]:
+    """One worker's failure as plain values; `text` is the exception, or "" when there is no error file."""
+    text = failure.message.get("message", "") if isinstance(failure.message, dict) else ""
+    return {
+        "rank": rank,
+        "local_rank": failure.local_rank,
+        "pid": failure.pid,
+        "exitcode": failure.exitcode,
+        "text": str(text) or spare(failure.pid),
+        "time": failure.timestamp,
+    }
+
+
+def spare(pid: int) -> str:
+    """What worker.py left where it could not write torch's error file."""
+    path = Path(SPARE.format(pid))
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    finally:
+        path.unlink(missing_ok=True)

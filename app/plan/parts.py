@@ -1,0 +1,76 @@
+"""The typed parts of a plan: what the other rooms use of what was decided."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nodes:
+    """The nodes of the job as this node sees them."""
+
+    rank: int
+    """This node's."""
+    addresses: tuple[str, ...]
+    """Literal addresses in rank order; "" where only the roll call can tell (classic variables)."""
+    names: tuple[str, ...]
+    """The same nodes as the user wrote them."""
+    minimum: int
+    """The fewest nodes with which a restart may go on."""
+
+    @property
+    def count(self) -> int:
+        return len(self.addresses)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """How the nodes reach each other."""
+
+    interface: str
+    address: str
+    """This node's own address, on `interface`."""
+    transport: str
+    """What NCCL will use between nodes: `InfiniBand`, `RoCE` or `sockets`."""
+    master_addr: str
+    master_port: int
+    control_port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """The worker processes of this node."""
+
+    nproc: int
+    """For torchrun: always the resolved number, so that all parts count alike."""
+    backend: str
+    gpus: int
+    """GPUs that torch will count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Script:
+    """What the workers run, in which environment and folders."""
+
+    command: tuple[str, ...]
+    """The script part of torchrun's command."""
+    run_dir: Path
+    checkpoint_dir: Path
+    env: Mapping[str, str] = field(repr=False, default_factory=dict)
+    """To add to the process environment for torchrun, sorted by name; secrets of the user's included."""
+    removed: tuple[str, ...] = ()
+    """To take out of the process environment first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """How long is waited for what, in seconds."""
+
+    start: float
+    rejoin: float
+    stop_grace: float
+    heartbeat: float
+    hang_report: float
+    """0: never."""
+    hang_timeout: float
+    """0: never."""
