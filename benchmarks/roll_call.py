@@ -30,7 +30,7 @@ from app.gang.agreement import gather
 from app.gang.coordinator import Hub
 from app.gang.participant import Member, Place, Surroundings
 from app.plan import Plan
-from app.plan.parts import Network, Nodes, Script, Timeouts, Workers
+from app.plan.parts import Checkpoints, Network, Nodes, Script, Timeouts, Workers
 from app.supervise import node as supervise
 
 SHARE = 250
@@ -68,6 +68,7 @@ def make_plan(count: int, rank: int, port: int) -> Plan:
         script=Script(
             command=("train.py",), run_dir=Path("/nonexistent/run"), checkpoint_dir=Path("/nonexistent/run/checkpoints")
         ),
+        checkpoints=Checkpoints(mirror=False, keep=2, limit=0),
         timeouts=Timeouts(
             start=PATIENCE, rejoin=PATIENCE, stop_grace=1, heartbeat=PATIENCE, hang_report=0.0, hang_timeout=0.0
         ),

@@ -16,7 +16,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Network", ("interface", "address", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY")),
     ("InfiniBand and RoCE", ("RDMA ports", "NCCL_IB_", "RoCE GID", "GPU to port", "GPUDirect RDMA", "GLOO_IB_")),
     ("Workers", ("GPUs", "HARDWARE", "BACKEND", "NPROC_PER_NODE", "world size", "OMP_NUM_THREADS", "limits")),
-    ("Script", ("TRAIN_", "DATA", "RUN", "CHECKPOINT_DIR", "CLUSTER_TOKEN_FILE", "torchrun")),
+    ("Script", ("TRAIN_", "DATA", "RUN", "CHECKPOINT", "MIRROR_", "CLUSTER_TOKEN_FILE", "torchrun")),
     ("Failures and stops", ("START_", "REJOIN_", "HEARTBEAT_", "STOP", "MAX_RESTARTS", "MIN_NODES", "HANG_")),
     ("Other variables", ("",)),
 )

@@ -81,6 +81,15 @@ def path(text: str) -> str | None:
     )
 
 
+def entries(text: str) -> str | None:
+    return None if re.fullmatch(r"[1-9][0-9]{0,5}|all", text) else "is neither a number of at least 1 nor all."
+
+
+def size(text: str) -> str | None:
+    known = re.fullmatch(r"[1-9][0-9]{0,5}[KMGT]B", text)
+    return None if known else "is not a size, like 500MB, 100GB or 2TB."
+
+
 PORT = whole_number(1, 65535)
 
 TABLE: tuple[Setting, ...] = (
@@ -99,6 +108,9 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="RUNS_ROOT", default="runs", check=path, scope="node"),
     Setting(name="RUN_DIR", check=path, scope="node"),
     Setting(name="CHECKPOINT_DIR", check=path, scope="node"),
+    Setting(name="CHECKPOINTS", default="mirror", check=one_of("mirror", "own")),
+    Setting(name="MIRROR_KEEP", default="2", check=entries),
+    Setting(name="MIRROR_LIMIT", default="100GB", check=size),
     Setting(name="DATA", scope="node"),
     Setting(name="START_TIMEOUT", default="300", check=seconds(1)),
     Setting(name="MIN_NODES", check=whole_number(1)),

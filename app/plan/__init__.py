@@ -8,6 +8,7 @@ from app.config.envfile import Value
 from app.config.errors import Problem
 from app.config.settings import Settings
 from app.host import Host, probe
+from app.plan.checkpoints import decide_checkpoints
 from app.plan.classic import decide_classic
 from app.plan.consistency import must_be_equal
 from app.plan.decisions import Decision, Ledger, count, shown
@@ -16,7 +17,7 @@ from app.plan.exports import Exports, common_exports, environment, keep_others, 
 from app.plan.network import decide_interface
 from app.plan.node_list import NodeList, names_to_resolve
 from app.plan.nodes import decide_listed
-from app.plan.parts import Network, Nodes, Script, Timeouts, Workers
+from app.plan.parts import Checkpoints, Network, Nodes, Script, Timeouts, Workers
 from app.plan.rdma import decide_rdma
 from app.plan.resource_checks import check_needs
 from app.plan.script import decide_script, decide_token, files_to_look_at, log_dir, module_to_find
@@ -35,6 +36,7 @@ class Plan:
     network: Network
     workers: Workers
     script: Script
+    checkpoints: Checkpoints
     timeouts: Timeouts
     max_restarts: int
     stopped_exit_code: int
@@ -113,6 +115,7 @@ def draft(settings: Settings, host: Host) -> Draft:
     script = decide_script(settings, host, ledger)
     token_file = decide_token(settings, host, ledger)
     common_exports(exports, host, script, ports.ras, 0 if member is None else member.rank)
+    checkpoints = decide_checkpoints(settings, 1 if member is None else len(member.addresses), ledger)
     min_nodes = decide_times(settings, host, member, ledger)
     if member is not None:
         _decide_command(member, workers, ports, script, ledger)
@@ -125,7 +128,9 @@ def draft(settings: Settings, host: Host) -> Draft:
     warn_typos(settings, ledger)
     plan = None
     if member is not None and not ledger.problems:
-        plan = _plan(settings, host, ledger, member, workers, transport, script, token_file, ports, min_nodes)
+        plan = _plan(
+            settings, host, ledger, member, workers, transport, script, checkpoints, token_file, ports, min_nodes
+        )
     return Draft(
         plan=plan,
         problems=tuple(ledger.problems),
@@ -207,6 +212,7 @@ def _plan(
     workers: Workers,
     transport: str,
     script: Script,
+    checkpoints: Checkpoints,
     token_file: Path | None,
     ports: Ports,
     min_nodes: int,
@@ -224,6 +230,7 @@ def _plan(
         ),
         workers=workers,
         script=script,
+        checkpoints=checkpoints,
         timeouts=Timeouts(
             start=float(settings.text("START_TIMEOUT")),
             rejoin=float(settings.text("REJOIN_TIMEOUT")),

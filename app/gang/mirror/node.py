@@ -35,6 +35,8 @@ from app.gang.mirror.transfer import Fetcher, Progress, Server, exchange_key, re
 QUIET = 5 * 10**9
 """Nanoseconds since the last write until a file counts as written, while its writer may live."""
 SAY_AFTER, SAY_EVERY = 2.0, 10.0
+ANSWER, SCAN = 15.0, 300.0
+"""Seconds that a file system has for what takes no work, and for a list of all files."""
 MOST_FAILURES = 20
 NONCE = re.compile(r"mirror-[0-9a-f]{16}")
 _T = TypeVar("_T")
@@ -67,14 +69,16 @@ class MirrorNode:
         async with self._turn:
             try:
                 return await self._do(op, told)
+            except TimeoutError:
+                return {"problem": f"{self._place.folder} does not answer: is its file server up?"}
             except OSError as error:
                 return {"problem": f"{self._place.folder}: {reason(error)}"}
 
     async def _do(self, op: str, told: Mapping[str, Any]) -> dict[str, object]:
         if op == "mark":
-            return await in_thread(self._mark)
+            return await in_thread(self._mark, ANSWER)
         if op == "close":
-            await in_thread(self._close)
+            await in_thread(self._close, ANSWER)
             return {}
         if self._disk is None:
             raise ValueError(f"{op} before mark")
@@ -83,13 +87,13 @@ class MirrorNode:
             nonces = {
                 number(rank): word(nonce) for rank, nonce in (row(item, 2) for item in listed(told.get("nonces")))
             }
-            return {"sees": await in_thread(lambda: [r for r, one in nonces.items() if _is_seen(disk, one)])}
+            return {"sees": await in_thread(lambda: [r for r, one in nonces.items() if _is_seen(disk, one)], ANSWER)}
         if op == "scan":
             wanted, background = bool(told.get("listed")), bool(told.get("background"))
-            return await in_thread(lambda: self._scan(disk, wanted=wanted, background=background))
+            return await in_thread(lambda: self._scan(disk, wanted=wanted, background=background), SCAN)
         if op == "serve":
             key = self._key(told)
-            self._server = await in_thread(lambda: Server(disk, self._place.address, key))
+            self._server = await in_thread(lambda: Server(disk, self._place.address, key), ANSWER)
             return {"port": self._server.port}
         if op == "fetch":
             return await self._fetch(disk, told)
@@ -226,8 +230,9 @@ def _settled(manifest: Manifest, now: int) -> Manifest:
     return replace(manifest, entries={path: judged(entry) for path, entry in manifest.entries.items()})
 
 
-async def in_thread(work: Callable[[], _T]) -> _T:
-    """Runs what may block in a thread that does not keep the process alive: a file system may never answer."""
+async def in_thread(work: Callable[[], _T], seconds: float | None = None) -> _T:
+    """Runs what may block in a thread that does not keep the process alive: a file system may never answer. Raises
+    TimeoutError."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[_T] = loop.create_future()
 
@@ -246,4 +251,5 @@ async def in_thread(work: Callable[[], _T]) -> _T:
             finish(lambda: done.set_result(value))
 
     threading.Thread(target=run, name="mirror", daemon=True).start()
-    return await done
+    async with asyncio.timeout(seconds):
+        return await done

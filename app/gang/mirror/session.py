@@ -12,10 +12,6 @@ from app.gang.mirror.node import in_thread, pack_orders
 from app.gang.mirror.plan import Bounds, MirrorPlan, Orders, newest_entry, plan_transfers
 from app.gang.mirror.sentences import duration, of_remarks, shown, size
 
-ANSWER = 20.0
-"""Seconds for an answer that takes no work."""
-SCAN = 300.0
-"""Seconds for a list of all files."""
 Ask = Callable[[int, str, Mapping[str, object]], Awaitable[Mapping[str, Any]]]
 """Asks one node: (rank, what, with what). Raises OSError if it is lost."""
 
@@ -76,20 +72,20 @@ async def level(nodes: Nodes, bounds: Bounds, *, background: bool = False, rate:
 
 
 async def _close(nodes: Nodes) -> None:
-    await _ask_all(nodes, nodes.ranks, "close", {}, ANSWER, quiet=True)
+    await _ask_all(nodes, nodes.ranks, "close", {}, quiet=True)
 
 
 async def _compare(nodes: Nodes, *, background: bool) -> Compared:
     """Marks, looks and lists. Only nodes that answered in time, with a folder, are part of it."""
     found = Compared()
     asked = time.time_ns()
-    marks = await _ask_all(nodes, nodes.ranks, "mark", {}, ANSWER)
+    marks = await _ask_all(nodes, nodes.ranks, "mark", {})
     middle = (asked + time.time_ns()) // 2
     nonces = []
     for rank, mark in marks.items():
         nonces.append([rank, word(mark.get("nonce"))])
         found.offsets[rank] = number(mark.get("clock"), 0, 1 << 62) - middle
-    looks = await _ask_all(nodes, [*marks], "look", {"nonces": nonces}, ANSWER)
+    looks = await _ask_all(nodes, [*marks], "look", {"nonces": nonces})
     seen = {rank: {number(other) for other in listed(look.get("sees"))} for rank, look in looks.items()}
     found.groups = sharing(seen)
     lists = await _ask_all(
@@ -97,7 +93,6 @@ async def _compare(nodes: Nodes, *, background: bool) -> Compared:
         [*looks],
         "scan",
         {},
-        SCAN,
         each={rank: {"listed": rank in found.groups, "background": background} for rank in looks},
     )
     if len(found.groups) > 1:
@@ -131,12 +126,12 @@ async def _carry_out(nodes: Nodes, plan: MirrorPlan, rate: int) -> dict[int, Map
     if not busy:
         return {}
     key = secrets.token_hex(16)
-    served = await _ask_all(nodes, sorted(plan.sources), "serve", {"key": key}, ANSWER)
+    served = await _ask_all(nodes, sorted(plan.sources), "serve", {"key": key})
     sources = [[rank, nodes.address(rank), number(told.get("port"), 1, 65535)] for rank, told in served.items()]
     each = {
         rank: {"orders": pack_orders(plan.orders[rank]), "sources": sources, "key": key, "rate": rate} for rank in busy
     }
-    return await _ask_all(nodes, busy, "fetch", {}, None, each=each)
+    return await _ask_all(nodes, busy, "fetch", {}, each=each)
 
 
 async def _ask_all(
@@ -144,21 +139,13 @@ async def _ask_all(
     ranks: Sequence[int],
     op: str,
     told: Mapping[str, object],
-    seconds: float | None,
     *,
     each: Mapping[int, Mapping[str, object]] | None = None,
     quiet: bool = False,
 ) -> dict[int, Mapping[str, Any]]:
     """The answers of those that had no problem. Raises OSError if a node is lost."""
-
-    async def one(rank: int) -> Mapping[str, Any]:
-        try:
-            async with asyncio.timeout(seconds):
-                return await nodes.ask(rank, op, told if each is None else each[rank])
-        except TimeoutError:
-            return {"problem": f"no answer for {seconds:.0f} s"}
-
-    answers = await asyncio.gather(*(one(rank) for rank in ranks), return_exceptions=True)
+    asked = (nodes.ask(rank, op, told if each is None else each[rank]) for rank in ranks)
+    answers = await asyncio.gather(*asked, return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException) and not quiet:
             raise answer

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from app.gang.mirror.disk import Disk
 from app.gang.mirror.manifest import Copy, Version, fields, number, read_version, safe_path, word
@@ -43,6 +44,12 @@ MOST_REQUEST = 1 << 20
 ANSWER = struct.Struct(">BQ")
 DATA, HOLE, SAME, CHANGED, MISSING = range(5)
 CUT_SHORT = errno.ECONNRESET
+
+
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+    def readinto(self, buffer: memoryview, /) -> int: ...
 
 
 class BrokenTransferError(Exception):
@@ -504,12 +511,12 @@ class _Seal:
         self.mac.update(last)
         peer.sendall(last + self.mac.digest())
 
-    def receive(self, stream: io.BufferedReader, count: int) -> bytes:
+    def receive(self, stream: Readable, count: int) -> bytes:
         got = _receive(stream, count)
         self.mac.update(got)
         return got
 
-    def check(self, stream: io.BufferedReader) -> None:
+    def check(self, stream: Readable) -> None:
         if not hmac.compare_digest(_receive(stream, 32), self.mac.digest()):
             raise BrokenTransferError("the checksum is wrong")
 
@@ -605,7 +612,7 @@ def _proof(key: bytes, side: bytes, first: bytes, second: bytes) -> bytes:
     return hmac.new(key, side + first + second, "sha256").digest()
 
 
-def _receive(stream: io.BufferedReader, count: int) -> bytes:
+def _receive(stream: Readable, count: int) -> bytes:
     """Exactly `count` bytes. Raises OSError."""
     found = stream.read(count)
     if len(found) < count:
