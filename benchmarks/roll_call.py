@@ -2,7 +2,7 @@
 
     python benchmarks/roll_call.py [--nodes 2,8,64,256,1000] [--rounds 3]
 
-Node 0 is a process of its own; the other nodes are members in one process for each 250, every node with a loopback
+Node 0 is a process of its own; the other nodes are participants in one process for each 250, every node with a loopback
 address of its own and real sockets. Seconds are from the moment that all processes run until every node was told to
 start torchrun. The simulation of the others shares this machine's cores with node 0: on a real cluster each node pays
 only for itself, and node 0's own part is the column "node 0 CPU". Nothing is trained.
@@ -23,12 +23,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from app.engine.outcome import Outcome
-from app.gang import connection as wire
-from app.gang import connectivity
-from app.gang import handshake as door
+from app.gang import connect, connection, connectivity, handshake, probes
 from app.gang.agreement import gather
-from app.gang.coordinator import Hub
-from app.gang.participant import Member, Place, Surroundings
+from app.gang.coordinator import Coordinator
+from app.gang.participant import NodeServices, Participant, RoundAssignment
 from app.plan import Plan
 from app.plan.parts import Checkpoints, Network, Nodes, Script, Timeouts, Workers
 from app.supervise import node as supervise
@@ -81,42 +79,30 @@ def make_plan(count: int, rank: int, port: int) -> Plan:
     )
 
 
-async def nothing() -> None:
-    """There is no folder of a run to look at."""
-
-
-def member(plan: Plan, token: bytes, around: dict[str, object], started: list[float]) -> Member:
-    def launch(_place: Place) -> NoEngine:
+def participant(plan: Plan, token: bytes, given: dict[str, object], started: list[float]) -> Participant:
+    def launch(_place: RoundAssignment) -> NoEngine:
         started.append(time.time())
         return NoEngine()
 
-    surroundings = Surroundings(
+    services = NodeServices(
         launch=launch,
-        clean=lambda: 0,
-        progress=lambda: "",
-        stalls=lambda: (),
-        look=nothing,
         say=lambda _text: None,
-        holder=lambda _port: "",
-        state=lambda _state, _round: None,
-        **around,  # type: ignore[arg-type]  # the way to dial, which differs between node 0 and the others
+        **given,  # type: ignore[arg-type]  # the way to dial, which differs between node 0 and the others
     )
-    return Member(plan, token, gather(plan), surroundings)
+    return Participant(plan, token, gather(plan), services)
 
 
 async def be_node_0(count: int, port: int, token: bytes) -> dict[str, float]:
     plan = make_plan(count, 0, port)
     messages = count_messages()
     before = resource.getrusage(resource.RUSAGE_SELF)
-    head = Hub(plan, token, lambda text: print(text, file=sys.stderr))
-    server = await asyncio.start_server(
-        head.serve, plan.nodes.addresses[0], plan.network.control_port, limit=wire.MAX_LINE, backlog=2 * count + 64
-    )
+    head = Coordinator(plan, token, lambda text: print(text, file=sys.stderr))
+    server = await connection.listen(head.serve, plan.nodes.addresses[0], plan.network.control_port, count)
     begun = time.time()
     started: list[float] = []
-    presiding = asyncio.ensure_future(head.preside())
-    verdict = await member(plan, token, {"dial": supervise._dial_inside(head)}, started).take_part()
-    await presiding
+    leading = asyncio.ensure_future(head.run())
+    verdict = await participant(plan, token, {"dial": connection.dial_inside(head.serve)}, started).take_part()
+    await leading
     server.close()
     if verdict.code:
         raise SystemExit(f"the roll call failed: {verdict.text[:2000]}")
@@ -128,18 +114,18 @@ async def be_node_0(count: int, port: int, token: bytes) -> dict[str, float]:
 def count_messages() -> list[int]:
     """Counts what passes node 0's wires from now on, beats apart (none fall into the time measured)."""
     counted = [0]
-    send, receive = wire.Wire.send, wire.Wire.receive
+    send, receive = connection.Connection.send, connection.Connection.receive
 
-    def sending(self: wire.Wire, kind: str, **fields: object) -> None:
+    def sending(self: connection.Connection, kind: str, **fields: object) -> None:
         counted[0] += 1
         send(self, kind, **fields)
 
-    async def receiving(self: wire.Wire) -> wire.Message:
+    async def receiving(self: connection.Connection) -> connection.Message:
         message = await receive(self)
         counted[0] += 1
         return message
 
-    wire.Wire.send, wire.Wire.receive = sending, receiving  # type: ignore[method-assign]  # a counter, here only
+    connection.Connection.send, connection.Connection.receive = sending, receiving  # type: ignore[method-assign]  # a counter, here only
     return counted
 
 
@@ -147,8 +133,8 @@ async def be_the_others(count: int, ranks: range, port: int, token: bytes) -> fl
     """Runs the nodes of `ranks`; returns when the last of them was told to start."""
     started: list[float] = []
     plans = [make_plan(count, rank, port) for rank in ranks]
-    members = [member(plan, token, {"dial": supervise._dial(plan)}, started) for plan in plans]
-    verdicts = await asyncio.gather(*(one.take_part() for one in members))
+    participants = [participant(plan, token, {"dial": supervise._dial(plan)}, started) for plan in plans]
+    verdicts = await asyncio.gather(*(one.take_part() for one in participants))
     wrong = [verdict.text for verdict in verdicts if verdict.code]
     if wrong:
         raise SystemExit(f"{len(wrong)} nodes failed: {wrong[0][:500]}")
@@ -176,8 +162,8 @@ def widen() -> None:
     """Room for 1,000 nodes in one process, and patience with them."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    connectivity.CONNECT = connectivity.PASS = PATIENCE
-    for module in (wire, door):
+    probes.CONNECT = probes.PASS = PATIENCE
+    for module in (connect, handshake):
         setattr(module, "HANDSHAKE", PATIENCE)  # noqa: B010 - each module has its own name for it
 
 

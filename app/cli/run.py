@@ -6,10 +6,11 @@ from pathlib import Path
 
 from app.cli.explain import short
 from app.config.errors import UserError, refusal
-from app.config.settings import read_settings
+from app.config.settings import Settings, read_settings
 from app.plan import Plan, make_plan, probe_for
 from app.supervise.node import supervise
 from app.supervise.restart_guard import read_final, write_final
+from app.supervise.unfit import tell_node_0
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
@@ -29,6 +30,14 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -
 
 def start(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
     settings = read_settings(environ, env_file, arguments)
+    try:
+        return carry_out(settings)
+    except UserError as error:
+        tell_node_0(settings, error.message)
+        raise
+
+
+def carry_out(settings: Settings) -> int:
     plan = make_plan(settings, probe_for(settings))
     if not isinstance(plan, Plan):
         raise refusal(plan)

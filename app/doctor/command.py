@@ -51,20 +51,19 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
 def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row]:
     """The table of all nodes, or of this one with the reason why there is no other."""
     from app.config.console import say
-    from app.doctor.attend import Attendant, meet
     from app.doctor.collect.collective import all_reduce
-    from app.gang.connect import NobodyError
-    from app.gang.connectivity import why
+    from app.doctor.participant import meet
+    from app.gang.connect import NoAnswerError
+    from app.gang.probes import why
     from app.gang.token import read_token
 
     tell_own(own, say, "meeting the others" if plan.nodes.count > 1 else "now a collective")
     try:
         token = read_token(plan)
-        attendant = Attendant(facts=facts, plan=plan, token=token, findings=own.findings, say=say, reduce=all_reduce)
-        return asyncio.run(stoppable(meet(attendant, wait)))
+        return asyncio.run(stoppable(meet(facts, plan, token, own.findings, say, all_reduce, wait)))
     except UserError as error:
         return [_with(own, told("settings-wrong", "settings", Severity.RED, error.message))]
-    except NobodyError as error:
+    except NoAnswerError as error:
         absent = red("coordinator-missing", "present", "{reason}", reason=str(error))
         node0 = Row(rank=0, address=plan.nodes.addresses[0], findings=(absent,))
         return [node0, own] if own.rank else [_with(own, absent)]

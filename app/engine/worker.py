@@ -30,8 +30,11 @@ def main() -> NoReturn:
             sys.argv[:2] = [str(sys.modules["__main__"].__file__)]
         exec(code, sys.modules["__main__"].__dict__)  # noqa: S102 - running the user's script is this file's purpose
     except SystemExit as error:
-        if isinstance(error.code, str):
-            record(error)
+        # `except Exception as error: print(error); sys.exit(1)` has its reason in what was being handled.
+        reason = error if isinstance(error.code, str) else error.__context__
+        if reason is not None and error.code:
+            reason.__traceback__ = trim(reason.__traceback__)
+            record(reason)
         ended.append(error.code & 0xFF if isinstance(error.code, int) else int(error.code is not None))
         raise
     except Exception as error:

@@ -4,8 +4,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from app.gang import connectivity
-from app.gang.connection import HANDSHAKE, UntrustedError, Wire, WireError
+from app.gang import probes
+from app.gang.connection import Connection, ProtocolError, UntrustedError
+from app.gang.handshake import HANDSHAKE
 from app.gang.messages import Say
 
 SAY_AFTER, SAY_EVERY = 2.0, 10.0
@@ -13,8 +14,12 @@ RETRY = 1.0
 """Longest pause in seconds between two tries to connect."""
 
 
-class NobodyError(Exception):
+class NoAnswerError(Exception):
     """Node 0 did not let this node in within its time; the text is why."""
+
+
+class BusyError(ProtocolError):
+    """Node 0 is at something else, and this node is to try again."""
 
 
 class Waiting:
@@ -27,10 +32,6 @@ class Waiting:
         self._say = say
         self._said = (0.0, "")
         self._asked = 0.0
-
-    @property
-    def waited(self) -> float:
-        return time.monotonic() - self.start
 
     @property
     def over(self) -> bool:
@@ -48,14 +49,14 @@ class Waiting:
             self._say(f"waiting {now - self.start:.0f} s for {what} (until {end})")
 
 
-async def arrive(
-    greet: Callable[[], Awaitable[Wire]], node0: str, waiting: Waiting, rest: Callable[[float], Awaitable[bool]]
-) -> Wire | None:
+async def connect(
+    greet: Callable[[], Awaitable[Connection]], node0: str, waiting: Waiting, rest: Callable[[float], Awaitable[bool]]
+) -> Connection | None:
     """Connects and says hello until it works; None once `rest` says that this node's own user has ended it.
 
     Raises:
         UntrustedError: the token differs.
-        NobodyError: the time is over.
+        NoAnswerError: the time is over.
     """
     pause, why = 0.02, ""
 
@@ -64,16 +65,18 @@ async def arrive(
 
     while True:
         try:
-            async with asyncio.timeout(connectivity.CONNECT + HANDSHAKE):
+            async with asyncio.timeout(probes.CONNECT + HANDSHAKE):
                 return await greet()
         except UntrustedError:
             raise
-        except WireError as error:
+        except BusyError as error:
+            why = str(error)
+        except ProtocolError as error:
             why = f"something else answers there ({error})"
         except (OSError, TimeoutError) as error:
-            why = connectivity.why(error)
+            why = probes.why(error)
         if waiting.over:
-            raise NobodyError(why)
+            raise NoAnswerError(why)
         waiting.tell(whom)
         if await rest(pause):
             return None

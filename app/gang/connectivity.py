@@ -1,87 +1,89 @@
-"""Proof that nodes can connect to each other: every node answers on random ports, and its peers dial them."""
+"""Which nodes reach each other: what every node dials, and what the coordinator makes of the answers. Pure."""
 
-import asyncio
-import contextlib
-import os
-import secrets
-import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-CONNECT = 3.0
-"""Seconds for a connection: long enough for one lost SYN."""
-PASS = 4.0
-"""Seconds for the payload to pass both ways once connected."""
-PAYLOAD = bytes(72 * 1024)
-"""More than one packet of the largest MTU in use (65,520 bytes, IP over InfiniBand), so full-size packets must pass."""
-LISTENERS = 2
-STRANGERS = 2048
-"""Callers heard at a time: on a large cluster every node dials node 0 at once."""
+from app.gang import probes
+from app.gang.messages import Event
+
 ALL_PAIRS = 16
 """Up to so many nodes every pair is tried both ways; above, see `targets`."""
+SETTLE = 0.5
+"""Seconds until the end of a connection is known: a node that died meanwhile is lost, not firewalled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """A peer's listener."""
+class Blocked:
+    """A node that cannot connect to another."""
 
-    rank: int
-    address: str
-    port: int
-    key: str
+    source: int
+    target: int
+    why: str
+    ports: tuple[int, ...]
 
-
-class Answering:
-    """This node's listeners for one roll call: they answer whoever knows `key`, and nobody else."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.ports: list[int] = []
-        self._servers: list[asyncio.Server] = []
-        self._busy = 0
-
-    async def open(self, address: str, fixed: Sequence[int] = ()) -> None:
-        """Listens on random ports and on those of `fixed` (node 0: the port torchrun will need). Raises OSError."""
-        for port in [*fixed, *[0] * LISTENERS]:
-            server = await asyncio.start_server(self._answer, address, port, limit=4096, backlog=STRANGERS)
-            self._servers.append(server)
-            self.ports.append(int(server.sockets[0].getsockname()[1]))
-
-    def close(self) -> None:
-        for server in self._servers:
-            server.close()
-        self._servers.clear()
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._busy += 1
-        # CancelledError: the loop ends; Python 3.11's asyncio.streams would print a traceback of its own.
-        with contextlib.suppress(OSError, ValueError, TimeoutError, EOFError, asyncio.CancelledError):
-            async with asyncio.timeout(CONNECT + PASS):
-                # A stranger without the key gets no byte back.
-                if self._busy <= STRANGERS and secrets.compare_digest(
-                    (await reader.readline()).strip(), self.key.encode()
-                ):
-                    writer.write(b"here\n")
-                    await reader.readexactly(len(PAYLOAD))
-                    writer.write(PAYLOAD)
-                    await writer.drain()
-                    await reader.read(1)
-        self._busy -= 1
-        writer.close()
+    @property
+    def connects(self) -> bool:
+        """Whether the connection itself works, so that no firewall is in the way."""
+        return self.why.startswith("connects")
 
 
-def try_port(port: int) -> None:
-    """Raises OSError if torchrun's store could not listen on `port`: it does on all interfaces, whatever MASTER_ADDR
-    says (c10d/TCPStoreLibUvBackend.cpp), so a listener on any address of this machine is in its way."""
-    with socket.create_server(("", port)):
-        pass
+@dataclass(slots=True, kw_only=True)
+class Connectivity:
+    """`take` every event until it is `done`, then read `blocked`, `lost` and `pending`. Times are monotonic."""
 
+    ranks: Sequence[int]
+    started: float
+    pending: set[int] = field(default_factory=set)
+    """Nodes that have not answered."""
+    lost: dict[int, tuple[str, float]] = field(default_factory=dict)
+    """Nodes that went away: why, and when that was seen."""
+    here: set[int] = field(default_factory=set)
+    """Nodes that are still connected at the end."""
+    _settled: float = 0.0
+    _blocked: dict[tuple[int, int, str], list[int]] = field(default_factory=dict)
 
-def let_in(source: str, target: str = "") -> str:
-    """The command, for the machine with the address `target`, that lets TCP from `source` in."""
-    tool = "ip6tables" if ":" in source else "iptables"
-    towards = f" -d {target}" if target else ""
-    return f"sudo {tool} -I INPUT -p tcp -s {source}{towards} -j ACCEPT"
+    def __post_init__(self) -> None:
+        self.pending = set(self.ranks)
+
+    @property
+    def limit(self) -> float:
+        return self.started + 3 * (probes.CONNECT + probes.PASS)
+
+    @property
+    def until(self) -> float:
+        """When to look again, if no event comes before."""
+        return self.limit if self.pending else self._settled
+
+    def peers(self, rank: int) -> list[int]:
+        """Whom the node `rank` dials."""
+        return [self.ranks[other] for other in targets(list(self.ranks).index(rank), len(self.ranks))]
+
+    def ports_of(self, peer: int) -> int:
+        """How many of its ports are dialled: on a large cluster one random one each; on node 0 MASTER_PORT is first."""
+        most = 1 if len(self.ranks) > ALL_PAIRS else probes.LISTENERS
+        return most + 1 if peer == 0 else most
+
+    def take(self, event: Event, now: float) -> None:
+        if event.rank not in self.ranks or event.kind not in ("reached", "lost"):
+            return
+        self.pending.discard(event.rank)
+        if event.kind == "lost":
+            self.lost[event.rank] = event.why, now
+        for peer, port, why in event.blocked:
+            self._blocked.setdefault((event.rank, peer, why), []).append(port)
+        self._settled = now + SETTLE if self._blocked else now
+
+    def done(self, now: float) -> bool:
+        return now >= self.limit if self.pending else now >= self._settled
+
+    @property
+    def blocked(self) -> list[Blocked]:
+        """Pairs of which both are still here: nobody reaches a node that was lost."""
+        found = [
+            Blocked(source=source, target=target, why=why, ports=tuple(ports))
+            for (source, target, why), ports in self._blocked.items()
+        ]
+        return [each for each in found if {each.source, each.target} <= self.here]
 
 
 def targets(index: int, count: int) -> list[int]:
@@ -94,41 +96,3 @@ def targets(index: int, count: int) -> list[int]:
         return [other for other in range(count) if other != index]
     strides = [2**power for power in range(count.bit_length()) if 2**power < count]
     return sorted({0, (index - 1) % count, *((index + stride) % count for stride in strides)} - {index})
-
-
-async def dial_all(own: str, found: Sequence[Target]) -> list[tuple[Target, str]]:
-    """Dials all targets; returns those that failed with the reason."""
-    reasons = await asyncio.gather(*(dial(own, target) for target in found))
-    return [(target, reason) for target, reason in zip(found, reasons, strict=True) if reason]
-
-
-async def dial(own: str, target: Target) -> str:
-    """Connects to one target and sends a full-size payload both ways; returns "" or what went wrong."""
-    try:
-        async with asyncio.timeout(CONNECT):
-            reader, writer = await asyncio.open_connection(target.address, target.port, local_addr=(own, 0))
-    except (OSError, TimeoutError) as error:
-        return why(error)
-    try:
-        async with asyncio.timeout(PASS):
-            writer.write(target.key.encode() + b"\n")
-            if await reader.readline() != b"here\n":
-                return "connects, but what answers is not this job's node"
-            writer.write(PAYLOAD)
-            await reader.readexactly(len(PAYLOAD))
-    except TimeoutError:
-        return "connects, but full-size packets do not pass: a smaller MTU on the way? Compare `ip link` of both nodes"
-    except (OSError, EOFError) as error:
-        return f"connects, then breaks off ({type(error).__name__})"
-    finally:
-        writer.transport.abort()
-    return ""
-
-
-def why(error: BaseException) -> str:
-    """A connection's failure in a few words, the same on every node."""
-    if isinstance(error, TimeoutError):
-        return "no answer (machine down, or a firewall drops it)"
-    number = getattr(error, "errno", None)
-    # asyncio puts the address into strerror, which would make every line of a table different.
-    return os.strerror(number).lower() if number else str(error)

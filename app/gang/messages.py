@@ -1,15 +1,21 @@
-"""What nodes say, read from the wire: every field is checked here, once."""
+"""What nodes say, read from a connection: every field is checked here, once."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from app.engine.outcome import Collective, Stall
-from app.gang.connection import Message, WireError, integer, items, text
+from app.gang.connection import Message, ProtocolError, integer, items, printable, text
 
 MOST_RANKS = 64
-"""Of one node: a line of the wire has room for their stalls."""
+"""Of one node: a line has room for their stalls."""
 MOST_ENTERED = 8
 """The newest collectives of a rank; of fewer where many ranks share the line."""
+MOST_FACTS = 100
+LONGEST_FACT = 40_000
+"""The list of all installed packages."""
+LAST_ROUND = 1 << 20
+YEAR_2100 = 4_102_444_800_000
+"""In milliseconds: what `datetime` can show."""
 
 Say = Callable[[str], None]
 """Prints one message on this node's terminal."""
@@ -23,7 +29,7 @@ class Hello:
     address: str
     """Where the connection came from, which nobody can make up; "" for node 0 itself."""
     host: str
-    life: str
+    instance_id: str
     """Random, new for every process: tells a reconnected node from a second one with its rank."""
     ports: tuple[int, ...]
     key: str
@@ -35,15 +41,23 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class WorkerReport:
     """What one worker (or torchrun: rank -1) died of."""
 
     rank: int
     exitcode: int
     text: str
-    time: int
+    time: float
+    """Seconds since the epoch, on the clock of its node."""
     halted: bool
     """It had been told to end before it failed."""
+    alike: int = 0
+    """Other ranks of the node that the same signal has ended at the same moment."""
+    place: str = ""
+    """The script's own line, where an exception tells it."""
+    cause: str = ""
+    fix: str = ""
+    """Of a known error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,31 +68,38 @@ class Event:
     kind: str
     """joined, lost, reached, failing, stalled, ended or stop."""
     why: str = ""
+    silent: bool = False
+    """Lost because it was not heard any more."""
     code: int = 0
-    report: Report | None = None
+    report: WorkerReport | None = None
     blocked: tuple[tuple[int, int, str], ...] = ()
     """Peers that could not be reached: (rank, port, why)."""
     stalls: tuple[Stall, ...] = ()
     """All ranks of the node, if none of them moves."""
 
 
-def read_hello(message: Message, address: str, nnodes: int) -> Hello:
-    """Raises WireError. `address` is where the message came from."""
-    told = message.get("facts")
-    if not isinstance(told, dict) or len(told) > 100:
-        raise WireError("facts is not an object of at most 100 entries")
+def read_hello(message: Message, address: str) -> Hello:
+    """Raises ProtocolError. `address` is where the message came from."""
     return Hello(
-        rank=integer(message, "rank", 0, nnodes - 1),
+        rank=integer(message, "rank", 0, (1 << 16) - 1),
         address=address,
         host=text(message, "host", 120),
-        life=text(message, "life", 64),
+        instance_id=text(message, "instance_id", 64),
         ports=read_ports(message),
         key=text(message, "key", 64),
-        facts={str(name)[:100]: text(told, name, 40_000) for name in told},
-        round=integer(message, "round", 0, 1 << 20),
-        failures=integer(message, "failures", 0, 1 << 20),
+        facts=read_facts(message),
+        round=integer(message, "round", 0, LAST_ROUND),
+        failures=integer(message, "failures", 0, LAST_ROUND),
         progress=text(message, "progress", 200),
     )
+
+
+def read_facts(message: Message) -> dict[str, str]:
+    """Names and values are printable: they are shown as a table on node 0's terminal."""
+    told = message.get("facts")
+    if not isinstance(told, dict) or len(told) > MOST_FACTS:
+        raise ProtocolError(f"facts is not an object of at most {MOST_FACTS} entries")
+    return {printable(str(name)[:100]): text(told, name, LONGEST_FACT) for name in told}
 
 
 def read_ports(message: Message) -> tuple[int, ...]:
@@ -86,23 +107,21 @@ def read_ports(message: Message) -> tuple[int, ...]:
 
 
 def read_event(message: Message, rank: int, nnodes: int) -> Event:
-    """Raises WireError."""
-    kind = text(message, "kind")
+    """Raises ProtocolError."""
+    kind = text(message, "kind", 40)
     if kind in ("failing", "stop"):
         return Event(rank=rank, kind=kind)
     if kind == "reached":
         failed = items(message, "failed", 4 * nnodes)
         return Event(rank=rank, kind=kind, blocked=tuple(_read_blocked(one, nnodes) for one in failed))
     if kind == "stalled":
-        return Event(
-            rank=rank, kind=kind, stalls=tuple(_read_stall(one) for one in items(message, "ranks", MOST_RANKS))
-        )
+        stalls = tuple(_read_stall(one) for one in items(message, "ranks", MOST_RANKS))
+        return Event(rank=rank, kind=kind, stalls=stalls)
     if kind == "ended":
         reports = [_read_report(one) for one in items(message, "failures", 1)]
-        return Event(
-            rank=rank, kind=kind, code=integer(message, "code", -64, 255), report=reports[0] if reports else None
-        )
-    raise WireError(f"unknown message {kind!r}")
+        code = integer(message, "code", -64, 255)
+        return Event(rank=rank, kind=kind, code=code, report=reports[0] if reports else None)
+    raise ProtocolError(f"unknown message {kind!r}")
 
 
 def _read_blocked(message: Message, nnodes: int) -> tuple[int, int, str]:
@@ -130,11 +149,15 @@ def _read_collective(message: Message) -> Collective:
     )
 
 
-def _read_report(message: Message) -> Report:
-    return Report(
+def _read_report(message: Message) -> WorkerReport:
+    return WorkerReport(
         rank=integer(message, "rank", -1, 1 << 20),
         exitcode=integer(message, "exitcode", -64, 255),
         text=text(message, "text"),
-        time=integer(message, "time", 0, 1 << 40),
-        halted=bool(message.get("halted")),
+        time=integer(message, "time", 0, YEAR_2100) / 1000,
+        halted=message.get("halted") is True,
+        alike=integer(message, "alike", 0, 1 << 20),
+        place=text(message, "place"),
+        cause=text(message, "cause", 1000),
+        fix=text(message, "fix", 1000),
     )

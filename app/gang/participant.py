@@ -1,8 +1,9 @@
-"""Every node's part, node 0 included: come, answer, run the rounds, say how they ended, obey."""
+"""Per-node participant, on node 0 too: joins, runs rounds, reports results, follows the coordinator."""
 
 import asyncio
 import contextlib
 import secrets
+import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,23 +11,14 @@ from typing import Protocol
 
 from app.config.exitcodes import ExitCode
 from app.engine.outcome import Collective, Failure, Outcome, Stall
-from app.gang import connectivity
+from app.gang import probes
 from app.gang.agreement import host_id
-from app.gang.connect import NobodyError, Waiting, arrive
-from app.gang.connection import (
-    PATIENCE,
-    Message,
-    UntrustedError,
-    Wire,
-    WireError,
-    integer,
-    introduce,
-    items,
-    text,
-)
+from app.gang.connect import BusyError, NoAnswerError, Waiting, connect
+from app.gang.connection import PATIENCE, Connection, Message, ProtocolError, UntrustedError, integer, items, text
+from app.gang.handshake import introduce
 from app.gang.membership import BEATS
-from app.gang.messages import MOST_ENTERED, MOST_RANKS, Say
-from app.gang.verdict import Verdict
+from app.gang.messages import LAST_ROUND, MOST_ENTERED, MOST_RANKS, YEAR_2100, Say
+from app.gang.verdict import JobEnded, Verdict
 from app.plan import Plan
 
 BUSY = 5.0
@@ -45,7 +37,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class RoundAssignment:
     """This node's place in a round."""
 
     round: int
@@ -54,49 +46,98 @@ class Place:
     nnodes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What a member needs of its node."""
+Answer = Callable[[str, Message], Awaitable[Mapping[str, object]]]
+"""Answers one question of the coordinator with what goes into a line of JSON. Raises ProtocolError for a question it
+does not know."""
 
-    dial: Callable[[], Awaitable[Wire]]
+
+async def _nothing() -> None:
+    """There is nothing to bring up to date."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What this node knows of the failure of one of its workers."""
+
+    words: str = ""
+    place: str = ""
+    cause: str = ""
+    fix: str = ""
+
+
+async def _no_explanation(_run_id: str, failure: Failure) -> Explanation:
+    return Explanation(words=failure.text)
+
+
+async def _no_answer(question: str, _fields: Message) -> Mapping[str, object]:
+    raise ProtocolError(f"unknown question {question!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeServices:
+    """What a participant needs of its node."""
+
+    dial: Callable[[], Awaitable[Connection]]
     """Connects to node 0. Raises OSError."""
-    launch: Callable[[Place], Engine]
-    clean: Callable[[], int]
-    """Ends whatever torchrun left behind; returns how many processes that were."""
-    progress: Callable[[], str]
-    """A text that changes with every checkpoint, as it was a moment ago."""
-    stalls: Callable[[], Sequence[Stall]]
-    """All ranks of this node, if none of them moved a moment ago."""
-    look: Callable[[], Awaitable[None]]
-    """Brings `progress` and `stalls` up to date, if the file system answers soon."""
     say: Say
-    holder: Callable[[int], str]
+    holder: Callable[[int], str] = lambda _port: ""
     """Who listens on a TCP port of this machine, for people; "" for nobody."""
-    state: Callable[[str, int], None]
+    answer: Answer = _no_answer
+    launch: Callable[[RoundAssignment], Engine] | None = None
+    """None for a job without rounds, as doctor's."""
+    clean: Callable[[], int] = lambda: 0
+    """Ends whatever torchrun left behind; returns how many processes that were."""
+    progress: Callable[[], str] = lambda: ""
+    """A text that changes with every checkpoint, as it was a moment ago."""
+    stalls: Callable[[], Sequence[Stall]] = lambda: ()
+    """All ranks of this node, if none of them made progress a moment ago."""
+    refresh: Callable[[], Awaitable[None]] = _nothing
+    """Brings `progress` and `stalls` up to date, if the file system answers soon."""
+    explain: Callable[[str, Failure], Awaitable[Explanation]] = _no_explanation
+    """Reads what a worker of the run has left, if the file system answers soon."""
+    link: Callable[[], str] = lambda: ""
+    """Says that this node's own link is down; "" where it is not."""
+    state: Callable[[str, int], None] = lambda _state, _round: None
     """Told of every change: (waiting, running or stopping; the round)."""
 
 
-class Member:
-    """One node of the gang. `take_part` returns when the job has ended for this node."""
+class Participant:
+    """One node of a job. `take_part` returns when the job has ended for this node."""
 
-    def __init__(self, plan: Plan, token: bytes, facts: Mapping[str, str], around: Surroundings) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        token: bytes,
+        facts: Mapping[str, str],
+        services: NodeServices,
+        job: str = "training",
+        fixed_ports: Sequence[int] | None = None,
+    ) -> None:
+        """`fixed_ports` are listened on for the reach test beside random ones; on node 0 MASTER_PORT, if not given."""
         self.plan = plan
         self.token = token
         self.facts = facts
-        self.around = around
-        self.life = secrets.token_hex(8)
+        self.services = services
+        self.job = job
+        self.instance_id = secrets.token_hex(8)
         self.stops = 0
+        self._ports = [plan.network.master_port] if plan.nodes.rank == 0 else []
+        if fixed_ports is not None:
+            self._ports = [*fixed_ports]
         self._stopping = asyncio.Event()
         self._stopped = False
         """Node 0 has said that the job is being stopped: wherever it ends from here, it was stopped."""
-        self._wire: Wire | None = None
+        self._connection: Connection | None = None
+        self._bug: BaseException | None = None
         self._silence = ""
         self._key = secrets.token_hex(16)
-        self._answering = connectivity.Answering(self._key)
+        self._listener = probes.ProbeListener(self._key)
         self._engine: Engine | None = None
         self._run: asyncio.Task[None] | None = None
-        """The engine to its end, and the word about it to node 0."""
+        """The engine to its end, and the report of it to node 0."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._begun = False
+        """The roll call was complete at least once."""
         self._round = 0
         self._failures = 0
         self._before = ""
@@ -110,45 +151,50 @@ class Member:
         self.stops += 1
         self._stopping.set()
         if self.stops == 1:
-            self._tell("stop")
+            self._send("stop")
             self._end(gently=True, grace=self.plan.timeouts.stop_grace)
             return
         if self._engine:
             self._engine.kill()
-        if self._wire:
-            self._wire.abort()
+        if self._connection:
+            self._connection.abort()
 
     async def take_part(self) -> Verdict:
-        limit = self.plan.timeouts.start
+        # One deadline, whatever connections are accepted and dropped meanwhile.
+        waiting = self._waiting(self.plan.timeouts.start)
         try:
             while True:
-                wire = await self._join(limit)
-                if isinstance(wire, Verdict):
-                    return wire
-                verdict = await self._obey(wire)
+                connection = await self._join(waiting)
+                if isinstance(connection, Verdict):
+                    return connection
+                verdict = await self._follow(connection)
                 if verdict:
                     return verdict
                 if self.stops or self._stopped:
                     return STOPPED
-                limit = self.plan.timeouts.rejoin if self._round else limit
+                waiting = self._waiting(self.plan.timeouts.rejoin) if self._begun else waiting
         finally:
-            self._answering.close()
+            self._listener.close()
             if self._engine:
                 self._engine.kill()
             for task in self._tasks:
                 task.cancel()
 
-    async def _join(self, limit: float) -> Wire | Verdict:
-        """Connects to node 0 and says hello, again and again for `limit` seconds."""
-        self.around.state("waiting", self._round)
-        waiting = Waiting(limit if self.plan.nodes.rank else min(limit, BUSY), self.around.say)
+    def _waiting(self, seconds: float) -> Waiting:
+        return Waiting(seconds if self.plan.nodes.rank else min(seconds, BUSY), self.services.say)
+
+    async def _join(self, waiting: Waiting) -> Connection | Verdict:
+        """Connects to node 0 and says hello, again and again until it works or the time is over."""
+        self.services.state("waiting", self._round)
         node0 = f"node 0, {self.plan.nodes.addresses[0]} port {self.plan.network.control_port}"
         try:
-            return await arrive(self._greet, node0, waiting, self._rest) or STOPPED
+            return await connect(self._greet, node0, waiting, self._rest) or STOPPED
         except UntrustedError as error:
             return Verdict(code=ExitCode.UNTRUSTED, text=str(error))
-        except NobodyError as error:
-            return self._nobody(node0, waiting.waited, str(error)) if self.plan.nodes.rank else self._taken(str(error))
+        except JobEnded as end:
+            return end.verdict
+        except NoAnswerError as error:
+            return self._no_answer(node0, waiting, str(error)) if self.plan.nodes.rank else self._port_taken(str(error))
 
     async def _rest(self, seconds: float) -> bool:
         """Whether the user wants this job to end; waits a little for that."""
@@ -156,122 +202,127 @@ class Member:
             await asyncio.wait_for(self._stopping.wait(), seconds)
         return self.stops > 0
 
-    def _nobody(self, node0: str, waited: float, why: str) -> Verdict:
-        if self._round:
-            told = f"{node0} was lost and not back within {waited:.0f} s (REJOIN_TIMEOUT): {why}"
+    def _no_answer(self, node0: str, waiting: Waiting, why: str) -> Verdict:
+        seconds = waiting.until - waiting.start
+        if self._begun and not seconds:
+            return Verdict(code=ExitCode.LOST, text=f"node 0 was lost: {why}")
+        if self._begun:
+            told = f"node 0 was lost; timed out after {seconds:.0f} s (REJOIN_TIMEOUT) waiting for {node0}: {why}"
             return Verdict(code=ExitCode.LOST, text=told)
-        told = f"{node0} did not answer within {waited:.0f} s (START_TIMEOUT): {why}"
-        cure = f"Start it there, and let this node in: {connectivity.let_in(self.plan.network.address)}"
-        return Verdict(code=ExitCode.UNREACHABLE, text=f"{told}. {cure}")
+        told = f"timed out after {seconds:.0f} s (START_TIMEOUT) waiting for {node0}: {why}"
+        fix = f"start it there, and let this node in: {probes.allow(self.plan.network.address)}"
+        return Verdict(code=ExitCode.UNREACHABLE, text=f"{told}. Fix: {fix}")
 
-    def _taken(self, why: str) -> Verdict:
+    def _port_taken(self, why: str) -> Verdict:
         """Node 0 does not get one of its own ports."""
-        self._answering.close()
-        for name, port in (
-            ("MASTER_PORT", self.plan.network.master_port),
-            ("CONTROL_PORT", self.plan.network.control_port),
-        ):
-            if holder := self.around.holder(port):
-                told = f"node 0 cannot listen on {self.plan.network.address} port {port} ({name}): {holder} has it"
-                cure = "End that, or set another MASTER_PORT on all nodes."
-                return Verdict(code=ExitCode.SETTINGS, text=f"{told}. {cure}")
-        told = f"node 0: port {self.plan.network.control_port} (CONTROL_PORT) was taken, and is free again ({why})"
+        self._listener.close()
+        network = self.plan.network
+        for name, port in (("MASTER_PORT", network.master_port), ("CONTROL_PORT", network.control_port)):
+            if holder := self.services.holder(port):
+                told = f"node 0 cannot listen on {network.address} port {port} ({name}): {holder} has it"
+                fix = "end that, or set another MASTER_PORT on all nodes."
+                return Verdict(code=ExitCode.SETTINGS, text=f"{told}. Fix: {fix}")
+        told = f"node 0: port {network.control_port} (CONTROL_PORT) was taken, and is free again ({why})"
         return Verdict(code=ExitCode.FAILED, text=f"{told}. Start node 0 once more.")
 
-    async def _greet(self) -> Wire:
-        wire = await self.around.dial()
+    async def _greet(self) -> Connection:
+        connection = await self.services.dial()
         try:
-            try:
-                await self._listen()
-            except OSError as error:
-                port = f" port {self.plan.network.master_port} (MASTER_PORT)" * (self.plan.nodes.rank == 0)
-                raise OSError(
-                    f"this node cannot listen on {self.plan.network.address}{port}: {connectivity.why(error)}"
-                ) from None
+            await self._open_listener()
             hello = {
                 "run": self.plan.run_name,
+                "job": self.job,
                 "rank": self.plan.nodes.rank,
-                "nnodes": self.plan.nodes.count,
                 "host": host_id(),
-                "life": self.life,
+                "instance_id": self.instance_id,
                 "key": self._key,
                 "facts": dict(self.facts),
                 "round": self._round,
                 "failures": self._failures,
-                **self._ready(),
+                **self._readiness(),
             }
-            await introduce(wire, self.token, hello)
-            wire.give_up_after(PATIENCE * self.plan.timeouts.heartbeat)
+            await introduce(connection, self.token, hello)
+            connection.give_up_after(PATIENCE * self.plan.timeouts.heartbeat)
+            reply = await connection.receive()
+            if reply["kind"] == "busy":
+                raise BusyError(text(reply, "text"))
+            if reply["kind"] != "joined":
+                verdict = _verdict(reply)
+                raise JobEnded(verdict.code, verdict.text, verdict.cause, verdict.fix)
         except BaseException:
-            wire.close()
+            connection.close()
             raise
-        return wire
+        return connection
 
-    async def _listen(self) -> None:
-        """Opens this node's listeners anew; node 0 also tries the port that torchrun needs next."""
-        self._answering.close()
-        self._answering = connectivity.Answering(self._key)
-        if self.plan.nodes.rank == 0:
-            connectivity.try_port(self.plan.network.master_port)
-        if self.plan.nodes.count > 1:
-            await self._answering.open(
-                self.plan.network.address, [self.plan.network.master_port] * (self.plan.nodes.rank == 0)
-            )
+    async def _open_listener(self) -> None:
+        """Listens anew for the reach test; node 0 also tries the port that torchrun needs next. Raises OSError."""
+        self._listener.close()
+        self._listener = probes.ProbeListener(self._key)
+        try:
+            for fixed in self._ports:
+                probes.try_port(fixed)
+            if self.plan.nodes.count > 1:
+                await self._listener.open(self.plan.network.address, self._ports)
+        except OSError as error:
+            port = f" port {self._ports[0]} (MASTER_PORT)" if self._ports else ""
+            where = f"{self.plan.network.address}{port}"
+            raise OSError(f"this node cannot listen on {where}: {probes.why(error)}") from None
 
-    def _ready(self) -> dict[str, object]:
-        ports = [{"port": port} for port in self._answering.ports]
-        return {"ports": ports, "progress": self.around.progress()}
+    def _readiness(self) -> dict[str, object]:
+        return {"ports": [{"port": port} for port in self._listener.ports], "progress": self.services.progress()}
 
-    async def _obey(self, wire: Wire) -> Verdict | None:
+    async def _follow(self, connection: Connection) -> Verdict | None:
         """Does what node 0 says until there is a verdict; None when node 0 is lost and torchrun has ended."""
-        self._wire, self._silence, self._heard = wire, "", time.monotonic()
+        self._connection, self._silence, self._heard = connection, "", time.monotonic()
         if self.stops:
-            self._tell("stop")
-        beating = self._spawn(self._beat(wire))
+            self._send("stop")
+        beating = self._spawn(self._beat(connection))
         try:
             while True:
-                message = await wire.receive()
+                message = await connection.receive()
                 self._heard = time.monotonic()
-                if verdict := self._follow(wire, message):
+                if verdict := self._obey(connection, message):
                     return verdict
-        except WireError as error:
-            why = f"it does not speak the protocol ({error})"
+        except ProtocolError as error:
+            why = f"protocol error: {error}"
         except OSError as error:
             why = self._silence or str(error)
         finally:
-            self._wire = None
+            self._connection = None
             beating.cancel()
-            wire.close()
+            connection.close()
         if self.stops > 1:
             return STOPPED
         self._abandon(why)
         if self._run:
             await self._run
+        if self._bug:
+            raise self._bug
         return None
 
-    def _tell(self, kind: str, **fields: object) -> None:
-        if self._wire:
-            self._wire.send(kind, **fields)
+    def _send(self, kind: str, **fields: object) -> None:
+        if self._connection:
+            self._connection.send(kind, **fields)
 
-    async def _beat(self, wire: Wire) -> None:
-        """Gives signs of life, and tries what it can when node 0 gives none, until it counts as lost."""
+    async def _beat(self, connection: Connection) -> None:
+        """Sends heartbeats, and tries what it can when node 0 sends none, until it counts as lost."""
         beat = self.plan.timeouts.heartbeat / BEATS
         while True:
-            wire.send("beat")
-            self._tell_stalls(wire)
+            connection.send("beat")
+            self._send_stalls(connection)
             await asyncio.sleep(beat)
             silence = time.monotonic() - self._heard
             if silence > self.plan.timeouts.heartbeat:
-                self._silence = f"no sign of life for {silence:.0f} s"
-                wire.abort()
+                self._silence = self.services.link() or f"no heartbeat for {silence:.0f} s"
+                connection.abort()
                 return
             if silence > 3 * beat:
                 self._spawn(self._pulse(2 * beat))
 
-    def _tell_stalls(self, wire: Wire) -> None:
-        """Tells node 0 that all ranks of this node stand still, and where; or that one moves again."""
+    def _send_stalls(self, connection: Connection) -> None:
+        """Tells node 0 that no rank of this node makes progress, and where they are; or that one does again."""
         # What was seen a moment ago may be of the round before.
-        seen = [stall for stall in self.around.stalls() if stall.run_id in ("", self._run_id)]
+        seen = [stall for stall in self.services.stalls() if stall.run_id in ("", self._run_id)]
         stalls = seen[:MOST_RANKS] if self._engine else []
         # A line has room for some 128 collectives.
         most = max(1, min(MOST_ENTERED, 128 // max(1, len(stalls))))
@@ -279,72 +330,89 @@ class Member:
         places = [(stall.rank, stall.at, stall.entered) for stall in stalls]
         if places != self._stalled:
             self._stalled = places
-            wire.send("stalled", ranks=[asdict(stall) for stall in stalls])
+            connection.send("stalled", ranks=[asdict(stall) for stall in stalls])
 
     async def _pulse(self, seconds: float) -> None:
         """Tries a new connection while the old one is silent: after a short cut TCP itself may wait for longer than
         HEARTBEAT_TIMEOUT before it tries again, since it doubles its pauses."""
-        with contextlib.suppress(OSError, TimeoutError, WireError):
+        with contextlib.suppress(OSError, TimeoutError, ProtocolError):
             async with asyncio.timeout(seconds):
-                wire = await self.around.dial()
+                connection = await self.services.dial()
                 try:
-                    await introduce(wire, self.token, {"run": self.plan.run_name, "pulse": self.life})
-                    await wire.expect("beat")
+                    hello = {"run": self.plan.run_name, "job": self.job, "pulse": self.instance_id}
+                    await introduce(connection, self.token, hello)
+                    await connection.expect("beat")
                     self._heard = time.monotonic()
                 finally:
-                    wire.close()
+                    connection.close()
 
-    def _follow(self, wire: Wire, message: Message) -> Verdict | None:
+    def _obey(self, connection: Connection, message: Message) -> Verdict | None:
         """One message of node 0."""
         kind = message["kind"]
         if kind in ("verdict", "refuse"):
-            code = integer(message, "code", 0, 255)
-            known = ExitCode(code) if code in {*ExitCode} else ExitCode.FAILED
-            return Verdict(code=known, text=text(message, "text", 8000))
+            return _verdict(message)
         if kind == "news":
-            self.around.say(text(message, "text", 8000))
+            self.services.say(text(message, "text", 8000, lines=True))
         elif kind == "probe":
-            limit = 6 * self.plan.nodes.count
-            found = [_target(item) for item in items(message, "targets", limit)]
-            self._spawn(self._probe(wire, found))
+            self._begun = True
+            found = [_target(item) for item in items(message, "targets", 6 * self.plan.nodes.count)]
+            self._spawn(self._probe(connection, found))
+        elif kind == "ask":
+            self._begun = True
+            number = integer(message, "number", 0, 1 << 60)
+            self._watch(self._spawn(self._answer(connection, text(message, "question", 40), number, message)))
         elif kind == "go":
             self._go(message)
         elif kind == "halt":
-            ending = "; ending the workers of this node" if self._engine else ""
-            self.around.say(text(message, "text") + ending)
+            ending = "; stopping local workers" if self._engine else ""
+            self.services.say(text(message, "text", lines=True) + ending)
             self._stopped = self._stopped or message.get("why") == "stop"
             self._end(gently=message.get("why") == "stop", grace=float(integer(message, "grace", 0, 1 << 20)))
         return None
 
-    async def _probe(self, wire: Wire, found: list[connectivity.Target]) -> None:
-        failed = await connectivity.dial_all(self.plan.network.address, found)
+    async def _probe(self, connection: Connection, found: list[probes.Target]) -> None:
+        failed = await probes.dial_all(self.plan.network.address, found)
         told = [{"rank": target.rank, "port": target.port, "why": why} for target, why in failed]
-        wire.send("reached", failed=told)
+        connection.send("reached", failed=told)
+
+    async def _answer(self, connection: Connection, question: str, number: int, message: Message) -> None:
+        connection.send("answer", number=number, **await self.services.answer(question, message))
 
     def _go(self, message: Message) -> None:
+        if self.services.launch is None:
+            raise ProtocolError("a round of training, which this node did not come for")
         size = integer(message, "nnodes", 1, self.plan.nodes.count)
-        place = Place(
-            round=integer(message, "round", 1, 1 << 20),
+        place = RoundAssignment(
+            round=integer(message, "round", 1, 1 << 30),
             run_id=text(message, "run_id", 200),
             node_rank=integer(message, "node_rank", 0, size - 1),
             nnodes=size,
         )
-        self._answering.close()
-        self._round, self._failures = place.round, integer(message, "failures", 0, 1 << 20)
-        self._before = self.around.progress()
+        self.close_listener()
+        self._round, self._failures = min(place.round, LAST_ROUND), integer(message, "failures", 0, LAST_ROUND)
+        self._before = self.services.progress()
         self._halted = False
         self._stalled, self._run_id = [], place.run_id
-        self.around.state("running", self._round)
-        self._engine = self.around.launch(place)
-        self._run = self._spawn(self._attend(self._engine))
-        self._run.add_done_callback(self._left)
+        self.services.state("running", self._round)
+        self._engine = self.services.launch(place)
+        self._run = self._spawn(self._run_engine(self._engine))
+        self._watch(self._run)
 
-    def _left(self, run: asyncio.Task[None]) -> None:
-        """A bug in `_attend` must end this node, not let node 0 wait for its word: `_obey` raises it."""
-        if self._wire and not run.cancelled() and run.exception():
-            self._wire.abort()
+    def close_listener(self) -> None:
+        """torchrun's store needs MASTER_PORT for itself."""
+        self._listener.close()
 
-    async def _attend(self, engine: Engine) -> None:
+    def _watch(self, task: asyncio.Task[None]) -> None:
+        """A bug in `task` must end this node, not let node 0 wait for its word."""
+
+        def left(done: asyncio.Task[None]) -> None:
+            self._bug = self._bug or (None if done.cancelled() else done.exception())
+            if self._bug and self._connection:
+                self._connection.abort()
+
+        task.add_done_callback(left)
+
+    async def _run_engine(self, engine: Engine) -> None:
         """One torchrun to its end."""
         try:
             outcome = await engine.watch(self._fails)
@@ -353,41 +421,56 @@ class Member:
             outcome = Outcome(code=1, failures=(itself,))
         engine.kill()
         self._engine = None
-        if left := self.around.clean():
-            self.around.say(f"processes that outlived torchrun and were killed: {left}")
-        await self.around.look()
+        if left := self.services.clean():
+            self.services.say(f"killed {left} orphaned worker process{'es' if left > 1 else ''}")
+        await self.services.refresh()
         with contextlib.suppress(OSError):
-            await self._listen()
-        self.around.state("waiting", self._round)
-        self._tell("ended", code=_clamp(outcome.code), failures=self._reports(outcome), **self._ready())
+            await self._open_listener()
+        self.services.state("waiting", self._round)
+        reports = await self._reports(outcome)
+        self._send("ended", code=_clamp(outcome.code), failures=reports, **self._readiness())
 
     def _fails(self) -> None:
-        """A worker ended early: the first sign, long before torchrun says which and why."""
+        """A worker failed: the first sign, long before torchrun says which and why."""
         if not self._halted:
-            self._tell("failing")
+            self._send("failing")
 
-    def _reports(self, outcome: Outcome) -> list[dict[str, object]]:
+    async def _reports(self, outcome: Outcome) -> list[dict[str, object]]:
         """At most one failure: the first worker's, or torchrun's own."""
         itself = Failure(rank=-1, exitcode=outcome.code, text="", time=time.time())
         first = next(iter(outcome.failures), itself)
         if not outcome.code or (outcome.halted and first is itself):
             return []
-        told = {"rank": first.rank, "exitcode": _clamp(first.exitcode), "text": first.text, "time": int(first.time)}
-        return [{**told, "halted": outcome.halted}]
+        at = max(0, min(YEAR_2100, round(first.time * 1000)))
+        found = await self.services.explain(self._run_id, first)
+        alike = [each for each in outcome.failures if _ended_with(first, each)]
+        return [
+            {
+                "rank": first.rank,
+                "exitcode": _clamp(first.exitcode),
+                "text": found.words,
+                "time": at,
+                "halted": outcome.halted,
+                "alike": max(0, len(alike) - 1),
+                "place": found.place,
+                "cause": found.cause,
+                "fix": found.fix,
+            }
+        ]
 
     def _end(self, *, gently: bool, grace: float) -> None:
         # Once: a second SIGTERM would cut torchrun's own orderly end short.
         if self._engine and not self._halted:
             self._halted = True
-            self.around.state("stopping", self._round)
+            self.services.state("stopping", self._round)
             self._spawn(self._engine.end(gently=gently, grace=grace))
 
     def _abandon(self, why: str) -> None:
         """Node 0 is lost: nothing of this round can be saved."""
-        self.around.say(f"node 0 ({self.plan.nodes.addresses[0]}) was lost: {why}")
+        self.services.say(f"node 0 ({self.plan.nodes.addresses[0]}) was lost: {why}")
         self._end(gently=False, grace=2.0)
         if self._engine:
-            self._failures = 1 if self.around.progress() != self._before else self._failures + 1
+            self._failures = 1 if self.services.progress() != self._before else self._failures + 1
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -396,8 +479,21 @@ class Member:
         return task
 
 
-def _target(item: Message) -> connectivity.Target:
-    return connectivity.Target(
+def _ended_with(first: Failure, other: Failure) -> bool:
+    """Whether the same signal has ended both at the same moment. torchrun itself ends the others by SIGTERM."""
+    same = first.exitcode == other.exitcode and first.exitcode < 0 and first.exitcode != -signal.SIGTERM
+    return same and abs(first.time - other.time) <= 1.0
+
+
+def _verdict(message: Message) -> Verdict:
+    code = integer(message, "code", 0, 255)
+    known = ExitCode(code) if code in {*ExitCode} else ExitCode.FAILED
+    cause, fix = text(message, "cause", 1000), text(message, "fix", 1000)
+    return Verdict(code=known, text=text(message, "text", 8000, lines=True), cause=cause, fix=fix)
+
+
+def _target(item: Message) -> probes.Target:
+    return probes.Target(
         rank=integer(item, "rank", 0, 1 << 20),
         address=text(item, "address", 64),
         port=integer(item, "port", 1, 65535),

@@ -1,4 +1,4 @@
-"""One round of the gang as node 0 follows it: who still runs, who is to be told to end, and what went wrong."""
+"""One round of the gang as node 0 follows it: who still runs, who must be told to end, and what went wrong."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from app.config.exitcodes import ExitCode
 from app.engine.outcome import Stall
 from app.gang.messages import Event, Say
-from app.gang.stalls import verdict
-from app.gang.verdict import Final, Trouble, worker_trouble
+from app.gang.stalls import describe
+from app.gang.verdict import JobEnded, NodeFailure, worker_failure
 
 HALT_GRACE = 2.0
 """Seconds that workers have to end after another node failed; their collectives cannot finish any more."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Round:
+class RoundState:
     """`take` every event of the round in order until nobody is `running`, then read the `result`."""
 
     names: Mapping[int, str]
@@ -24,7 +24,7 @@ class Round:
     patience: float
     """Seconds beyond the grace after which a node that does not end is given up."""
     hang_timeout: float
-    """Seconds that no rank moves until that is a failure; 0 for never."""
+    """Seconds without progress until that is a failure; 0 for never."""
     halt: Callable[[str, float, str], None]
     """Tells all nodes to end: ("failure" or "stop", grace in seconds, reason)."""
     tell: Say
@@ -34,14 +34,14 @@ class Round:
     """Monotonic time at which those that still run are given up."""
     halted_at: float = 0.0
     """Monotonic time at which the nodes were told to end; 0 before."""
-    troubles: list[Trouble] = field(default_factory=list)
+    failures: list[NodeFailure] = field(default_factory=list)
     stopped_by: str = ""
-    _signs: dict[int, float] = field(default_factory=dict)
+    _first_signs: dict[int, float] = field(default_factory=dict)
     _codes: dict[int, int] = field(default_factory=dict)
     _halted: set[str] = field(default_factory=set)
     _stalls: dict[int, tuple[Stall, ...]] = field(default_factory=dict)
-    _still: float = 0.0
-    """Monotonic time since which no rank of any node moves; 0 while one does."""
+    _stalled_since: float = 0.0
+    """Monotonic time since which no rank of any node makes progress; 0 while one does."""
 
     def __post_init__(self) -> None:
         self.running = set(self.names)
@@ -55,8 +55,8 @@ class Round:
         elif event.rank not in self.names:
             return
         elif event.kind == "failing":
-            self._signs.setdefault(event.rank, now)
-            self._end("failure", HALT_GRACE, f"a worker on {node} ended early (the first sign; the cause follows)", now)
+            self._first_signs.setdefault(event.rank, now)
+            self._end("failure", HALT_GRACE, f"a worker on {node} failed (details follow)", now)
         elif event.kind == "stalled":
             self._stalls[event.rank] = event.stalls
             self._judge(now)
@@ -65,36 +65,43 @@ class Round:
             self._close(event, node, now)
 
     def _judge(self, now: float) -> None:
-        """Says once that the whole job stands still, and why; and that it goes on, if it does."""
+        """Says once that no rank of the job makes progress, and why; and that it goes on, if it does."""
         seconds = [stall.seconds for each in self._stalls.values() for stall in each if not stall.ended]
         stands = self.running == self.names.keys() == {rank for rank, each in self._stalls.items() if each}
-        if stands and seconds and not self._still and not self.halted_at:
-            self._still = now - min(seconds)
+        if stands and seconds and not self._stalled_since and not self.halted_at:
+            self._stalled_since = now - min(seconds)
             self.tell(self.hang)
-        elif self._still and not stands:
-            self._still = 0.0
+        elif self._stalled_since and not stands:
+            self._stalled_since = 0.0
             if not self.halted_at:
                 self.tell("progress resumed")
 
     @property
     def hang(self) -> str:
         """Who waits for whom, as far as the nodes have told."""
-        return verdict({self.names[rank]: each for rank, each in sorted(self._stalls.items())})
+        return describe({self.names[rank]: each for rank, each in sorted(self._stalls.items())})
 
-    def lose_patience(self, now: float) -> None:
-        """Ends a round that has stood still for too long. To be called again and again."""
-        if self._still and self.hang_timeout and now >= self._still + self.hang_timeout and not self.halted_at:
-            self.troubles.append(Trouble(node="the job", what=f"hangs: {self.hang}", seen=self._still, sudden=True))
+    def check_hang(self, now: float) -> None:
+        """Ends a round without progress for HANG_TIMEOUT. To be called again and again."""
+        if (
+            self._stalled_since
+            and self.hang_timeout
+            and now >= self._stalled_since + self.hang_timeout
+            and not self.halted_at
+        ):
+            self.failures.append(
+                NodeFailure(node="the job", what=f"hangs: {self.hang}", seen=self._stalled_since, abrupt=True)
+            )
             self._end("failure", HALT_GRACE, f"the job hangs (HANG_TIMEOUT={self.hang_timeout:g})", now)
 
     def _close(self, event: Event, node: str, now: float) -> None:
         if event.kind == "lost":
-            self.troubles.append(lost(event, node, now))
+            self.failures.append(lost(event, node, now))
             self._end("failure", HALT_GRACE, f"{node} was lost", now)
             return
         self._codes[event.rank] = event.code
         if event.report:
-            self.troubles.append(worker_trouble(node, event.report, self._signs.get(event.rank, now)))
+            self.failures.append(worker_failure(node, event.report, self._first_signs.get(event.rank, now)))
         if event.code:
             self._end("failure", HALT_GRACE, f"{node} failed", now)
 
@@ -106,22 +113,28 @@ class Round:
 
     def give_up(self, now: float) -> None:
         """Counts those that still run after `limit` as failed."""
-        stuck = [Trouble(node=self.names[rank], what="does not end", seen=now) for rank in sorted(self.running)]
-        self.troubles += stuck
+        stuck = [NodeFailure(node=self.names[rank], what="does not end", seen=now) for rank in sorted(self.running)]
+        self.failures += stuck
         self.running.clear()
 
-    def result(self) -> list[Trouble]:
-        """What went wrong. Raises Final when all ended well or the user stopped the job."""
+    def result(self) -> list[NodeFailure]:
+        """What went wrong. Raises JobEnded when all ended well or the user stopped the job."""
         if self._codes.keys() == self.names.keys() and not any(self._codes.values()):
             nodes = f"{len(self.names)} nodes" if len(self.names) > 1 else "this node"
-            raise Final(ExitCode.DONE, f"done: all workers of {nodes} ended well")
+            raise JobEnded(ExitCode.DONE, f"done: all workers of {nodes} ended well")
         if self.stopped_by:
-            raise Final(ExitCode.STOPPED, f"stopped on {self.stopped_by} before the training was done")
-        nobody = Trouble(node="torchrun", what="ended without saying why", seen=time.monotonic())
-        return self.troubles or [nobody]
+            raise JobEnded(ExitCode.STOPPED, f"stopped on {self.stopped_by} before the training was done")
+        nobody = NodeFailure(node="torchrun", what="ended without saying why", seen=time.monotonic())
+        return self.failures or [nobody]
 
 
-def lost(event: Event, node: str, now: float) -> Trouble:
-    return Trouble(
-        node=node, what=f"was lost: {event.why}", seen=now, clock=time.time(), code=ExitCode.LOST, sudden=True
+def lost(event: Event, node: str, now: float) -> NodeFailure:
+    return NodeFailure(
+        node=node,
+        what=f"was lost: {event.why}",
+        seen=now,
+        clock=time.time(),
+        code=ExitCode.LOST,
+        abrupt=True,
+        silent=event.silent,
     )

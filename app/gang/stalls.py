@@ -19,7 +19,7 @@ class Entry:
     collective: Collective
 
 
-def verdict(nodes: Mapping[str, Sequence[Stall]]) -> str:
+def describe(nodes: Mapping[str, Sequence[Stall]]) -> str:
     """Which rank has not reached which collective, from all ranks of all nodes (by the nodes' names)."""
     stalls = sorted((stall for each in nodes.values() for stall in each), key=lambda stall: stall.rank)
     where = {stall.rank: name for name, each in nodes.items() for stall in each}

@@ -4,10 +4,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import IntEnum
 from signal import SIGABRT, SIGKILL, SIGTERM, Signals
 
 from app.config.exitcodes import ExitCode
-from app.gang.messages import Report
+from app.gang.messages import WorkerReport
 from app.known_errors.consequences import is_consequence
 
 BROKEN = re.compile(r"(ModuleNotFoundError|ImportError|SyntaxError|IndentationError|TabError): ")
@@ -17,6 +18,9 @@ USAGE = 2
 """The exit code of argparse, and of app.train, for wrong settings."""
 HEAD_START = 3.0
 """Seconds by which a lost node or a signal may come after the errors it caused: they are found by polling."""
+TOGETHER = 1.0
+"""Seconds within which the order of two failures tells nothing: torchrun looks ten times a second, a network is not
+the same for all, and a busy machine is late."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,18 +29,36 @@ class Verdict:
 
     code: ExitCode
     text: str
+    cause: str = ""
+    fix: str = ""
+    """Of the known error that the first cause is, for all nodes: its logs are on one."""
 
 
-class Final(Exception):  # noqa: N818 - an end, not always an error
+class JobEnded(Exception):  # noqa: N818 - an end, not always an error
     """The job ends here."""
 
-    def __init__(self, code: ExitCode, text: str) -> None:
+    def __init__(self, code: ExitCode, text: str, cause: str = "", fix: str = "") -> None:
         super().__init__(text)
-        self.verdict = Verdict(code=code, text=text)
+        self.verdict = Verdict(code=code, text=text, cause=cause, fix=fix)
+
+
+class Weight(IntEnum):
+    """How much a failure says of the first cause. Words beat silence, whatever came first."""
+
+    CAUSE = 0
+    """An error in its own words, a signal, or a lost node: nobody else's end explains it."""
+    EXIT_CODE = 1
+    """No word, but an exit code of its own."""
+    SILENT = 2
+    """Exit code 1 without a word: the script said it elsewhere, or its peer has gone."""
+    CONSEQUENCE = 3
+    """Words that only say that a peer has gone."""
+    FOLLOWED = 4
+    """It was told to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trouble:
+class NodeFailure:
     """One node's part in the end of a round."""
 
     node: str
@@ -47,49 +69,127 @@ class Trouble:
     clock: float = 0.0
     """Seconds since the epoch on the failing node; 0 where it could not tell."""
     code: ExitCode = ExitCode.TRAINING
-    sudden: bool = False
-    """A lost node or a signal: a cause that nobody else's error explains."""
-    cascade: bool = False
-    """Explained by another node's trouble."""
-    hopeless: str = ""
+    weight: Weight = Weight.CAUSE
+    abrupt: bool = False
+    """A lost node or a signal, which may be noticed later than what it caused."""
+    silent: bool = False
+    """Lost because it was not heard any more, on an open connection."""
+    words: str = ""
+    """The exception."""
+    how: str = ""
+    """The words, or how it ended without any: other ranks that failed alike are no rivals."""
+    place: str = ""
+    """The script's own line."""
+    cause: str = ""
+    fix: str = ""
+    """Of a known error."""
+    not_retryable: str = ""
     """What the user must change, where another try would end the same way."""
 
+    @property
+    def signature(self) -> tuple[str, str]:
+        """Type and place of an error in its own words: twice the same without progress is not worth a third try."""
+        kind = self.words.partition(":")[0] if self.place else self.words
+        return (kind, self.place) if self.words and self.weight == Weight.CAUSE else ("", "")
 
-def first_cause(troubles: Sequence[Trouble]) -> Trouble:
-    """The trouble that explains the others: not a cascade, and the earliest, with a head start for sudden ends."""
-    return min(troubles, key=lambda one: (one.cascade, one.seen - HEAD_START * one.sudden))
+    @property
+    def noticed(self) -> float:
+        return self.seen - HEAD_START if self.abrupt else self.seen
 
 
-def account(troubles: Sequence[Trouble]) -> str:
+def first_causes(failures: Sequence[NodeFailure]) -> list[NodeFailure]:
+    """The failures that explain the others, the first one first; several where they came together, or where nothing
+    decides between them."""
+    weight = min(each.weight for each in failures)
+    rivals = sorted((each for each in failures if each.weight == weight), key=lambda each: each.noticed)
+    first = rivals[0]
+    if weight == Weight.CAUSE and not first.abrupt:
+        return [first]
+    together = [each for each in rivals if each.abrupt == first.abrupt and each.seen - first.seen < TOGETHER]
+    return [first] if weight == Weight.EXIT_CODE and {each.how for each in together} == {first.how} else together
+
+
+def is_unclear(causes: Sequence[NodeFailure]) -> bool:
+    """Whether `causes` are mere candidates."""
+    return causes[0].weight == Weight.CONSEQUENCE or (causes[0].weight > Weight.CAUSE and len(causes) > 1)
+
+
+def summarize(failures: Sequence[NodeFailure]) -> str:
     """One line: the culprit, what it died of, when, and who followed."""
-    cause = first_cause(troubles)
-    when = datetime.fromtimestamp(cause.clock, UTC).strftime(", at %H:%M:%S UTC") if cause.clock else ""
-    followers = sorted({one.node for one in troubles} - {cause.node})
-    more = f" and {len(followers) - 4} more" if len(followers) > 4 else ""
-    also = f" ({', '.join(followers[:4])}{more} ended because of it)" if followers else ""
-    return f"{cause.node} {cause.what}{when}{also}"
+    causes = first_causes(failures)
+    named = {each.node for each in causes}
+    alike = sorted({each.node for each in failures if each.how and each.how == causes[0].how} - named)
+    followers = sorted({each.node for each in failures} - named - {*alike})
+    also = [f"{_few(alike)} failed alike"] if alike else []
+    also += [f"{_few(followers)} stopped as a result"] if followers and not is_unclear(causes) else []
+    told = "; ".join(f"{each.node} {each.what}{_when(each)}" for each in causes)
+    return ("cause unclear: " if is_unclear(causes) else "") + told + (f" ({'; '.join(also)})" if also else "")
 
 
-def worker_trouble(node: str, report: Report, seen: float) -> Trouble:
+def worker_failure(node: str, report: WorkerReport, seen: float) -> NodeFailure:
     """What a node's report means for the search of the first cause."""
     code, who = report.exitcode, f"rank {report.rank}" if report.rank >= 0 else "torchrun"
-    known = Signals(-code).name if -code in {*Signals} else f"signal {-code}"
-    how = known if code < 0 else f"exit code {code}"
-    if report.text:
-        # An exception comes first, whatever the interpreter died of on its way out (gloo's threads: SIGABRT).
-        what = f"- {who} failed with {report.text} ({how})"
+    if report.alike:
+        who += f" and {report.alike} other rank{'s' if report.alike > 1 else ''} of the node"
+    if code < 0:
+        name = Signals(-code).name if -code in {*Signals} else f"signal {-code}"
+        hint = " (out of memory, or killed by hand)" if code == -SIGKILL else ""
+        how, silent = name, f"{'were' if report.alike else 'was'} ended by {name}{hint}"
     else:
-        what = f"- {who} was ended by {how}" if code < 0 else f"- {who} ended with {how}"
-        what += " (out of memory, or killed by hand)" * (code == -SIGKILL)
-    hopeless = REFUSED if code == USAGE else UNFIT if BROKEN.match(report.text) else ""
-    silent_end = not report.text and code in {-SIGTERM, -SIGKILL, 1, 128 + SIGTERM}
-    return Trouble(
+        how, silent = f"exit code {code}", f"ended with exit code {code}"
+    # An exception comes first, whatever the interpreter died of on its way out (gloo's threads: SIGABRT).
+    what = f"failed with {report.text} ({how})" if report.text else silent
+    return NodeFailure(
         node=node,
-        what=what,
+        what=f"- {who} {what}",
         seen=seen,
-        clock=float(report.time),
+        clock=report.time,
+        weight=_weight(report),
         # SIGABRT is how NCCL's watchdog ends a healthy worker whose peer has gone.
-        sudden=code < 0 and code != -SIGABRT and not report.text and not report.halted,
-        cascade=is_consequence(report.text) or (report.halted and silent_end),
-        hopeless=hopeless,
+        abrupt=code < 0 and code != -SIGABRT and not report.text and not report.halted,
+        words=report.text,
+        how=report.text or how,
+        place=report.place,
+        cause=report.cause,
+        fix=report.fix,
+        not_retryable=REFUSED if code == USAGE else UNFIT if BROKEN.match(report.text) else "",
     )
+
+
+def suspect_self(failures: Sequence[NodeFailure], own: str, others: int, link: str) -> Sequence[NodeFailure]:
+    """Who hears nobody any more suspects itself: node 0 (`own`) when all `others` fell silent at once, or when its own
+    link is known to be down (`link` says so)."""
+    silent = [each for each in failures if each.silent]
+    if not silent or (len(silent) < others and not link):
+        return failures
+    names = "any other node" if others > 1 else silent[0].node
+    told = link or ("its own link is cut" if others > 1 else "the link of one of the two is cut")
+    cut = NodeFailure(
+        node=own,
+        what=f"no longer hears {names}: {told}",
+        seen=min(each.seen for each in silent),
+        clock=silent[0].clock,
+        code=ExitCode.LOST,
+        abrupt=True,
+    )
+    return [cut, *(each for each in failures if not each.silent)]
+
+
+def _weight(report: WorkerReport) -> Weight:
+    if report.text:
+        return Weight.CONSEQUENCE if is_consequence(report.text) else Weight.CAUSE
+    if report.halted and report.exitcode in {-SIGTERM, -SIGKILL, 1, 128 + SIGTERM}:
+        return Weight.FOLLOWED
+    if report.exitcode == -SIGABRT:
+        return Weight.SILENT
+    if report.exitcode < 0:
+        return Weight.CAUSE
+    return Weight.SILENT if report.exitcode == 1 else Weight.EXIT_CODE
+
+
+def _when(failure: NodeFailure) -> str:
+    return datetime.fromtimestamp(failure.clock, UTC).strftime(", at %H:%M:%S UTC") if failure.clock else ""
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -87,7 +87,7 @@ def _complete(kept: Mapping[str, Any], copied: RoundRecord | None, folder: Path)
     if first and first.local_rank >= 0:
         # torchrun copies the error of the earliest second, which may be another worker's.
         paths = folder.glob(f"{glob.escape(kept['run_id'])}_*/attempt_0/{first.local_rank}/error.json")
-        own = next((each for path in paths if (each := _read(path, kept["run_id"]))), None)
+        own = next((each for path in paths if (each := read_error_file(path, kept["run_id"]))), None)
         same = copied is not None and bool(first.text) and copied.message.startswith(first.text)
         told = own or (copied if same else None)
     message = told.message if told else first.text if first else ""
@@ -96,10 +96,10 @@ def _complete(kept: Mapping[str, Any], copied: RoundRecord | None, folder: Path)
 
 def _from_error_files(folder: Path) -> list[RoundRecord]:
     files = folder.glob("*.error.json")
-    return [each for file in files if (each := _read(file, file.name.removesuffix(".error.json")))]
+    return [each for file in files if (each := read_error_file(file, file.name.removesuffix(".error.json")))]
 
 
-def _read(file: Path, run_id: str) -> RoundRecord | None:
+def read_error_file(file: Path, run_id: str) -> RoundRecord | None:
     """An error file as torch's ErrorHandler and dump_error_file write it (elastic/multiprocessing/errors, torch
     2.13)."""
     try:

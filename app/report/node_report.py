@@ -138,10 +138,10 @@ def _last_round(logs: Path, started: float) -> dict[str, str]:
     if newest[1] is None or newest[0] < started - 1:
         return {}
     files = sorted(newest[1].glob("*/std*.log"))
-    return {f"local rank {file.parent.name} {file.stem}": _end_of(file) for file in files}
+    return {f"local rank {file.parent.name} {file.stem}": end_of(file) for file in files}
 
 
-def _end_of(file: Path) -> str:
+def end_of(file: Path) -> str:
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - READ_BYTES))
@@ -175,12 +175,12 @@ def _first_error(rounds: Sequence[RoundRecord]) -> list[str]:
     if not failed or not rounds[-1].failed:
         lines = ["first error here: none, no worker of this node failed by itself"]
     else:
-        at = _own_line(failed[-1].traceback)
+        at = own_line(failed[-1].traceback)
         lines = [f"first error here: {failed[-1].first_error}", *([f"at: {at}"] if at else [])]
     return [*lines, f"failed rounds here: {len(failed)}"] if len(failed) > 1 else lines
 
 
-def _own_line(traceback: str) -> str:
+def own_line(traceback: str) -> str:
     """The innermost place outside installed packages and Python's own library; "" in an empty traceback."""
     places = [line.strip() for line in traceback.splitlines() if line.strip().startswith("File ")]
     own = [place for place in places if not re.search(r"(site|dist)-packages/|/lib/python3|<frozen ", place)]

@@ -2,28 +2,30 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import resource
 import signal
-import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from app.config.console import say
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
 from app.engine import torchrun
-from app.engine.outcome import Outcome
+from app.engine.outcome import Failure, Outcome
 from app.gang.agreement import gather
-from app.gang.connection import MAX_LINE, Wire, listen
-from app.gang.coordinator import LAST_WORD, LINGER, Hub
-from app.gang.participant import Member, Place, Surroundings
+from app.gang.connection import Connection, dial, dial_inside, listen
+from app.gang.coordinator import LAST_WORD, LINGER, Coordinator
+from app.gang.participant import Explanation, NodeServices, Participant, RoundAssignment
 from app.gang.token import read_token
 from app.gang.verdict import Verdict
 from app.host.ports import holder
 from app.plan import Plan
+from app.report.culprit import examine
 from app.report.history import keep_round
 from app.report.node_report import forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
@@ -38,10 +40,12 @@ MOST_FILES = 65_536
 FILES = 30.0
 """Seconds that the file system of the run's folder has for one act."""
 REAP_EVERY = 1.0
+EXAMINE = 3.0
+"""Seconds for what a failed worker has left: all nodes wait for it."""
 
 
 def supervise(plan: Plan) -> int:
-    """Brings this node into the gang, runs torchrun round by round, and returns the exit code (`ExitCode`).
+    """Joins the job, runs torchrun round by round, and returns the exit code (`ExitCode`).
 
     Raises UserError where a file or folder of the settings cannot be used."""
     token = read_token(plan)
@@ -78,9 +82,10 @@ def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started
     wrong with a report (a full disk, a bug), the verdict must be told."""
     try:
         report = make_report(plan, int(verdict.code), verdict.text, before, started)
-        if report.names_cause:
-            say(f"cause: {report.cause}\nfix: {report.fix}")
-        say(f"kept for `report`: {write_report(plan, report)}")
+        # What the culprit's own node knows is more than what another finds in the verdict.
+        if verdict.cause or report.names_cause:
+            say(f"cause: {verdict.cause or report.cause}\nfix: {verdict.fix or report.fix}")
+        say(f"report written to {write_report(plan, report)}")
     except Exception as error:
         say(f"no report: {type(error).__name__}: {error}")
 
@@ -109,59 +114,61 @@ async def _take_part(plan: Plan, token: bytes, folder: Path) -> tuple[Verdict, b
     """The verdict, printed, and whether the stop came from this node's own user."""
     started, before = time.time(), read_counters()
     node = Node(plan=plan, folder=folder)
-    hub = Hub(plan, token, say)
-    server = await _listen(plan, hub)
-    presiding = asyncio.ensure_future(hub.preside()) if server or plan.nodes.count == 1 else None
+    coordinator = Coordinator(plan, token, say, lambda: down_link(plan.network.interface))
+    server = await _listen(plan, coordinator)
+    leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
     progress = Progress(plan, folder, say, lambda: node.engine)
     state = State(folder, lambda: progress.text)
-    around = Surroundings(
-        dial=_dial_inside(hub) if presiding else _dial(plan),
+    services = NodeServices(
+        dial=dial_inside(coordinator.serve) if leading else _dial(plan),
         launch=node.launch,
         clean=torchrun.sweep,
         progress=lambda: progress.text,
         stalls=lambda: progress.stalls,
-        look=progress.renew,
+        refresh=progress.renew,
+        explain=node.explain,
+        link=lambda: down_link(plan.network.interface),
         holder=holder,
         say=say,
         state=state.change,
     )
     # Whatever this node has before its first round is no progress of that.
     await progress.renew()
-    member = Member(plan, token, gather(plan) if plan.nodes.count > 1 else {}, around)
-    _on_signals(member.stop)
+    participant = Participant(plan, token, gather(plan) if plan.nodes.count > 1 else {}, services)
+    _on_signals(participant.stop)
     keeping = asyncio.ensure_future(state.keep())
     beside = [asyncio.ensure_future(each) for each in (node.reap_orphans(), _watch_traffic(plan))]
-    part = asyncio.ensure_future(member.take_part())
+    part = asyncio.ensure_future(participant.take_part())
     try:
-        # A bug in node 0's hub must end the job with its traceback, not leave it waiting for a verdict.
-        await asyncio.wait([part, presiding] if presiding else [part], return_when=asyncio.FIRST_COMPLETED)
-        if presiding and presiding.done():
-            presiding.result()
+        # A bug in the coordinator must end the job with its traceback, not leave it waiting for a verdict.
+        await asyncio.wait([part, leading] if leading else [part], return_when=asyncio.FIRST_COMPLETED)
+        if leading and leading.done():
+            leading.result()
         verdict = await part
-        own_stop = member.stops > 0
+        own_stop = participant.stops > 0
         for each in beside:
             # From here on the report may start programs of its own.
             each.cancel()
-        if presiding:
-            # What made this node's member leave by itself, the hub does not know yet.
-            hub.conclude(verdict)
+        if leading:
+            # Why this node's participant left by itself, the coordinator does not know.
+            coordinator.conclude(verdict)
         try:
             await off_loop(lambda: tell_end(plan, verdict, before, started), FILES)
         except OSError:
             say(f"no report: RUN_DIR={plan.script.run_dir} does not answer")
         # The last line is what people read first. Node 0 may stay for a while to tell others.
         say(verdict.text)
-        if presiding and member.stops < 2:
-            _on_signals(presiding.cancel)
-            await asyncio.wait([presiding], timeout=LINGER + 2 * LAST_WORD)
+        if leading and participant.stops < 2:
+            _on_signals(leading.cancel)
+            await asyncio.wait([leading], timeout=LINGER + 2 * LAST_WORD)
     finally:
         # The loop takes its handlers with it, and a signal now must not change the exit code.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         part.cancel()
         for each in (keeping, *beside):
             each.cancel()
-        if presiding:
-            presiding.cancel()
+        if leading:
+            leading.cancel()
         if server:
             server.close()
         torchrun.sweep()
@@ -173,50 +180,36 @@ async def _watch_traffic(plan: Plan) -> None:
         await traffic.watch(plan, say)
 
 
+def down_link(interface: str, root: Path = Path("/")) -> str:
+    """Says that an interface has no link; "" where it has one, or where that is unknown."""
+    try:
+        carrier = (root / "sys/class/net" / interface / "carrier").read_text().strip()
+    except OSError as error:
+        # The file of an interface that is switched off cannot be read.
+        return f"its link {interface} is down" if error.errno == errno.EINVAL else ""
+    return f"its link {interface} is down" if carrier == "0" else ""
+
+
 def _on_signals(act: Callable[[], object]) -> None:
     for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, act)
 
 
-async def _listen(plan: Plan, hub: Hub) -> asyncio.Server | None:
-    """Node 0's ear, on its fabric address only. None on other nodes, and where another process has the port: that one
-    may be a second node 0 or another job, and will say so when this node comes as a guest."""
+async def _listen(plan: Plan, coordinator: Coordinator) -> asyncio.Server | None:
+    """The coordinator's listening socket, on node 0's fabric address only. None on other nodes, and where another
+    process has the port: that one may be a second node 0 or another job, and will say so when this node connects."""
     if plan.nodes.rank or plan.nodes.count == 1:
         return None
+    address, port = plan.network.address, plan.network.control_port
     try:
-        return await listen(
-            hub.serve, plan.network.address, plan.network.control_port, backlog=2 * plan.nodes.count + 64
-        )
+        return await listen(coordinator.serve, address, port, plan.nodes.count)
     except OSError as error:
-        say(
-            f"node 0 cannot listen on {plan.network.address} port {plan.network.control_port}: "
-            f"{os.strerror(error.errno or 0).lower()}"
-        )
+        say(f"node 0 cannot listen on {address} port {port}: {os.strerror(error.errno or 0).lower()}")
         return None
 
 
-def _dial(plan: Plan) -> Callable[[], Awaitable[Wire]]:
-    async def dial() -> Wire:
-        own = (plan.network.address, 0)
-        return Wire(
-            *await asyncio.open_connection(
-                plan.nodes.addresses[0], plan.network.control_port, local_addr=own, limit=MAX_LINE
-            )
-        )
-
-    return dial
-
-
-def _dial_inside(hub: Hub) -> Callable[[], Awaitable[Wire]]:
-    """Node 0 is a member of its own gang, over a pair of sockets that nobody else can reach."""
-    tasks = set()
-
-    async def dial() -> Wire:
-        here, there = socket.socketpair()
-        tasks.add(asyncio.ensure_future(hub.serve(*await asyncio.open_connection(sock=there, limit=MAX_LINE))))
-        return Wire(*await asyncio.open_connection(sock=here, limit=MAX_LINE))
-
-    return dial
+def _dial(plan: Plan) -> Callable[[], Awaitable[Connection]]:
+    return partial(dial, plan.network.address, plan.nodes.addresses[0], plan.network.control_port)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -228,23 +221,30 @@ class Node:
     engine: int = 0
     """The process id of the last torchrun, 0 before."""
 
-    def launch(self, place: Place) -> torchrun.Torchrun:
+    def launch(self, assignment: RoundAssignment) -> torchrun.Torchrun:
         plan = self.plan
         command = torchrun.command_line(
             plan,
-            node_rank=place.node_rank,
-            nnodes=place.nnodes,
+            node_rank=assignment.node_rank,
+            nnodes=assignment.nnodes,
             master_addr=plan.network.master_addr,
             master_port=plan.network.master_port,
-            run_id=place.run_id,
+            run_id=assignment.run_id,
         )
-        if place.round > 1:
-            say(f"round {place.round}: node rank {place.node_rank} of {place.nnodes}")
-        environment = torchrun.environment(plan, os.environ, run_id=place.run_id)
+        if assignment.round > 1:
+            say(f"round {assignment.round}: node rank {assignment.node_rank} of {assignment.nnodes}")
+        environment = torchrun.environment(plan, os.environ, run_id=assignment.run_id)
         environment |= watched(plan, self.folder)
-        engine = torchrun.Torchrun(command, environment, lambda outcome: self._keep(place.run_id, outcome))
+        engine = torchrun.Torchrun(command, environment, lambda outcome: self._keep(assignment.run_id, outcome))
         self.engine = engine.process.pid
         return engine
+
+    async def explain(self, run_id: str, failure: Failure) -> Explanation:
+        try:
+            found = await off_loop(lambda: examine(self.plan, run_id, failure), EXAMINE)
+        except (OSError, TimeoutError):
+            return Explanation(words=failure.text)
+        return Explanation(words=found.words, place=found.place, cause=found.cause, fix=found.fix)
 
     def _keep(self, run_id: str, outcome: Outcome) -> None:
         start_thread(lambda: keep_round(self.plan, run_id, outcome), "history")

@@ -91,7 +91,7 @@ def test_a_node_that_never_comes_is_a_red_row(cluster2: Cluster) -> None:
     addresses = ",".join(node.address for node in cluster2.nodes)
     (told,) = doctors(cluster2.nodes[:1], "--wait", "4", NODES=addresses)
     assert told.code == 1
-    assert "waiting for node 1" in told.output
+    assert re.search(r"waiting \d+ s for node 1", told.output)
     assert "This node never came: connection refused (the machine is up" in told.bad()["1", "present"]
 
 
@@ -99,7 +99,7 @@ def test_node_0_that_never_comes_is_a_red_row_as_well(cluster2: Cluster) -> None
     addresses = ",".join(node.address for node in cluster2.nodes)
     (told,) = doctors(cluster2.nodes[1:], "--wait", "4", NODES=addresses)
     assert told.code == 1
-    assert "did not answer within" in told.bad()["0", "present"]
+    assert "timed out after" in told.bad()["0", "present"]
 
 
 def test_another_token_is_named_on_both_sides_without_a_wait(cluster2: Cluster) -> None:

@@ -41,7 +41,7 @@ def test_a_rank_that_two_nodes_claim(cluster2: Cluster, table: Table) -> None:
     first, second = cluster2.nodes
     classic = {"NODES": "", "NNODES": "3", "MASTER_ADDR": first.address}
     stacks = [up(first, "", {**classic, "NODE_RANK": "0"}), up(second, "", {**classic, "NODE_RANK": "1"})]
-    stacks[0].wait_for("2 of 3 nodes are here")
+    stacks[0].wait_for("2 of 3 nodes connected")
     since = time.time()
     stacks.append(up(second, "", {**classic, "NODE_RANK": "1"}, project="twin"))
     line = refused(
@@ -78,7 +78,7 @@ def test_a_node_that_never_comes(cluster2: Cluster, table: Table) -> None:
     since = time.time()
     stacks = [up(cluster2.nodes[0], cluster2.addresses, {"START_TIMEOUT": "4"})]
     all_hear(stacks, "waiting 2 s for node 1", since)
-    line = refused(table, "a node is missing (START_TIMEOUT=4)", stacks, since, r"not here within 4 s", 3)
+    line = refused(table, "a node is missing (START_TIMEOUT=4)", stacks, since, r"timed out after 4 s", 3)
     assert cluster2.nodes[1].address in line
 
 
@@ -92,7 +92,7 @@ def test_a_closed_control_port(cluster2: Cluster, table: Table, *, reject: bool,
         up(second, cluster2.addresses, {"START_TIMEOUT": "6"}),
     ]
     kind = "rejects" if reject else "drops"
-    pattern = rf"not here within \d s|node 0, {first.address} port 29401 did not answer within \d+ s.*{why}"
+    pattern = rf"timed out after \d+ s .START_TIMEOUT. waiting for node (1|0, {first.address} port 29401: .*{why})"
     refused(table, f"a firewall {kind} CONTROL_PORT (START_TIMEOUT=6)", stacks, since, pattern, 3)
     assert f"sudo iptables -I INPUT -p tcp -s {second.address} -j ACCEPT" in stacks[1].logs()
 
@@ -141,7 +141,7 @@ def test_a_node_that_fails_during_the_roll_call_and_comes_again_and_a_stop_on_it
     second.kill()
     knows, line = all_hear([first], rf"waiting .* for node 1 \({cluster2.nodes[1].address}\)", since)
     second.start()
-    came, _ = all_hear([first], "2 of 3 nodes are here", since + knows)
+    came, _ = all_hear([first], "2 of 3 nodes connected", since + knows)
     table.add("container killed during the roll call", knows, f"is back after {knows + came:.1f} s", verdict(line))
     since = time.time()
     second.stop()

@@ -93,7 +93,7 @@ def test_one_node_alone_ends_within_two_seconds_and_never_loads_torch(doctors: D
         "import os, sys, time; start = time.monotonic(); sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from app.doctor.command import main\n"
-        "import app.doctor.attend, app.doctor.collect.collective\n"
+        "import app.doctor.participant, app.doctor.collect.collective\n"
         "print(main(['--alone', '--json'], os.environ, Path('.env')), time.monotonic() - start, 'torch' in sys.modules)"
     )
     done = subprocess.run(
@@ -133,7 +133,7 @@ def test_json_alone_stands_on_standard_output(doctors: Doctors) -> None:
 def test_a_node_that_does_not_come_is_waited_for_by_name_and_ends_as_a_red_row(doctors: Doctors) -> None:
     one = doctors.start(0, "--wait", "4")
     assert one.end(30) == 1
-    assert "waiting for node 1 (127.0.0.2): connection refused" in one.text
+    assert re.search(r"waiting \d+ s for node 1 \(127\.0\.0\.2\): connection refused", one.text)
     assert [line for line in bad(one) if line.startswith("node 1 (127.0.0.2): present FAIL: This node never came")]
     assert "node 0 (127.0.0.1): all-reduce -: not tried" in one.text
 
@@ -189,7 +189,7 @@ def test_when_node_0_is_killed_the_others_end_and_say_so(doctors: Doctors) -> No
 def test_a_doctor_that_was_stopped_may_come_again_before_the_last_has_come(doctors: Doctors) -> None:
     others = [doctors.start(0, nodes=3)]
     early = doctors.start(1, nodes=3)
-    others[0].wait_for(r"waiting for node 2 \(127.0.0.3\)")
+    others[0].wait_for(r"waiting \d+ s for node 2 \(127.0.0.3\)")
     early.signal(signal.SIGINT)
     early.process.wait(10)
     others += [doctors.start(rank, nodes=3) for rank in (1, 2)]

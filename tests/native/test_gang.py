@@ -34,6 +34,15 @@ for step in range(30):
 print("trained", flush=True)
 """
 
+ALWAYS_DIES = """
+import os, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+for step in range(100):
+    dist.all_reduce(torch.ones(1))
+    if step == 5 and dist.get_rank() == 1:
+        os._exit(3)
+"""
+
 ALWAYS_FAILS = """
 import os, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -90,13 +99,70 @@ def test_the_exception_of_one_worker_is_the_last_line_on_both_nodes(tmp_path: Pa
 
 
 def test_three_failures_in_a_row_end_the_job_and_say_that_there_was_no_progress(tmp_path: Path) -> None:
-    with nodes(tmp_path, 2, ALWAYS_FAILS, MAX_RESTARTS="2") as job:
+    with nodes(tmp_path, 2, ALWAYS_DIES, MAX_RESTARTS="2") as job:
         launchers = job.start_all()
         assert ends(launchers, 60) == [5, 5]
     for launcher in launchers:
         assert "3 failures in a row without a new checkpoint (MAX_RESTARTS=2)" in launcher.said[-1]
         again = [line.partition("All nodes start again ")[2] for line in launcher.said if "All nodes start" in line]
         assert again == ["(restart 1 of 2)", "in 1 s (restart 2 of 2)"], "only the first restart comes at once"
+
+
+def test_the_same_error_at_the_same_place_twice_without_progress_ends_the_job(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, ALWAYS_FAILS, MAX_RESTARTS="5") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 60) == [5, 5]
+    for launcher in launchers:
+        assert "rank 1 failed with ValueError: bad batch" in launcher.said[-1]
+        assert "The same error at the same place twice" in launcher.said[-1]
+        assert sum("All nodes start again" in line for line in launcher.said) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (
+            "try: raise ValueError('bad batch')\n        except Exception as error: print(error); sys.exit(1)",
+            "bad batch",
+        ),
+        ("print('MyError: no such shard', file=sys.stderr); sys.exit(1)", "no such shard"),
+    ],
+)
+def test_a_script_that_prints_its_error_and_leaves_with_1_is_blamed_with_its_words(
+    tmp_path: Path, end: str, words: str
+) -> None:
+    lines = ALWAYS_FAILS.replace('raise ValueError("bad batch")', end).replace("import os,", "import os, sys,")
+    with nodes(tmp_path, 2, lines, MAX_RESTARTS="0") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 60) == [5, 5]
+    for launcher in launchers:
+        assert launcher.said[-1].startswith("node 1 (127.0.0.2) - rank 1 failed with ")
+        assert words in launcher.said[-1]
+
+
+def test_ranks_that_are_killed_together_are_all_named_and_none_followed(tmp_path: Path) -> None:
+    dies = "import os, signal, time\ntime.sleep(1 - time.time() % 1)\nos.kill(os.getpid(), signal.SIGKILL)"
+    with nodes(tmp_path, 2, dies, MAX_RESTARTS="0") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 60) == [5, 5]
+    for launcher in launchers:
+        assert "node 0 (127.0.0.1) - rank 0 was ended by SIGKILL" in launcher.said[-1]
+        assert "node 1 (127.0.0.2) - rank 1 was ended by SIGKILL" in launcher.said[-1]
+        assert "as a result" not in launcher.said[-1]
+
+
+def test_a_node_that_its_own_settings_refuse_is_known_to_the_others_at_once(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3, ALL_REDUCE) as job:
+        first, second = job.start(0, "10"), job.start(1, "10")
+        for launcher in (first, second):
+            launcher.wait_for(r"waiting \d+ s for node 2")
+        third = job.start(2, "10", NPROC_PER_NODE="many")
+        assert third.end() == 2
+        for launcher in (first, second):
+            launcher.wait_for(r"node 2 \(127\.0\.0\.3\) was turned away: it cannot start: .*NPROC_PER_NODE=many", 5)
+            launcher.wait_for(r"waiting \d+ s for node 2 \(127\.0\.0\.3\): it cannot start: .*NPROC_PER_NODE=many", 15)
+        fixed = job.start(2, "10")
+        assert ends([first, second, fixed]) == [0, 0, 0]
 
 
 def test_a_killed_worker_is_named_with_its_signal_and_the_next_round_trains_to_the_end(tmp_path: Path) -> None:
@@ -119,7 +185,7 @@ def test_a_killed_torchrun_takes_its_workers_with_it_and_is_named_within_two_sec
         killed = time.monotonic()
         second.agents()[0].kill()
         assert ends([first, second]) == [5, 5]
-        assert first.when("ending the workers of this node") - killed < 2
+        assert first.when("stopping local workers") - killed < 2
         gone, alive = psutil.wait_procs(workers, 2)
         assert gone
         assert not alive
@@ -185,7 +251,7 @@ def test_scripts_that_do_not_stop_are_waited_for_aloud_and_killed_after_their_gr
         for launcher in (first, second):
             launcher.wait_for("stubborn")
         second.signal(signal.SIGTERM)
-        first.wait_for("ending the workers of this node")
+        first.wait_for("stopping local workers")
         command = [sys.executable, str(PROJECT / "entrypoint.py"), "healthcheck"]
         health = subprocess.run(command, capture_output=True, text=True, timeout=30)
         assert "stopping, round 1, no progress yet" in health.stdout
@@ -198,7 +264,7 @@ def test_a_stop_while_waiting_for_a_node_ends_those_that_wait(tmp_path: Path) ->
     with nodes(tmp_path, 3, ALL_REDUCE) as job:
         first, second = job.start(0, "10"), job.start(1, "10")
         for launcher in (first, second):
-            launcher.wait_for(r"waiting \d+ s for node 2 \(127\.0\.0\.3\): connection refused.*2 of 3 nodes are here")
+            launcher.wait_for(r"waiting \d+ s for node 2 \(127\.0\.0\.3\): connection refused.*2 of 3 nodes connected")
         second.signal(signal.SIGTERM)
         assert ends([first, second]) == [143, 143]
 
@@ -217,7 +283,7 @@ def test_a_node_that_never_comes_is_named_when_the_start_timeout_is_over(tmp_pat
     with nodes(tmp_path, 2, ALL_REDUCE, START_TIMEOUT="3") as job:
         first = job.start(0, "10")
         assert first.end() == 3
-    assert "not here within 3 s (START_TIMEOUT): node 1 (127.0.0.2): connection refused" in first.said[-1]
+    assert "timed out after 3 s (START_TIMEOUT) waiting for node 1 (127.0.0.2): connection refused" in first.said[-1]
 
 
 def test_a_lost_node_that_does_not_come_back_is_named_with_what_happened(tmp_path: Path) -> None:
@@ -227,7 +293,7 @@ def test_a_lost_node_that_does_not_come_back_is_named_with_what_happened(tmp_pat
         second.signal(signal.SIGKILL)
         assert first.end() == 6
     assert first.said[-1].startswith("node 1 (127.0.0.2) was lost: its connection closed")
-    assert "not back within 3 s (REJOIN_TIMEOUT)" in first.said[-1]
+    assert "timed out after 3 s (REJOIN_TIMEOUT) waiting for node 1" in first.said[-1]
 
 
 def test_with_min_nodes_the_job_goes_on_without_a_lost_node_and_takes_it_back_in_the_next_round(tmp_path: Path) -> None:
@@ -251,7 +317,7 @@ def test_two_nodes_with_one_rank_are_both_named_at_once(tmp_path: Path) -> None:
         first.wait_for(r"waiting \d+ s")
         twin = job.start(2, "10", NODE_RANK="1")
         assert ends([second, twin]) == [4, 4]
-        first.wait_for("stays for up to 10 s to tell the end to node 2")
+        first.wait_for("waiting up to 10 s to deliver the verdict to node 2")
         first.signal(signal.SIGINT)
         assert first.end(5) == 4
     assert first.said[-1] == second.said[-1] == twin.said[-1]
@@ -302,7 +368,7 @@ def test_a_port_of_node_0_that_stays_in_use_is_refused_on_all_nodes_with_its_hol
     for launcher in launchers:
         told = f"node 0 cannot listen on 127.0.0.1 port {port} ({setting}): process {os.getpid()} ("
         assert launcher.said[-1].startswith(told)
-        assert launcher.said[-1].endswith(") has it. End that, or set another MASTER_PORT on all nodes.")
+        assert launcher.said[-1].endswith(") has it. Fix: end that, or set another MASTER_PORT on all nodes.")
 
 
 def test_a_port_that_another_job_of_this_machine_has_on_any_address_is_refused_on_a_single_node(tmp_path: Path) -> None:
@@ -311,7 +377,7 @@ def test_a_port_that_another_job_of_this_machine_has_on_any_address_is_refused_o
         other.listen()
         launcher = job.start(0, "10")
         assert ends([launcher], 25) == [2]
-    assert launcher.said[-1].endswith(") has it. End that, or set another MASTER_PORT on all nodes.")
+    assert launcher.said[-1].endswith(") has it. Fix: end that, or set another MASTER_PORT on all nodes.")
     assert "Traceback" not in launcher.text
 
 
@@ -354,7 +420,7 @@ def test_a_script_that_got_on_before_is_tried_again_whatever_it_ends_with(tmp_pa
 def test_a_node_that_comes_after_a_refusal_is_told_the_same(tmp_path: Path) -> None:
     with nodes(tmp_path, 3, ALL_REDUCE) as job:
         first, second = job.start(0, "10"), job.start(1, "10", NPROC_PER_NODE="2")
-        first.wait_for(r"stays for up to 10 s to tell the end to node 2 \(127\.0\.0\.3\)")
+        first.wait_for(r"waiting up to 10 s to deliver the verdict to node 2 \(127\.0\.0\.3\)")
         first.wait_for("NPROC_PER_NODE +1", 1)
         late = job.start(2, "10")
         assert ends([first, second, late]) == [4, 4, 4]
@@ -384,5 +450,5 @@ def test_a_wrong_token_is_refused_before_a_word_and_the_right_one_trains(tmp_pat
         assert tokenless.end() == 7
         second = job.start(1, "10")
         assert ends([first, second]) == [0, 0]
-    assert "does not prove the cluster token" in first.text
+    assert "its CLUSTER_TOKEN_FILE is not that of node 0" in first.text
     assert "without CLUSTER_TOKEN_FILE" not in first.text

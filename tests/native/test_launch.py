@@ -97,7 +97,7 @@ def test_a_process_that_the_script_left_behind_is_ended_with_the_job(tmp_path: P
     with nodes(tmp_path, 1, LEAVES_A_CHILD, NODES="", NODE_RANK="") as job:
         launcher = job.start(0)
         assert launcher.end() == 0
-    assert "processes that outlived torchrun and were killed: 1" in launcher.text
+    assert "killed 1 orphaned worker process" in launcher.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -18,7 +18,7 @@ time.sleep(60)
 def test_each_node_of_a_failed_job_has_a_report_and_the_command_prints_it(tmp_path: Path) -> None:
     with nodes(tmp_path, 2, FAILING, MAX_RESTARTS="0") as made:
         assert [launcher.end(60) for launcher in made.start_all()] == [5, 5]
-        assert "kept for `report`: " in made.launchers[1].text
+        assert "report written to " in made.launchers[1].text
     folders = [tmp_path / f"node{rank}/default/report/node{rank}" for rank in (0, 1)]
     first, second = (json.loads((folder / "report.json").read_text()) for folder in folders)
     assert first["verdict"] == second["verdict"]
@@ -73,7 +73,7 @@ def test_a_worker_that_is_killed_is_the_first_error_of_its_node_and_all_say_what
             cause, fix, kept, verdict = launcher.said[-4:]
             assert cause.startswith("cause: The worker was killed from outside")
             assert fix.startswith("fix: `dmesg")
-            assert kept.startswith("kept for `report`: ")
+            assert kept.startswith("report written to ")
             assert "rank 1 was ended by SIGKILL" in verdict
     folders = [tmp_path / f"shared/default/report/node{rank}" for rank in (0, 1)]
     first, second = ((folder / "report.txt").read_text() for folder in folders)

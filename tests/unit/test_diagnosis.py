@@ -10,7 +10,7 @@ from app.report.history import RoundRecord
 PEER = "RuntimeError: [/gloo/pair.cc:553] Connection closed by peer [10.0.0.2]:39558. This is typically caused by ..."
 NO_MODULE = "ModuleNotFoundError: No module named 'flash_attn'"
 OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 22.00 MiB."
-ELSEWHERE = "node 1 (10.0.0.2) - rank 3 failed with {} (exit code 1), at 06:29:22 UTC (node 0 ended because of it)"
+ELSEWHERE = "node 1 (10.0.0.2) - rank 3 failed with {} (exit code 1), at 06:29:22 UTC (node 0 stopped as a result)"
 REMARKS = (
     PEER,
     f"{NO_MODULE}, falling back to plain attention",

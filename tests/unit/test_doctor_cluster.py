@@ -8,10 +8,10 @@ import pytest
 from app.doctor.cluster_checks import judge
 from app.doctor.cluster_checks.transport import Collective
 from app.doctor.collect.meter import Speed
+from app.doctor.coordinator import steps
 from app.doctor.findings import Finding, Row, Severity, green, red
-from app.doctor.meeting import steps
 from app.doctor.results import Measured, Node
-from app.doctor.talk import read_facts, told_facts
+from app.gang.messages import read_facts
 
 GBIT = 125e6
 
@@ -121,7 +121,7 @@ def test_of_two_hundred_packages_the_one_that_differs_is_named_and_no_other() ->
     names = [f"some_package_{number:03}-1.{number}" for number in range(200)]
     # One more near the beginning shifts all that follow.
     for rank, installed in enumerate((names, [names[0], "some_package_000a-3.0", *names[1:]])):
-        heard = json.loads(json.dumps({"kind": "hello", "facts": told_facts({"packages": " ".join(installed)})}))
+        heard = json.loads(json.dumps({"kind": "hello", "facts": {"packages": " ".join(installed)}}))
         measured.nodes[rank] = node(rank, facts=read_facts(heard))
     assert bad(judge(measured))[1, "agree"].sentence == (
         "Nodes differ: package some_package_000a - (node 0) 3.0 (node 1)"

@@ -7,7 +7,7 @@ import pytest
 
 from app.doctor.cluster_checks.transport import Collective, NcclLog, carrier, judge_transport, read_nccl
 from app.doctor.findings import Severity
-from app.doctor.talk import read_collective, told_collective
+from app.doctor.protocol import read_collective, told_collective
 
 # https://github.com/NVIDIA/nccl/issues/1925 (NCCL 2.28)
 IB_2_28 = """

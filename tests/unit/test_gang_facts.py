@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from app.gang.agreement import differences, module_digest
-from app.gang.connectivity import ALL_PAIRS, let_in, targets
+from app.gang.connectivity import ALL_PAIRS, targets
+from app.gang.probes import allow
 
 BASE = {"torch": "2.13.0", "NPROC_PER_NODE": "2", "mtu": "1500", "python": "3.12"}
 
@@ -65,8 +66,8 @@ def test_the_digest_of_a_package_changes_with_any_of_its_files(tmp_path: Path) -
 
 
 def test_the_rule_that_lets_a_node_in_is_of_its_addresses_kind() -> None:
-    assert let_in("10.0.0.1", "10.0.0.2") == "sudo iptables -I INPUT -p tcp -s 10.0.0.1 -d 10.0.0.2 -j ACCEPT"
-    assert let_in("2001:db8::1") == "sudo ip6tables -I INPUT -p tcp -s 2001:db8::1 -j ACCEPT"
+    assert allow("10.0.0.1", "10.0.0.2") == "sudo iptables -I INPUT -p tcp -s 10.0.0.1 -d 10.0.0.2 -j ACCEPT"
+    assert allow("2001:db8::1") == "sudo ip6tables -I INPUT -p tcp -s 2001:db8::1 -j ACCEPT"
 
 
 def test_small_clusters_try_every_pair_both_ways() -> None:

@@ -14,8 +14,8 @@ import pytest
 from app.engine.outcome import Collective, Stall
 from app.engine.watchdog import Look, activity, has_worked
 from app.gang.messages import Event
-from app.gang.round import Round
-from app.gang.stalls import verdict
+from app.gang.round import RoundState
+from app.gang.stalls import describe
 from app.plan import Plan
 from app.supervise import hang
 from app.supervise.hang import StalledHeartbeat
@@ -33,7 +33,7 @@ def stall(rank: int, *collectives: Collective, at: str = "train.py:9, in step: d
 
 
 def told(*stalls: Stall) -> str:
-    return verdict({NODES[0]: stalls[:2], NODES[1]: stalls[2:]})
+    return describe({NODES[0]: stalls[:2], NODES[1]: stalls[2:]})
 
 
 def test_the_rank_that_has_not_reached_a_collective_is_named_with_its_node_and_line() -> None:
@@ -161,7 +161,7 @@ def test_a_rank_without_a_heartbeat_that_uses_no_processor_holds_the_gil(plan: P
     (silent, other) = read(plan, tmp_path, heartbeat(tmp_path, 0, 30))
     assert (silent.rank, silent.seconds, silent.at) == (0, 30, hang.HOLDS_THE_GIL)
     assert other == stall(1)
-    assert "rank 0 has not reached all_reduce #6" in verdict({NODES[0]: (silent, other)})
+    assert "rank 0 has not reached all_reduce #6" in describe({NODES[0]: (silent, other)})
 
 
 @pytest.mark.parametrize(("age", "used", "pid"), [(3, 0, 0), (30, 5, 0), (30, 0, 1 << 30)])
@@ -245,8 +245,8 @@ def test_a_rank_works_when_anything_of_it_does(change: dict[str, Any], works: bo
     assert has_worked(STILL, STILL._replace(time=5, **change)) is works
 
 
-def a_round(said: list[str], timeout: float = 100) -> Round:
-    return Round(
+def a_round(said: list[str], timeout: float = 100) -> RoundState:
+    return RoundState(
         names=NODES,
         stop_grace=30,
         patience=10,
@@ -270,7 +270,7 @@ def test_a_standstill_is_told_once_when_the_last_node_stands_still_and_withdrawn
     assert [text[:31] for text in said] == ["no progress on any rank for 60 "]
     course.take(stalled(0), 1003.0)
     assert said[1:] == ["progress resumed"]
-    course.lose_patience(5000.0)
+    course.check_hang(5000.0)
     assert len(said) == 2
 
 
@@ -288,11 +288,11 @@ def test_only_hang_timeout_ends_a_job_that_stands_still() -> None:
         course = a_round(said, timeout)
         course.take(stalled(0, stall(0)), 1000.0)
         course.take(stalled(1, stall(1, entered(number=5, done=True))), 1000.0)
-        course.lose_patience(1039.0)
+        course.check_hang(1039.0)
         assert len(said) == 1
-        course.lose_patience(1041.0)
+        course.check_hang(1041.0)
         assert said[1:] == (["failure: the job hangs (HANG_TIMEOUT=100)"] if ends else [])
-        assert [trouble.what[:27] for trouble in course.troubles] == ["hangs: no progress on any r"] * ends
+        assert [trouble.what[:27] for trouble in course.failures] == ["hangs: no progress on any r"] * ends
 
 
 def test_what_a_node_says_that_waits_for_the_next_round_ends_none_but_its_stop_does() -> None:

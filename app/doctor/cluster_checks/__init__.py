@@ -8,7 +8,7 @@ from app.doctor.cluster_checks.transport import judge_transport
 from app.doctor.findings import Finding, Row, Severity, green, red, skipped, told, yellow
 from app.doctor.results import Found, Measured
 from app.gang.agreement import differences, told_nodes
-from app.gang.connectivity import let_in
+from app.gang.probes import allow
 
 CLOCKS_APART = 2.0
 
@@ -95,7 +95,7 @@ def judge_reach(measured: Measured) -> Found:
         text = "{peer} cannot connect to it, port {ports}: {reason}."
         if len(ports) > 1:
             text += " NCCL and Gloo use random ports: open all between the nodes."
-        fix = let_in(caller.address, called.address)
+        fix = allow(caller.address, called.address)
         if why.startswith("connects"):
             fix = f"ip link show {called.interface}   # on both nodes"
         shown = " and ".join(map(str, sorted(ports)))

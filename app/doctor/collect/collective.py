@@ -13,7 +13,7 @@ from pathlib import Path
 from app.config.project import PROJECT
 from app.doctor.cluster_checks.transport import Collective, carrier, read_nccl
 from app.doctor.facts import Facts
-from app.doctor.meeting import ALL_REDUCE
+from app.doctor.protocol import ALL_REDUCE
 from app.engine import torchrun
 from app.host import Host
 from app.host.files import entries, number

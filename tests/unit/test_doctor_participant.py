@@ -1,33 +1,30 @@
-"""A node's answers at the meeting, where its own disk is in the way."""
+"""A node's answers in doctor, where its own disk is in the way."""
 
 import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from app.doctor.attend import Attendant
 from app.doctor.cluster_checks.transport import Collective
 from app.doctor.collect.look import Disk
 from app.doctor.facts import Facts
-from app.gang import connectivity
+from app.doctor.participant import DoctorAnswers
 from app.gang.connection import Message
 from app.plan import Plan
 from tests.unit.test_doctor_checks import facts_of
 
 
-def node(facts: Facts, folder: Path) -> Attendant:
+def node(facts: Facts, folder: Path) -> DoctorAnswers:
     """A node whose checkpoints go below `folder`."""
     facts = replace(facts, look=replace(facts.look, disk=Disk(folder=str(folder))))
     assert facts.plan is not None
     plan = replace(facts.plan, script=replace(facts.plan.script, checkpoint_dir=folder / "checkpoints"))
-    one = Attendant(facts=facts, plan=plan, token=b"", findings=(), say=print, reduce=full_disk)
-    one._answering = connectivity.Answering("key")
-    return one
+    return DoctorAnswers(facts=facts, plan=plan, findings=(), reduce=full_disk)
 
 
-def answer(one: Attendant, kind: str, **fields: object) -> Mapping[str, object]:
+def answer(one: DoctorAnswers, kind: str, **fields: object) -> Mapping[str, object]:
     message: Message = {"kind": kind, **fields}
-    return asyncio.run(one._answer(kind, message))
+    return asyncio.run(one.answer(kind, message))
 
 
 async def full_disk(_facts: Facts, _plan: Plan, _run_id: str, _place: int, _nnodes: int) -> Collective:

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from app.config.exitcodes import ExitCode
 from app.engine.outcome import Outcome
-from app.gang.connection import MAX_LINE, Message, Wire, introduce
-from app.gang.coordinator import Hub
-from app.gang.participant import Member, Place, Surroundings
-from app.gang.verdict import Trouble, Verdict
+from app.gang.connection import MAX_LINE, Connection, Message
+from app.gang.coordinator import Coordinator
+from app.gang.handshake import introduce
+from app.gang.participant import NodeServices, Participant, RoundAssignment
+from app.gang.verdict import NodeFailure, Verdict
 from app.plan import Plan
 from tests.unit.launch_facts import card, machine, planned
 
@@ -31,9 +32,9 @@ def a_plan(nodes: int = 3, rank: int = 0, **settings: str) -> Plan:
 
 @dataclass
 class Node:
-    """FAKE: the member's side of one connection, which says what a test lets it say."""
+    """FAKE: the participant's side of one connection, which says what a test lets it say."""
 
-    wire: Wire
+    connection: Connection
     heard: list[Message] = field(default_factory=list)
     closed: bool = False
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -41,7 +42,7 @@ class Node:
     async def read(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                self.heard.append(await self.wire.receive())
+                self.heard.append(await self.connection.receive())
                 self._news.set()
         self.closed = True
         self._news.set()
@@ -56,7 +57,7 @@ class Node:
     async def goes(self) -> None:
         """Says that it reaches everybody, and starts."""
         await self.hears("probe")
-        self.wire.send("reached", failed=[])
+        self.connection.send("reached", failed=[])
 
     def kinds(self) -> list[object]:
         return [message["kind"] for message in self.heard if message["kind"] != "beat"]
@@ -66,27 +67,27 @@ class Node:
 class Job:
     """A hub, the task that leads it, and what it prints."""
 
-    hub: Hub
+    coordinator: Coordinator
     said: list[str]
     leading: asyncio.Task[Verdict]
     tasks: list[asyncio.Future[None]] = field(default_factory=list)
 
-    async def connect(self) -> Wire:
+    async def connect(self) -> Connection:
         here, there = socket.socketpair()
         ends = await asyncio.open_connection(sock=there, limit=MAX_LINE)
-        self.tasks.append(asyncio.ensure_future(self.hub.serve(*ends)))
-        return Wire(*await asyncio.open_connection(sock=here, limit=MAX_LINE))
+        self.tasks.append(asyncio.ensure_future(self.coordinator.serve(*ends)))
+        return Connection(*await asyncio.open_connection(sock=here, limit=MAX_LINE))
 
     async def joins(
-        self, rank: int, life: str = "", facts: Mapping[str, str] | None = None, round_: int = 0, nnodes: int = 3
+        self, rank: int, instance_id: str = "", facts: Mapping[str, str] | None = None, round_: int = 0, nnodes: int = 3
     ) -> Node:
         node = Node(await self.connect())
         hello = {
-            "run": self.hub.plan.run_name,
+            "run": self.coordinator.plan.run_name,
             "rank": rank,
-            "nnodes": nnodes,
+            "job": "training",
             "host": "vm",
-            "life": life or f"life {rank}",
+            "instance_id": instance_id or f"instance {rank}",
             "key": "k",
             "facts": dict(facts or {"torch": "2"}),
             "round": round_,
@@ -94,7 +95,7 @@ class Job:
             "ports": [{"port": 1000 + rank}],
             "progress": "",
         }
-        await introduce(node.wire, b"", hello)
+        await introduce(node.connection, b"", hello)
         self.tasks.append(asyncio.ensure_future(node.read()))
         return node
 
@@ -104,8 +105,8 @@ def lead(plan: Plan, story: Callable[[Job], Awaitable[None]]) -> None:
 
     async def both() -> None:
         said: list[str] = []
-        hub = Hub(plan, b"", said.append)
-        job = Job(hub, said, asyncio.ensure_future(hub.preside()))
+        coordinator = Coordinator(plan, b"", said.append)
+        job = Job(coordinator, said, asyncio.ensure_future(coordinator.run()))
         try:
             async with asyncio.timeout(30):
                 await story(job)
@@ -119,7 +120,7 @@ def lead(plan: Plan, story: Callable[[Job], Awaitable[None]]) -> None:
 
 async def running(job: Job, ranks: Sequence[int] = (0, 1, 2)) -> list[Node]:
     """Nodes that have all been told to start."""
-    nodes = [await job.joins(rank, nnodes=job.hub.plan.nodes.count) for rank in ranks]
+    nodes = [await job.joins(rank, nnodes=job.coordinator.plan.nodes.count) for rank in ranks]
     for node in nodes:
         await node.goes()
     for node in nodes:
@@ -132,14 +133,14 @@ def test_a_node_that_dies_in_the_reach_test_is_lost_and_another_round_follows() 
         nodes = [await job.joins(rank) for rank in range(3)]
         for node in nodes:
             await node.hears("probe")
-        nodes[0].wire.send("reached", failed=[])
+        nodes[0].connection.send("reached", failed=[])
         # Its peer may tell of the refused connection before its own connection is seen to end.
-        nodes[1].wire.send("reached", failed=[{"rank": 2, "port": 1002, "why": "connection refused"}])
-        nodes[2].wire.close()
+        nodes[1].connection.send("reached", failed=[{"rank": 2, "port": 1002, "why": "connection refused"}])
+        nodes[2].connection.close()
         while not any("node 2 (10.0.0.3) was lost" in str(message.get("text")) for message in nodes[0].heard):
             await asyncio.sleep(0.02)
         assert not job.leading.done()
-        again = await job.joins(2, life="another life")
+        again = await job.joins(2, instance_id="another instance")
         assert await again.hears("probe")
 
     lead(a_plan(), story)
@@ -151,8 +152,8 @@ def test_a_blocked_pair_is_the_end_before_the_first_round_and_another_try_in_a_l
         nodes = [await job.joins(rank, round_=round_, nnodes=2) for rank in range(2)]
         for node in nodes:
             await node.hears("probe")
-        nodes[0].wire.send("reached", failed=[{"rank": 1, "port": 1001, "why": "no answer"}])
-        nodes[1].wire.send("reached", failed=[])
+        nodes[0].connection.send("reached", failed=[{"rank": 1, "port": 1001, "why": "no answer"}])
+        nodes[1].connection.send("reached", failed=[])
         if not round_:
             assert (await nodes[1].hears("verdict"))["code"] == ExitCode.UNREACHABLE
             return
@@ -168,7 +169,7 @@ def test_a_node_that_disagrees_and_leaves_does_not_let_the_others_start_without_
         first = await job.joins(0)
         odd = await job.joins(1, facts={"torch": "9"})
         await asyncio.sleep(0.3)
-        odd.wire.close()
+        odd.connection.close()
         await asyncio.sleep(2.5)
         assert "probe" not in first.kinds()
         await job.joins(1)
@@ -183,10 +184,10 @@ def test_a_stop_on_a_node_that_waits_for_the_next_round_stops_the_job() -> None:
         nodes = await running(job, (0, 1))
         late = await job.joins(2)
         await late.hears("news")
-        late.wire.send("stop")
+        late.connection.send("stop")
         assert (await nodes[0].hears("halt"))["why"] == "stop"
         for node in nodes:
-            node.wire.send("ended", code=143, failures=[], ports=[], progress="")
+            node.connection.send("ended", code=143, failures=[], ports=[], progress="")
         for node in (*nodes, late):
             assert (await node.hears("verdict"))["code"] == ExitCode.STOPPED
 
@@ -196,13 +197,13 @@ def test_a_stop_on_a_node_that_waits_for_the_next_round_stops_the_job() -> None:
 def test_everybody_who_comes_in_the_moment_of_a_refusal_is_told_it() -> None:
     async def story(job: Job) -> None:
         first = [await job.joins(0), await job.joins(1)]
-        rest = await asyncio.gather(job.joins(1, life="twin"), job.joins(2), job.joins(3, nnodes=4))
+        rest = await asyncio.gather(job.joins(1, instance_id="twin"), job.joins(2), job.joins(3, nnodes=4))
         for node in (*first, *rest):
             await asyncio.wait(
                 [asyncio.ensure_future(node.hears(kind)) for kind in ("verdict", "refuse")],
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            node.wire.close()
+            node.connection.close()
         started = time.monotonic()
         verdict = await job.leading
         assert verdict.code == ExitCode.DISAGREE
@@ -214,7 +215,7 @@ def test_everybody_who_comes_in_the_moment_of_a_refusal_is_told_it() -> None:
 def test_newcomers_that_are_refused_in_a_running_round_are_sent_away_and_fill_neither_sockets_nor_log() -> None:
     async def story(job: Job) -> None:
         await running(job, (0, 1))
-        strangers = [await job.joins(1, life=f"stranger {number}", nnodes=2) for number in range(30)]
+        strangers = [await job.joins(1, instance_id=f"stranger {number}", nnodes=2) for number in range(30)]
         for node in strangers:
             assert (await node.hears("refuse"))["code"] == ExitCode.DISAGREE
         await asyncio.sleep(0.1)
@@ -232,7 +233,7 @@ def test_a_node_that_comes_again_before_its_old_connection_is_seen_to_end_keeps_
         await new.hears("probe")
         assert old.closed
         for node in (first, new, last):
-            node.wire.send("reached", failed=[])
+            node.connection.send("reached", failed=[])
         for node in (first, new, last):
             await node.hears("go")
         assert not [message for message in first.heard if "was lost" in str(message.get("text"))]
@@ -253,12 +254,12 @@ def test_any_message_at_any_time_is_no_crash_of_node_0(said: str) -> None:
 
     async def story(job: Job) -> None:
         nodes = [await job.joins(0, nnodes=2)]
-        nodes[0].wire.send(said, **fields)
+        nodes[0].connection.send(said, **fields)
         nodes.append(await job.joins(1, nnodes=2))
         for _ in range(4):
             await asyncio.sleep(0.15)
             for node in nodes:
-                node.wire.send(said, **fields)
+                node.connection.send(said, **fields)
         if job.leading.done():
             assert job.leading.result().code in (ExitCode.STOPPED, ExitCode.DONE)
 
@@ -286,56 +287,60 @@ class Engine:
         self.ended.set()
 
 
-def a_member(plan: Plan, dial: Callable[[], Awaitable[Wire]], engine: Engine, launched: asyncio.Event) -> Member:
-    def launch(_: Place) -> Engine:
+def a_participant(
+    plan: Plan, dial: Callable[[], Awaitable[Connection]], engine: Engine, launched: asyncio.Event
+) -> Participant:
+    def launch(_: RoundAssignment) -> Engine:
         launched.set()
         return engine
 
-    async def look() -> None: ...
+    async def refresh() -> None: ...
 
-    around = Surroundings(
+    services = NodeServices(
         dial=dial,
         launch=launch,
         clean=lambda: 0,
         progress=lambda: "",
         stalls=lambda: (),
-        look=look,
+        refresh=refresh,
         say=lambda _: None,
         holder=lambda _: "",
         state=lambda _state, _round: None,
     )
-    return Member(plan, b"", {"torch": "2"}, around)
+    return Participant(plan, b"", {"torch": "2"}, services)
 
 
 def test_a_node_whose_job_was_being_stopped_when_node_0_vanished_has_stopped_too() -> None:
     async def story(job: Job) -> None:
         plan, launched, gone = a_plan(2, 1), asyncio.Event(), list[bool]()
 
-        async def dial() -> Wire:
+        async def dial() -> Connection:
             if gone:
                 raise ConnectionRefusedError(111, "connection refused")
             return await job.connect()
 
         # The addresses are made up, so nothing can listen on them.
-        member = a_member(replace(plan, network=replace(plan.network, address="127.0.0.1")), dial, Engine(), launched)
-        part = asyncio.ensure_future(member.take_part())
+        participant = a_participant(
+            replace(plan, network=replace(plan.network, address="127.0.0.1")), dial, Engine(), launched
+        )
+        part = asyncio.ensure_future(participant.take_part())
         first = await job.joins(0, nnodes=2)
         async with asyncio.timeout(20):
             while not launched.is_set():
                 await asyncio.sleep(0.05)
-        first.wire.send("stop")
+        first.connection.send("stop")
         await asyncio.sleep(0.2)
         gone.append(True)
-        for seat in job.hub.seats.taken().values():
-            seat.wire.abort()
+        for node in job.coordinator.membership.all().values():
+            node.connection.abort()
         job.leading.cancel()
         assert (await part).code == ExitCode.STOPPED
 
     async def without_reach(job: Job) -> None:
-        job.hub._prove_reach = no_reach  # type: ignore[method-assign,assignment]
+        job.coordinator._verify_connectivity = no_reach  # type: ignore[method-assign]
         await story(job)
 
-    async def no_reach(_seats: object) -> list[Trouble]:
+    async def no_reach() -> list[NodeFailure]:
         return []
 
     lead(a_plan(2), without_reach)
@@ -357,14 +362,14 @@ ORDERS = st.fixed_dictionaries(
 def test_whatever_node_0_says_a_node_obeys_or_hangs_up(orders: list[dict[str, object]]) -> None:
     async def told() -> Verdict | None:
         here, there = socket.socketpair()
-        wire = Wire(*await asyncio.open_connection(sock=here, limit=MAX_LINE))
-        node0 = Wire(*await asyncio.open_connection(sock=there, limit=MAX_LINE))
-        member = a_member(a_plan(2, 1), lambda: asyncio.sleep(0, wire), Engine(), asyncio.Event())
+        connection = Connection(*await asyncio.open_connection(sock=here, limit=MAX_LINE))
+        node0 = Connection(*await asyncio.open_connection(sock=there, limit=MAX_LINE))
+        participant = a_participant(a_plan(2, 1), lambda: asyncio.sleep(0, connection), Engine(), asyncio.Event())
         for order in orders:
             node0.send(str(order["kind"]), **{name: value for name, value in order.items() if name != "kind"})
         node0.close()
         async with asyncio.timeout(5):
-            return await member._obey(wire)
+            return await participant._follow(connection)
 
     verdict = asyncio.run(told())
     assert verdict is None or verdict.text is not None
@@ -374,10 +379,10 @@ def test_a_torchrun_whose_last_words_are_torn_has_ended_all_the_same() -> None:
     async def story(job: Job) -> None:
         engine, launched = Engine(broken=True), asyncio.Event()
         plan = a_plan(1, MAX_RESTARTS="0")
-        member = a_member(
+        participant = a_participant(
             replace(plan, network=replace(plan.network, master_port=free_port())), job.connect, engine, launched
         )
-        part = asyncio.ensure_future(member.take_part())
+        part = asyncio.ensure_future(participant.take_part())
         await launched.wait()
         engine.ended.set()
         verdict = await part

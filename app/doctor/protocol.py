@@ -1,79 +1,58 @@
-"""What nodes say at the meeting, to and from the wire: every field is checked here, once."""
+"""What nodes say in doctor, to and from the connection: every field is checked here, once."""
 
-import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from app.doctor.cluster_checks.transport import Collective, NcclLog
 from app.doctor.collect.meter import Peer
-from app.doctor.findings import CHECKS, Finding, Severity, to_dict, told
+from app.doctor.findings import CHECKS, Finding, Row, Severity, to_dict, told
 from app.doctor.results import Node
-from app.gang.connection import Message, Wire, WireError, integer, items, text
+from app.gang.connection import Message, ProtocolError, integer, items, text
+from app.gang.messages import Hello
 
-LONGEST_FACT = 20_000
-"""As long as the list of packages may be (`app.host`); a line of the wire has room for it. A list that is cut
-at different places on two nodes would differ in packages that do not."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Seat:
-    """A node that is connected."""
-
-    wire: Wire
-    node: Node
-    life: str
-    ports: tuple[int, ...]
-    key: str
-    meter: Mapping[str, str | int]
-    """Fields of meter.Peer, to hand on."""
-    inbox: asyncio.Queue[Message | str] = field(default_factory=asyncio.Queue)
-    """What it said, or why it is gone."""
+ALL_REDUCE = 45.0
+"""Seconds from the start of torchrun, most of which is the import of torch, to its end."""
 
 
-def read_seat(wire: Wire, message: Message) -> Seat:
-    """Raises WireError."""
-    node = Node(
-        rank=integer(message, "rank", 0, 1 << 16),
-        # Where the connection came from, which nobody can make up; node 0 itself comes by a pair of sockets.
-        address=wire.peer or text(message, "address", 64),
-        host=text(message, "host", 120),
+def read_node(message: Message | None, hello: Hello, address: str) -> Node:
+    """A node from its hello and its results; None for one that was lost before it told them. Raises ProtocolError."""
+    if message is None:
+        message = {"interface": "", "mtu": 0, "speed": 0, "transport": "", "findings": []}
+    return Node(
+        rank=hello.rank,
+        address=address,
+        host=hello.host,
         interface=text(message, "interface", 64),
         mtu=integer(message, "mtu", 0, 1 << 20),
         speed=integer(message, "speed", 0, 1 << 30),
         transport=text(message, "transport", 40),
-        facts=read_facts(message),
+        facts=hello.facts,
         findings=read_findings(message),
     )
+
+
+def read_meter(message: Message, address: str) -> dict[str, str | int]:
+    """Where a node's meter listens, to hand on to others. Raises ProtocolError."""
     ports = {name: integer(message, name, 1, 65535) for name in ("tcp", "udp")}
-    return Seat(
-        wire=wire,
-        node=node,
-        life=text(message, "life", 64),
-        ports=tuple(integer(one, "port", 1, 65535) for one in items(message, "ports", 4)),
-        key=text(message, "key", 64),
-        meter={"address": node.address, "key": text(message, "meter_key", 64), **ports},
-    )
+    return {"address": address, "key": text(message, "key", 64), **ports}
 
 
-def read_facts(message: Message) -> dict[str, str]:
-    """Raises WireError."""
-    told = message.get("facts")
-    if not isinstance(told, dict) or len(told) > 200:
-        raise WireError("facts is not an object")
-    return {str(name)[:100]: text(told, name, LONGEST_FACT) for name in told}
+def read_row(message: Message) -> Row:
+    """Raises ProtocolError."""
+    rank, address = integer(message, "rank", -1, 1 << 16), text(message, "address", 64)
+    return Row(rank=rank, address=address, findings=read_findings(message))
 
 
-def told_facts(facts: Mapping[str, str]) -> dict[str, str]:
-    return {name: value[:LONGEST_FACT] for name, value in facts.items()}
+def told_row(row: Row) -> dict[str, object]:
+    return {"rank": row.rank, "address": row.address, "findings": told_findings(row.findings)}
 
 
 def read_findings(message: Message) -> tuple[Finding, ...]:
-    """Raises WireError for what is not one of our checks and severities."""
+    """Raises ProtocolError for what is not one of our checks and severities."""
     found = []
     for one in items(message, "findings", 200):
         check, severity, values = text(one, "check", 40), text(one, "severity", 20), one.get("values")
         if check not in CHECKS or severity not in {*Severity} or not isinstance(values, dict):
-            raise WireError("not a finding")
+            raise ProtocolError("not a finding")
         sentence, fix = text(one, "sentence", 2000), text(one, "fix", 500)
         found.append(told(text(one, "id", 60), check, Severity(severity), sentence, fix, values))
     return tuple(found)

@@ -1,0 +1,54 @@
+"""What is known of one worker's failure on its own node, at once and for all nodes: its words, where, cause and fix."""
+
+import glob
+import re
+import signal
+from dataclasses import dataclass
+
+from app.engine.outcome import Failure
+from app.plan import Plan
+from app.report.history import read_error_file
+from app.report.node_report import end_of, own_line
+
+LAST_WORDS = 100
+"""Lines of a log in which an error still has to do with the end: earlier ones were survived."""
+ERROR = re.compile(r"^(?:\[[^\]]*\]:? ?)*((?:[\w.]*(?:Error|Exception)|[Ee]rror|ERROR)\b: .*)$", re.MULTILINE)
+"""An exception's last line, or an error as programs print it, behind the prefix of a rank."""
+LONGEST = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Culprit:
+    words: str = ""
+    """The exception, or where it left none the last error in its log."""
+    place: str = ""
+    """`File "train.py", line 5, in step`."""
+    cause: str = ""
+    fix: str = ""
+
+
+def examine(plan: Plan, run_id: str, failure: Failure) -> Culprit:
+    """Reads the worker's error file and the ends of its logs. Never raises OSError."""
+    from app.known_errors.catalog import CONSEQUENCE
+    from app.known_errors.diagnose import diagnose
+
+    pattern = f"{glob.escape(run_id)}_*/attempt_0/{failure.local_rank}"
+    folder = next(iter(plan.log_dir.glob(pattern)), plan.log_dir / "none")
+    recorded = read_error_file(folder / "error.json", run_id)
+    traceback = recorded.traceback if recorded else ""
+    log = "\n".join(end_of(folder / f"{name}.log") for name in ("stdout", "stderr"))
+    words = failure.text
+    # A signal comes without a word, but for an abort: what stands in the log then was said by a healthy process.
+    if not words and (failure.exitcode > 0 or failure.exitcode == -signal.SIGABRT):
+        last = "\n".join(log.splitlines()[-LAST_WORDS:])
+        words = next(reversed(ERROR.findall(last)), "")[:LONGEST]
+        found = diagnose(last)
+    else:
+        found = diagnose(f"{traceback}\n{words}") if words else None
+    known = found if found and found.error.rank > CONSEQUENCE else None
+    return Culprit(
+        words=words,
+        place=own_line(traceback),
+        cause=known.error.cause if known else "",
+        fix=known.error.fix if known else "",
+    )
