@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from app.gang.mirror.node import MirrorNode, Place
-from app.gang.mirror.pages import Unpacker, pages
+from app.gang.mirror.pages import Answering, ask_in_pages
 from app.gang.mirror.plan import Bounds
 from app.gang.mirror.session import Nodes, compare_only, level
 
@@ -71,18 +71,20 @@ class Bed:
             for node in range(self.count)
         ]
 
+        lines = [Answering(one.answer) for one in each]
+
+        async def line(rank: int, told: Mapping[str, object]) -> Mapping[str, object]:
+            return dict(json.loads(json.dumps(await lines[rank].hear(json.loads(json.dumps(told))))))
+
         async def ask(rank: int, op: str, told: Mapping[str, object]) -> Mapping[str, Any]:
             self.asked.append((rank, op))
             if self.hook:
                 self.hook(rank, op)
-            unpacker = Unpacker()
-            for page in pages(told):
-                unpacker.add(page)
-            answer = dict(await each[rank].answer(op, unpacker.take()))
+            answer = await ask_in_pages(line, rank, op, told)
             if op == "mark" and "clock" in answer:
-                answer["clock"] = int(str(answer["clock"])) + self.clocks.get(rank, 0)
+                answer["clock"] += self.clocks.get(rank, 0)
             self.answers[rank, op] = answer
-            return dict(json.loads(json.dumps(answer)))
+            return answer
 
         nodes = Nodes(
             ranks=range(self.count),
@@ -91,7 +93,10 @@ class Bed:
             address=lambda rank: f"127.0.0.{rank + 1}",
             say=self.said.append,
         )
-        await (compare_only(nodes) if own else level(nodes, bounds, background=background))
+        if own:
+            await compare_only(nodes)
+        else:
+            await level(nodes, bounds, background=background, rate=10**9 if background else 0)
 
     def fetched(self, node: int) -> int:
         """How many files came to a node in the last comparison."""

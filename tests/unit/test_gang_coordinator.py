@@ -16,6 +16,7 @@ from app.engine.outcome import Outcome
 from app.gang.connection import MAX_LINE, Connection, Message
 from app.gang.coordinator import Coordinator
 from app.gang.handshake import introduce
+from app.gang.mirror.pages import pages
 from app.gang.participant import NodeServices, Participant, RoundAssignment
 from app.gang.verdict import NodeFailure, Verdict
 from app.plan import Plan
@@ -42,7 +43,11 @@ class Node:
     async def read(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                self.heard.append(await self.connection.receive())
+                message = await self.connection.receive()
+                if message.get("question") == "checkpoints":
+                    (page,) = pages({"problem": ""})
+                    self.connection.send("answer", number=message["number"], page=page, more=False)
+                self.heard.append(message)
                 self._news.set()
         self.closed = True
         self._news.set()
@@ -60,7 +65,7 @@ class Node:
         self.connection.send("reached", failed=[])
 
     def kinds(self) -> list[object]:
-        return [message["kind"] for message in self.heard if message["kind"] != "beat"]
+        return [message["kind"] for message in self.heard if message["kind"] not in ("beat", "ask")]
 
 
 @dataclass

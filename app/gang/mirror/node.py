@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from app.gang.mirror.manifest import (
 )
 from app.gang.mirror.plan import Orders, Transfer
 from app.gang.mirror.sentences import duration, size
-from app.gang.mirror.transfer import Fetcher, Progress, Server, exchange_key, reason
+from app.gang.mirror.transfer import Fetcher, Progress, Server, exchange_key, reason, step_back
 
 QUIET = 5 * 10**9
 """Nanoseconds since the last write until a file counts as written, while its writer may live."""
@@ -92,8 +93,9 @@ class MirrorNode:
             wanted, background = bool(told.get("listed")), bool(told.get("background"))
             return await in_thread(lambda: self._scan(disk, wanted=wanted, background=background), SCAN)
         if op == "serve":
-            key = self._key(told)
-            self._server = await in_thread(lambda: Server(disk, self._place.address, key), ANSWER)
+            key, background = self._key(told), bool(told.get("background"))
+            make = partial(Server, disk, self._place.address, key, background=background)
+            self._server = await in_thread(make, ANSWER)
             return {"port": self._server.port}
         if op == "fetch":
             return await self._fetch(disk, told)
@@ -125,6 +127,8 @@ class MirrorNode:
         self._disk = self._fetcher = None
 
     def _scan(self, disk: Disk, *, wanted: bool, background: bool) -> dict[str, object]:
+        if background:
+            step_back()
         disk.unmark(self._nonce)
         if not wanted:
             return {}

@@ -82,9 +82,9 @@ class Result:
 class Server:
     """Answers whoever proves `key`, until it is closed."""
 
-    def __init__(self, disk: Disk, address: str, key: bytes) -> None:
+    def __init__(self, disk: Disk, address: str, key: bytes, *, background: bool = False) -> None:
         """Raises OSError."""
-        self._disk, self._key = disk, key
+        self._disk, self._key, self._background = disk, key, background
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listener = socket.create_server((address, 0), family=family, backlog=STRANGERS)
         self.port = int(self._listener.getsockname()[1])
@@ -110,6 +110,8 @@ class Server:
             threading.Thread(target=self._serve, args=(peer,), name="mirror", daemon=True).start()
 
     def _serve(self, peer: socket.socket) -> None:
+        if self._background:
+            step_back()
         # ValueError, RecursionError: a request that is none. The peer sees the connection close.
         with contextlib.suppress(OSError, ValueError, RecursionError), peer, peer.makefile("rb") as stream:
             peer.settimeout(PROOF)
@@ -271,9 +273,7 @@ class Fetcher:
 
     def _stream(self) -> None:
         if self._pace:
-            # In the background the training comes first. Linux gives each thread a nice value of its own.
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            step_back()
         peers: dict[int, _Peer] = {}
         while True:
             try:
@@ -574,6 +574,12 @@ def batches(
             batch.append(one)
             room -= one.entry.version.size
         yield source, batch, [(0, each.entry.version.size) for each in batch]
+
+
+def step_back() -> None:
+    """The training comes first. Linux gives each thread a nice value of its own."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def digest_of(fd: int) -> str:
