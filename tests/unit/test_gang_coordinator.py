@@ -31,6 +31,12 @@ def a_plan(nodes: int = 3, rank: int = 0, **settings: str) -> Plan:
     return planned(host, TRAIN_SCRIPT=__file__, NODES=listed, **settings)
 
 
+async def no_folder(_question: str, _told: Message) -> Mapping[str, object]:
+    """The answer of a node that has no checkpoints to share."""
+    (page,) = pages({"problem": ""})
+    return {"page": page, "more": False}
+
+
 @dataclass
 class Node:
     """FAKE: the participant's side of one connection, which says what a test lets it say."""
@@ -45,8 +51,8 @@ class Node:
             while True:
                 message = await self.connection.receive()
                 if message.get("question") == "checkpoints":
-                    (page,) = pages({"problem": ""})
-                    self.connection.send("answer", number=message["number"], page=page, more=False)
+                    answer = await no_folder("checkpoints", message)
+                    self.connection.send("answer", number=message["number"], **answer)
                 self.heard.append(message)
                 self._news.set()
         self.closed = True
@@ -303,6 +309,7 @@ def a_participant(
 
     services = NodeServices(
         dial=dial,
+        answer=no_folder,
         launch=launch,
         clean=lambda: 0,
         progress=lambda: "",
