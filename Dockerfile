@@ -53,25 +53,22 @@ RUN rm -rf /opt/venv/lib/python3*/site-packages/torch/test \
 FROM os-${TORCH}
 ARG TORCH
 COPY --from=venv /opt/venv /opt/venv
-# Ubuntu's images have a user 1000 already. /runs belongs to it, and so does a fresh volume mounted there.
+# Ubuntu's images have a user 1000 already. A fresh volume mounted at /runs has its mode, so that any RUN_AS may write.
 RUN getent passwd 1000 >/dev/null || useradd --uid 1000 --create-home --shell /usr/sbin/nologin trainer; \
-    install -d -o 1000 -g 1000 /runs /workspace
+    install -d -o 1000 -g 1000 -m 0777 /runs /workspace
 # The NVIDIA_* pair is what the GPU runtime reads; other bases than nvidia/cuda do not set it, and without a GPU nobody
-# reads it. There are two places to write: /tmp, in memory and without execution, and /runs, where compiled kernels can
-# be loaded from and outlast the container.
+# reads it. HOME is for what is started without the launcher: a training's own lies below /runs, where there is room, where
+# compiled kernels can be loaded from, and which outlasts the container (app/plan/script.py).
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
-    XDG_CACHE_HOME=/runs/.cache \
-    TRITON_CACHE_DIR=/runs/.cache/triton \
-    TORCHINDUCTOR_CACHE_DIR=/runs/.cache/inductor \
     RUNS_ROOT=/runs \
     ENV_FILE=/etc/torchrun-compose/.env \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-# An empty file for ENV_FILE to be mounted over.
-RUN install -D -m 0644 /dev/null /etc/torchrun-compose/.env
+# Empty places for ENV_FILE and secrets/ to be mounted over.
+RUN install -D -m 0644 /dev/null /etc/torchrun-compose/.env && install -d /etc/torchrun-compose/secrets
 WORKDIR /workspace
 # The start period covers the roll call, in which nodes may wait minutes for each other.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \

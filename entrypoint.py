@@ -1,13 +1,16 @@
-"""The front door of a node: which command, hand over, exit code.
+"""The commands of a node: which command, hand over, exit code.
 
     python entrypoint.py [run] [SCRIPT | -m MODULE] [ARGS...]    train (what `docker compose up` does)
-    python entrypoint.py explain [--json]                        what a start would use, and why
+    python entrypoint.py explain [--json] [SCRIPT ...]           what a start would use, and why
     python entrypoint.py doctor [--alone] [--json]               is this cluster fit to train? on all nodes at once
     python entrypoint.py bench [ARGS...]                         what the network gives; on all nodes at once
     python entrypoint.py report [--bundle FILE]                  what went wrong on this node, last time
     python entrypoint.py diagnose [FILE | -] [--json]            what the error in a log means, and its fix
+    python entrypoint.py firewall                                rules that let only the nodes of this job in
     python entrypoint.py healthcheck                             waiting, running or stopping; for the engine
+    python entrypoint.py --version
 
+COMMAND --help tells more. Options before a script are the command's; what stands after it or after -- is the script's.
 Settings come from the environment and from `.env` in the current folder; `.env.example` describes them.
 """
 
@@ -19,6 +22,7 @@ from pathlib import Path
 from app.cli.arguments import command_of
 from app.config.console import close_streams, open_streams, say
 from app.config.errors import UserError
+from app.config.project import VERSION
 
 Command = Callable[[Sequence[str]], int]
 INSTALL = "Without Docker: `python3 -m venv env && env/bin/pip install -r requirements/cuda.txt`, then env/bin/python"
@@ -28,6 +32,9 @@ def main(arguments: Sequence[str]) -> int:
     """Hands over to the command that the first argument names, `run` if it names none; returns the exit code."""
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
+        return 0
+    if arguments[:1] == ["--version"]:
+        print(f"torchrun-compose {VERSION}")
         return 0
     try:
         name, rest = command_of(arguments, COMMANDS)
@@ -65,8 +72,10 @@ def doctor(arguments: Sequence[str]) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     """Measures collectives and pairs of nodes, in place of the training script; a failure is told, not tried again."""
+    from app.bench.__main__ import options
     from app.cli.run import main as start
 
+    options(arguments)
     return start(["-m", "app.bench", *arguments], {**os.environ, "MAX_RESTARTS": "0"}, env_file())
 
 
@@ -91,10 +100,12 @@ def firewall(arguments: Sequence[str]) -> int:
     return tell(arguments, os.environ, env_file())
 
 
-def healthcheck(_arguments: Sequence[str]) -> int:
+def healthcheck(arguments: Sequence[str]) -> int:
     """Tells the engine how this node is doing; 0 is healthy."""
+    from app.config.options import Parser
     from app.supervise.health import healthcheck as examine
 
+    Parser(prog="healthcheck", description="0 when this node's launcher is alive, 1 when it is not.").read(arguments)
     return examine()
 
 

@@ -88,8 +88,7 @@ def native_node(rank: int, run_name: str) -> Node:
 def compose_node(rank: int, run_name: str) -> Node:
     folder = runs_of(rank)
     folder.mkdir(parents=True, exist_ok=True)
-    # The container's user is 1000 whoever runs the demo; a folder of the demo's own may be open to it.
-    folder.chmod(0o777)
+    user = f"{os.getuid()}:{os.getgid()}"
     compose = ["docker", "compose", "--project-directory", str(PROJECT), "-p", f"{run_name}-node{rank}"]
     return Node(
         rank=rank,
@@ -104,7 +103,7 @@ def compose_node(rank: int, run_name: str) -> Node:
             "trainer",
             "trainer",
         ],
-        environment={**job(rank, run_name), "RUNS": str(folder), "RUNS_ROOT": ""},
+        environment={**job(rank, run_name), "RUNS": str(folder), "RUNS_ROOT": "", "RUN_AS": user},
         cleanup=[*compose, "down", "--timeout", "60"],
     )
 

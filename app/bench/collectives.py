@@ -1,7 +1,7 @@
 """The collectives: each run once and its result compared with the expected one, then timed."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +35,9 @@ class Case:
 
 
 def measure_all(
-    ranks: Ranks, sizes: tuple[int, ...], seconds: float
+    ranks: Ranks, names: Sequence[str], sizes: tuple[int, ...], seconds: float
 ) -> tuple[tuple[Measure, ...], tuple[str, ...], tuple[str, ...]]:
-    """Measures every collective at growing `sizes` (bytes), in about `seconds` in all.
+    """Measures the collectives `names` at growing `sizes` (bytes), in about `seconds` in all.
 
     Returns the measures, the collectives that the backend does not have, and those cut short for want of time. All
     ranks return the same.
@@ -45,8 +45,8 @@ def measure_all(
     measures: list[Measure] = []
     unsupported, cut_short = [], []
     until = time.monotonic() + seconds
-    for index, name in enumerate(CASES):
-        share = agreed(until - time.monotonic()) / (len(CASES) - index)
+    for index, name in enumerate(names):
+        share = agreed(until - time.monotonic()) / (len(names) - index)
         try:
             found = list(_sizes_within(name, ranks, sizes, share))
         except RuntimeError as error:
@@ -123,17 +123,25 @@ def _sum_over_ranks(count: int, ranks: Ranks) -> Tensor:
     return _pattern(count, ranks, 0).mul_(ranks.world).add_(ranks.world * (ranks.world - 1) // 2)
 
 
+def _of_torch(*names: str) -> Callable[[Tensor, Tensor], object]:
+    """The first of `names` that this torch has: 2.13 has renamed collectives, and warns of the old names."""
+    found: Callable[[Tensor, Tensor], object] = next(getattr(dist, name) for name in names if hasattr(dist, name))
+    return found
+
+
 def _all_gather(ranks: Ranks, count: int) -> Case:
     part = count // ranks.world
     own, output = _pattern(part, ranks, ranks.rank), torch.empty(count, device=ranks.device)
     expected = torch.cat([_pattern(part, ranks, other) for other in range(ranks.world)])
-    return Case(run=lambda: dist.all_gather_single(output, own), output=output, expected=expected)
+    all_gather = _of_torch("all_gather_single", "all_gather_into_tensor")
+    return Case(run=lambda: all_gather(output, own), output=output, expected=expected)
 
 
 def _reduce_scatter(ranks: Ranks, count: int) -> Case:
     own, output = _pattern(count, ranks, ranks.rank), torch.empty(count // ranks.world, device=ranks.device)
     expected = _sum_over_ranks(count, ranks).chunk(ranks.world)[ranks.rank].clone()
-    return Case(run=lambda: dist.reduce_scatter_single(output, own), output=output, expected=expected)
+    reduce_scatter = _of_torch("reduce_scatter_single", "reduce_scatter_tensor")
+    return Case(run=lambda: reduce_scatter(output, own), output=output, expected=expected)
 
 
 def _broadcast(ranks: Ranks, count: int) -> Case:

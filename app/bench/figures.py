@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 from app.host.links import Link
 
+PROVEN = 625e6
+"""Bytes per second that one stream reaches on any machine; no more is asked of a faster link."""
+SEVERE = 0.3
+
 Factor = Callable[[int], float]
 
 # Bus bandwidth = algorithm bandwidth times this, for n ranks.
@@ -54,7 +58,29 @@ class PairSpeed:
     bandwidth: float
     """Bytes per second."""
     latency: float
-    """Half a round trip of four bytes, in seconds."""
+    """Half the shortest round trip of four bytes, in seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlowPart:
+    """A node or path that is slow."""
+
+    id: str
+    """`slow-node`, `slow-path`: against the others. `below-link`, `all-below-link`: against what the links promise."""
+    nodes: tuple[int, ...]
+    """Where to look: the node, or source and target of the path; of `all-below-link` the slowest path's come first."""
+    way: str = ""
+    """Of a node: `sends`, `receives` or `sends and receives`."""
+    bandwidth: float
+    """Bytes per second."""
+    expected: float
+    """What others reach, or what the link promises."""
+    paths: int = 1
+    """How many directions are meant."""
+
+    @property
+    def severe(self) -> bool:
+        return self.bandwidth < SEVERE * min(self.expected, PROVEN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

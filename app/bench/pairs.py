@@ -1,5 +1,6 @@
 """Every pair of nodes by itself, both directions, so that one slow node or cable can be told from the others."""
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ SECOND_LOOKS = 2
 """A busy moment of a machine passes, a slow link stays: a pair that looks slow is measured again, the best counts."""
 SEQUENTIAL_PAIRS = 28
 """Up to 8 nodes one pair after the other, since each then has the network for itself; above that in rounds."""
+CHECK_STEPS = 15
+"""Of a check: up to 16 nodes every pair is measured; above, each node with 15 others."""
 
 Pair = tuple[int, int]
 
@@ -28,8 +31,11 @@ Pair = tuple[int, int]
 def schedule(nodes: int) -> list[list[Pair]]:
     """Steps of pairs that share no node; together every pair of `nodes` once."""
     pairs = [(low, high) for low in range(nodes) for high in range(low + 1, nodes)]
-    if len(pairs) <= SEQUENTIAL_PAIRS:
-        return [[pair] for pair in pairs]
+    return [[pair] for pair in pairs] if len(pairs) <= SEQUENTIAL_PAIRS else rounds(nodes)
+
+
+def rounds(nodes: int) -> list[list[Pair]]:
+    """The same in as few steps as can be."""
     # The circle method of tournaments: one place is fixed, the others turn; an odd number has one node resting.
     circle: list[int | None] = [*range(nodes), *([None] if nodes % 2 else [])]
     steps = []
@@ -41,14 +47,14 @@ def schedule(nodes: int) -> list[list[Pair]]:
 
 
 def measure_pairs(
-    ranks: Ranks, leaders: Sequence[int], links: Sequence[Link], backend: str, seconds: float
+    ranks: Ranks, leaders: Sequence[int], links: Sequence[Link], backend: str, seconds: float, steps: list[list[Pair]]
 ) -> tuple[PairSpeed, ...]:
-    """Both directions of every pair of nodes, measured between `leaders`: the first rank of each node.
+    """Both directions of the pairs of nodes in `steps`, measured between `leaders`: the first rank of each node.
 
     All ranks must call it; all return the same. Doubtful pairs are measured again while `seconds` are not over.
     """
     until = time.monotonic() + seconds
-    best = _measure_steps(ranks, leaders, schedule(len(leaders)))
+    best = _measure_steps(ranks, leaders, steps)
     for _ in range(SECOND_LOOKS):
         slow = slow_pairs(best.values(), links, backend)
         suspects = sorted({(min(pair.source, pair.target), max(pair.source, pair.target)) for pair in slow})
@@ -83,17 +89,18 @@ def _measure_pair(ranks: Ranks, leaders: Sequence[int], pair: Pair) -> list[Pair
 
 
 def _latency(ranks: Ranks, peer: int, *, first: bool) -> float:
+    """Half the shortest round trip: a busy machine makes single ones long."""
     token = torch.zeros(1, device=ranks.device)
-    started = 0.0
+    shortest = math.inf
     # The first exchange opens the connection and is not counted.
     for turn in range(PING_PONGS + 1):
-        if turn == 1:
-            synchronize(ranks.device)
-            started = time.perf_counter()
+        started = time.perf_counter()
         _turn(token, peer, sending=first)
         _turn(token, peer, sending=not first)
-    synchronize(ranks.device)
-    return (time.perf_counter() - started) / PING_PONGS / 2
+        synchronize(ranks.device)
+        if turn:
+            shortest = min(shortest, time.perf_counter() - started)
+    return shortest / 2
 
 
 def _rate(ranks: Ranks, peer: int, *, sending: bool) -> float:

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from app.bench.figures import Findings, readable_rate, readable_size
-from app.bench.verdict import changes, is_good, key_figures, of_link, slow_parts, spread
+from app.bench.figures import Findings, SlowPart, readable_rate, readable_size
+from app.bench.verdict import changes, is_good, key_figures, node_name, of_link, slow_parts, spread
+from app.config.table import columns
 
 SCHEMA = 1
 
@@ -35,14 +36,14 @@ def keep(findings: Findings, folder: Path) -> tuple[str, ...]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     result, baseline = folder / "result.json", folder / f"baseline-{_cluster(findings)}.json"
-    _write(result, json.dumps(as_json(findings), indent=1) + "\n")
+    write(result, json.dumps(as_json(findings), indent=1) + "\n")
     figures = f"Figures: {result}{_draw(findings, folder)}"
     if baseline.exists():
         before = json.loads(baseline.read_text(encoding="utf-8"))
         changed = changes(findings, before["figures"]) or ("no figure differs by more than a quarter",)
         return (f"Against the baseline {baseline}:", *(f"  {line}" for line in changed), figures)
     if is_good(findings):
-        _write(baseline, json.dumps({"schema": SCHEMA, "figures": key_figures(findings)}, indent=1) + "\n")
+        write(baseline, json.dumps({"schema": SCHEMA, "figures": key_figures(findings)}, indent=1) + "\n")
         return (f"Kept as the baseline for later runs: {baseline}", figures)
     return (f"{figures} (not kept as a baseline, since something is wrong)",)
 
@@ -56,7 +57,7 @@ def _draw(findings: Findings, folder: Path) -> str:
         from app.bench.chart import bandwidth_chart
     except ImportError as error:
         return f"; no bandwidth.png ({error})"
-    _write(folder / "bandwidth.png", bandwidth_chart(findings))
+    write(folder / "bandwidth.png", bandwidth_chart(findings))
     return ", bandwidth.png"
 
 
@@ -70,8 +71,33 @@ def as_json(findings: Findings) -> dict[str, Any]:
         }
         for measure in findings.measures
     ]
-    slow = slow_parts(findings)
+    slow = [
+        {**asdict(part), "severe": part.severe, "sentence": sentence(part, findings)} for part in slow_parts(findings)
+    ]
     return {"schema": SCHEMA, **asdict(findings), "measures": measures, "slow": slow, "good": is_good(findings)}
+
+
+def sentence(part: SlowPart, findings: Findings) -> str:
+    """A slow part, for people."""
+    names = [node_name(findings.nodes, node) for node in part.nodes]
+    rate, expected = readable_rate(part.bandwidth), readable_rate(part.expected)
+    if part.id == "slow-node":
+        return (
+            f"{names[0]} {part.way} slowly: {rate} with every other node, while others reach {expected}. Check its "
+            "cable, switch port, duplex and errors (`ethtool NIC`, `ip -s link`), and what else uses its network."
+        )
+    if part.id == "slow-path":
+        return (
+            f"From {names[0]} to {names[1]}: {rate}, while others reach {expected}. Check the cable, port and duplex "
+            "on this path (`ethtool NIC`)."
+        )
+    below = f"{names[0]} to {names[1]}: {rate}, {100 * part.bandwidth / part.expected:.0f} % of the link's {expected}"
+    if part.id == "below-link":
+        return f"From {below}. Check the cable, port and duplex on this path (`ethtool NIC`)."
+    return (
+        f"{part.paths} of {len(findings.pairs)} paths stay far below what their links promise, the slowest from "
+        f"{below}. Check which interface and switch they go through (`explain`, `ethtool NIC`)."
+    )
 
 
 def _cluster(findings: Findings) -> str:
@@ -79,7 +105,7 @@ def _cluster(findings: Findings) -> str:
     return f"{len(findings.nodes)}x{findings.ranks}-{findings.backend}-{device}"
 
 
-def _write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str | bytes) -> None:
     # Whole or not at all: a reader never sees half a file.
     partial = path.with_suffix(".partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -87,30 +113,42 @@ def _write(path: Path, content: str | bytes) -> None:
 
 
 def _head(findings: Findings) -> Iterator[str]:
-    nodes = len(findings.nodes)
-    yield f"bench: {findings.ranks} ranks on {nodes} node{'s' * (nodes > 1)}, {findings.backend} on {findings.device}"
-    for node, (name, link) in enumerate(zip(findings.nodes, findings.links, strict=True)):
+    nodes = f"{len(findings.nodes)} node{'s' if len(findings.nodes) > 1 else ''}"
+    yield f"bench: {findings.ranks} ranks on {nodes}, {findings.backend} on {findings.device}"
+    for node, link in enumerate(findings.links):
         rate = readable_rate(link.rate) if link.rate else "rate unknown"
-        yield f"  node {node} ({name}): {link.name or 'interface unknown'}, {rate}"
+        yield f"  {node_name(findings.nodes, node)}: {link.name or 'interface unknown'}, {rate}"
+    rows = []
     for pair in findings.pairs:
         share = of_link(pair.bandwidth, findings, (pair.source, pair.target))
-        yield (
-            f"  node {pair.source} to node {pair.target}: {readable_rate(pair.bandwidth):>12}"
-            f"{f' ({share:.0%} of the link)' if share else ''}, latency {pair.latency * 1e6:.0f} us"
+        rows.append(
+            [
+                f"  node {pair.source} to node {pair.target}:",
+                readable_rate(pair.bandwidth),
+                f"{share:.0%} of the link" if share else "",
+                f"latency {pair.latency * 1e6:.0f} us",
+            ]
         )
+    yield from columns(rows, right={1})
 
 
 def _table(findings: Findings) -> Iterator[str]:
-    yield f"{'collective':<15}{'size':>10}{'time us':>12}{'algbw GB/s':>12}{'busbw GB/s':>12}{'of link':>9}  result"
+    rows = [["collective", "size", "time us", "algbw GB/s", "busbw GB/s", "of link", "result"]]
     for measure in findings.measures:
         share = of_link(measure.bus_bandwidth, findings)
-        yield (
-            f"{measure.collective:<15}{readable_size(measure.size):>10}{measure.seconds * 1e6:>12.1f}"
-            f"{measure.algorithm_bandwidth / 1e9:>12.3f}{measure.bus_bandwidth / 1e9:>12.3f}"
-            f"{f'{share:.0%}' if share else '-':>9}  {'right' if measure.correct else 'WRONG'}"
+        rows.append(
+            [
+                measure.collective,
+                readable_size(measure.size),
+                f"{measure.seconds * 1e6:.1f}",
+                f"{measure.algorithm_bandwidth / 1e9:.3f}",
+                f"{measure.bus_bandwidth / 1e9:.3f}",
+                f"{share:.0%}" if share else "-",
+                "right" if measure.correct else "WRONG",
+            ]
         )
-    for name in findings.unsupported:
-        yield f"{name:<15} not supported by {findings.backend}"
+    rows += [[name, f"not supported by {findings.backend}"] for name in findings.unsupported]
+    yield from columns(rows, right={1, 2, 3, 4, 5})
     if findings.cut_short:
         yield f"Larger sizes left out for want of time or memory: {', '.join(findings.cut_short)} (raise --seconds)."
 
@@ -120,7 +158,7 @@ def _verdict(findings: Findings) -> Iterator[str]:
     if wrong:
         yield f"WRONG RESULTS: {', '.join(wrong)}. Do not train on this cluster; test memory and GPUs of each node."
     slow = slow_parts(findings)
-    yield from (f"SLOW: {sentence}" for sentence in slow)
+    yield from (f"SLOW: {sentence(part, findings)}" for part in slow)
     if findings.pairs and not slow:
         yield f"No node or path is slower than the others: {spread(findings.pairs)}."
     if not findings.pairs:

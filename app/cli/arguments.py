@@ -13,8 +13,8 @@ def command_of(arguments: Sequence[str], commands: Iterable[str]) -> tuple[str, 
         return first, arguments[1:]
     if first.startswith("-") and first != "-m":
         raise UserError(
-            f"{printable(first)} is no option. `--help` lists the commands; `run {printable(first)} ...` hands it to "
-            "the script of TRAIN_SCRIPT."
+            f"unknown option {printable(first)}. `--help` lists the commands; `run -- {printable(first)} ...` hands it "
+            "to the script of TRAIN_SCRIPT."
         )
     if first and not set(first) & {".", "/"} and not Path(first).exists():
         import difflib

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app.config.errors import UserError
+from app.config.options import Parser
 from app.known_errors.diagnose import Diagnosis, diagnose
 
 READ_BYTES = 64 << 20
@@ -22,13 +23,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="diagnose",
         description="What the error in a log means, and its fix. Exit code: 0 if it is known, 1 if not.",
     )
     parser.add_argument("file", metavar="FILE", nargs="?", default="-", help="any log; - is standard input")
     parser.add_argument("--json", action="store_true", help="for programs")
-    return parser.parse_args(arguments)
+    return parser.read(arguments)
 
 
 def read(name: str) -> str:

@@ -1,42 +1,55 @@
 """`explain`: the plan in words: each value, its source, its reason, and what was not chosen. Nothing here decides."""
 
+import argparse
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TextIO
 
+from app.config.envfile import SECRETS
+from app.config.errors import printable
+from app.config.options import Parser, script_line
+from app.config.problems import count
 from app.config.settings import BY_NAME, read_settings
 from app.plan import Draft, Plan, draft, probe_for
-from app.plan.decisions import Decision, count
+from app.plan.decisions import Decision
+from app.plan.places import results
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Node", ("NODES", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CONTROL_PORT")),
-    ("Network", ("interface", "address", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY")),
-    ("InfiniBand and RoCE", ("RDMA ports", "NCCL_IB_", "RoCE GID", "GPU to port", "GPUDirect RDMA", "GLOO_IB_")),
-    ("Workers", ("GPUs", "HARDWARE", "BACKEND", "NPROC_PER_NODE", "world size", "OMP_NUM_THREADS", "limits")),
-    ("Script", ("TRAIN_", "DATA", "RUN", "CHECKPOINT", "MIRROR_", "CLUSTER_TOKEN_FILE", "torchrun")),
-    ("Failures and stops", ("START_", "REJOIN_", "HEARTBEAT_", "STOP", "MAX_RESTARTS", "MIN_NODES", "HANG_")),
-    ("Other variables", ("",)),
+    ("Node", ("rank", "names", "ports")),
+    ("Network", ("network",)),
+    ("InfiniBand and RoCE", ("rdma",)),
+    ("Workers", ("gpus", "limits")),
+    ("Script", ("script",)),
+    ("Failures and stops", ("timeouts",)),
+    ("Other variables", ("settings",)),
 )
-"""Title and beginnings of names; a decision stands in the first section that fits."""
-
-USAGE = """explain [--json] [SCRIPT | -m MODULE] [ARGS...]
-
-What a start with this script and these arguments (without them: as set) would use, and why; starts nothing.
---json prints the same for programs. Exit code: 0, or 2 if settings are wrong."""
+"""Title, and what its decisions are about."""
 
 BOLD, DIM, RED, YELLOW, CYAN, PLAIN = "\033[1m", "\033[2m", "\033[31m", "\033[33m", "\033[36m", "\033[0m"
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
     """The command `explain [--json] [SCRIPT ...]`; starts nothing."""
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(USAGE)
-        return 0
-    settings = read_settings(environ, env_file, [argument for argument in arguments if argument != "--json"])
-    return explain(draft(settings, probe_for(settings)), as_json="--json" in arguments)
+    own, script = script_line(arguments)
+    wanted = options(own)
+    settings = read_settings(environ, env_file, script)
+    return explain(draft(settings, probe_for(settings)), as_json=wanted.json)
+
+
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="explain",
+        usage="explain [-h] [--json] [SCRIPT | -m MODULE | --] [ARGS...]",
+        description="What a start with this script and these arguments (without them: as set) would use, and why; "
+        "starts nothing.",
+        epilog="Exit code: 0, or 2 if settings are wrong.",
+    )
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    return parser.read(arguments)
 
 
 def explain(found: Draft, *, as_json: bool = False, out: TextIO | None = None) -> int:
@@ -59,22 +72,21 @@ def explain(found: Draft, *, as_json: bool = False, out: TextIO | None = None) -
 
 
 def short(plan: Plan) -> str:
-    """The plan in five lines, printed at each start."""
-    found = {each.name: each for each in plan.decisions}
-    rank, gpus = found["NODE_RANK"], found["GPUs"]
-    rdma = plan.workers.backend == "nccl" and plan.network.transport != "sockets"
-    transport = f"RDMA through {found['RDMA ports'].value}" if rdma else "sockets only"
-    devices = count(int(gpus.value), "GPU") if plan.workers.backend == "nccl" else "the CPU"
-    args = f" {found['TRAIN_ARGS'].value}" if "TRAIN_ARGS" in found else ""
+    """The plan in six lines, printed at each start."""
+    workers, network = plan.workers, plan.network
+    rdma = workers.backend == "nccl" and network.transport != "sockets"
+    transport = f"RDMA through {','.join(network.rdma_ports)}" if rdma else "sockets only"
+    devices = count(workers.gpus, "GPU") if workers.backend == "nccl" else "the CPU"
     warnings = f"{count(len(plan.warnings), 'warning')}; " if plan.warnings else ""
+    node = f"node {plan.nodes.rank} of {plan.nodes.count}, {network.address} ({plan.nodes.rank_source})"
     return "\n".join(
         [
-            f"run {plan.run_name}: node {plan.nodes.rank} of {plan.nodes.count}, "
-            f"{plan.network.address} ({rank.source})",
-            f"network: {plan.network.interface}, {transport}",
-            f"workers: {plan.workers.nproc} of {plan.world_size} on {devices}, {plan.workers.backend}",
-            f"script: {found['TRAIN_SCRIPT'].value}{args}, in {found['RUN_DIR'].value}",
-            f"store: {plan.network.master_addr} port {plan.network.master_port}; {warnings}`explain` tells the reasons",
+            f"run {plan.run_name}: {node}",
+            f"network: {network.interface}, {transport}",
+            f"workers: {workers.nproc} of {plan.world_size} on {devices}, {workers.backend}",
+            f"script: {printable(shlex.join(plan.script.command))}",
+            f"results: {printable(results(plan.script))}",
+            f"store: {network.master_addr} port {network.master_port}; {warnings}run `explain` for details",
         ]
     )
 
@@ -82,9 +94,9 @@ def short(plan: Plan) -> str:
 def sections(found: Draft) -> list[tuple[str, list[Decision]]]:
     """The decisions by section, in the order of SECTIONS."""
     placed: dict[str, list[Decision]] = {title: [] for title, _ in SECTIONS}
+    titles = {check: title for title, checks in SECTIONS for check in checks}
     for decision in found.decisions:
-        title = next(title for title, starts in SECTIONS if decision.name.startswith(starts))
-        placed[title].append(decision)
+        placed[titles[decision.check]].append(decision)
     return [(title, decisions) for title, decisions in placed.items() if decisions]
 
 
@@ -95,8 +107,8 @@ def to_lines(found: Draft) -> str:
         for each in decisions:
             lines.append(f"{each.name}={each.value} ({each.source}): {each.reason}")
             lines += [f"{each.name} rejected: {text}" for text in each.rejected]
-    lines += [f"warning: {text}" for text in found.warnings]
-    lines += [f"problem: {problem.message}" for problem in found.problems]
+    lines += [f"warning: {each.message}" for each in found.warnings]
+    lines += [f"problem: {each.message}" for each in found.problems]
     return "\n".join(lines)
 
 
@@ -127,12 +139,9 @@ def to_table(found: Draft, width: int, *, colour: bool) -> str:
             for text in each.rejected:
                 lines += [paint(DIM, line) for line in _wrapped(f"not {text}", width, indent)]
         lines.append("")
-    for style, word, texts in (
-        (YELLOW, "warning", list(found.warnings)),
-        (RED, "problem", [problem.message for problem in found.problems]),
-    ):
-        for text in texts:
-            first, *rest = text.split("\n")
+    for style, word, problems in ((YELLOW, "warning", found.warnings), (RED, "problem", found.problems)):
+        for problem in problems:
+            first, *rest = problem.message.split("\n")
             wrapped = _wrapped(f"{word}: {first}", width, 2)
             lines += [paint(style, wrapped[0].strip()), *wrapped[1:], *rest]
     return "\n".join(lines).rstrip()
@@ -151,19 +160,21 @@ def to_json(found: Draft) -> str:
 
     plan = None
     if found.plan is not None:
-        plan = {name: value for name, value in asdict(found.plan).items() if name not in ("decisions", "warnings")}
+        plan = asdict(replace(found.plan, decisions=(), warnings=()))
+        del plan["decisions"], plan["warnings"]
         plan["script"]["env"] = _public(found.plan)
         plan |= {"equal": dict(found.plan.equal), "world_size": found.plan.world_size}
     content = {
         "plan": plan,
         "decisions": [asdict(each) for each in found.decisions],
-        "warnings": found.warnings,
-        "problems": [asdict(each) for each in found.problems],
+        "warnings": [each.to_dict() for each in found.warnings],
+        "problems": [each.to_dict() for each in found.problems],
     }
     return json.dumps(content, indent=2, default=str)
 
 
 def _public(plan: Plan) -> dict[str, str]:
-    # Without Docker, lines of .env that we know nothing about are handed on too, and may be secrets.
-    ours = {*BY_NAME, "PYTHONPATH", *(each.name for each in plan.decisions)}
-    return {name: value if name in ours else "(as in .env)" for name, value in plan.script.env.items()}
+    # Lines of secrets/env are handed on too, and without Docker those of .env that we know nothing about.
+    hidden = {each.name for each in plan.decisions if each.source.startswith(str(SECRETS))}
+    ours = {*BY_NAME, "PYTHONPATH", *(each.name for each in plan.decisions)} - hidden
+    return {name: value if name in ours else "(not shown)" for name, value in plan.script.env.items()}

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from app.cli.explain import to_lines
 from app.config.errors import UserError
+from app.config.options import Parser
 from app.config.settings import Settings, read_settings
 from app.plan import Draft, draft, probe_for
 from app.report.node_report import READ_BYTES, stored
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
     wanted = options(arguments)
     settings = read_settings(environ, env_file)
     found = draft(settings, probe_for(settings))
-    run_dir = Path(next(each.value for each in found.decisions if each.name == "RUN_DIR"))
+    run_dir = found.run_dir
     try:
         if not wanted.bundle:
             print(told(run_dir))
@@ -83,9 +84,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
     """`bundle`: a file, `-` for standard output, None to print."""
-    parser = argparse.ArgumentParser(prog="report", description="What went wrong on this node, last time.")
+    parser = Parser(prog="report", description="What went wrong on this node, last time.")
     parser.add_argument("--bundle", metavar="FILE", help="write one .tar.gz, secrets removed; - is standard output")
-    return parser.parse_args(arguments)
+    return parser.read(arguments)
 
 
 def told(run_dir: Path) -> str:
@@ -155,7 +156,7 @@ def _record(file: Path, secrets: Sequence[str]) -> bytes:
 
 def secrets_of(settings: Settings, found: Draft) -> tuple[str, ...]:
     """Values that must not leave this machine: variables with a telling name, and the cluster token."""
-    values = [value.text for name, value in settings.values.items() if SECRET_NAME.search(name)]
+    values = [value.text for name, value in settings.values.items() if value.secret or SECRET_NAME.search(name)]
     token = settings.text("CLUSTER_TOKEN_FILE")
     paths = {token, *(str(found.plan.token_file) for _ in [0] if found.plan and found.plan.token_file)}
     for path in filter(None, paths):

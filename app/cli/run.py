@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from app.cli.explain import short
-from app.config.errors import UserError, refusal
+from app.config.console import show
+from app.config.errors import UserError
+from app.config.options import Parser, script_line
+from app.config.problems import refusal
 from app.config.settings import Settings, read_settings
 from app.plan import Plan, make_plan, probe_for
 from app.supervise.node import supervise
@@ -18,18 +21,31 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -
 
     Raises UserError for what the user must change; Docker's next retry is then told so.
     """
+    own, script = script_line(arguments)
+    options(own)
     if again := read_final():
         # The whole of it stands above: this is the same container's log.
         raise UserError(f"not started again: {again.text.splitlines()[0]}", again.code)
     try:
-        return start(arguments, environ, env_file)
+        return start(script, environ, env_file)
     except UserError as error:
         write_final(error.code, error.message)
         raise
 
 
-def start(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
-    settings = read_settings(environ, env_file, arguments)
+def options(arguments: Sequence[str]) -> None:
+    parser = Parser(
+        prog="run",
+        usage="run [-h] [SCRIPT | -m MODULE | --] [ARGS...]",
+        description="Takes part in the job until it ends: this node's share of the script's processes. Without a "
+        "script, that of TRAIN_SCRIPT; options for it stand after --.",
+        epilog="Exit codes: docs/design.md.",
+    )
+    parser.read(arguments)
+
+
+def start(script: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
+    settings = read_settings(environ, env_file, script)
     try:
         return carry_out(settings)
     except UserError as error:
@@ -41,7 +57,7 @@ def carry_out(settings: Settings) -> int:
     plan = make_plan(settings, probe_for(settings))
     if not isinstance(plan, Plan):
         raise refusal(plan)
-    print(short(plan), flush=True)
+    show(f"{short(plan)}\n", sys.stdout)
     for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        show(f"warning: {warning.message}\n", sys.stderr)
     return supervise(plan)

@@ -3,14 +3,19 @@
 import contextlib
 import os
 import sys
+from typing import TextIO
 
 
 def say(text: str) -> None:
-    """Prints on stderr, each line with the program's name: compose adds only the service's. A terminal or a disk that
-    is gone must not end a training."""
+    """Prints on stderr, each line with the program's name: compose adds only the service's."""
+    show("".join(f"torchrun-compose: {line}\n" for line in text.splitlines()), sys.stderr)
+
+
+def show(text: str, stream: TextIO) -> None:
+    """A terminal or a disk that is gone must not end a training."""
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write("".join(f"torchrun-compose: {line}\n" for line in text.splitlines()))
-        sys.stderr.flush()
+        stream.write(text)
+        stream.flush()
 
 
 def open_streams() -> None:

@@ -2,12 +2,13 @@
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dotenv.parser import parse_stream
 
-from app.config.errors import Problem
+from app.config.problems import Problem, problem
+from app.config.values import Value, plain
 
 MOUNTED = Path("/etc/torchrun-compose/.env")
 """Where compose.yaml mounts the node's `.env`. Its values arrive through the environment; the file only names lines."""
@@ -18,72 +19,83 @@ COMPOSE = "compose.yaml"
 FROM_COMPOSE = {
     "CLUSTER_TOKEN_FILE": "/run/secrets/cluster_token",
     "PYTHONUNBUFFERED": "1",
+    "RUNS": "runs",
     "RUNS_ROOT": "/runs",
     "STOPPED_EXIT_CODE": "0",
+    "WORKSPACE": "./workspace",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Value:
-    """The text of one setting and where it came from."""
-
-    text: str
-    source: str
-    """`.env:3`, `environment`, `compose.yaml`, `command line`, `default` or `detected`."""
+SECRETS = Path("secrets/env")
+"""Beside `.env`: variables that no output of ours shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvFile:
-    values: Mapping[str, Value]
+    values: Mapping[str, Value[str]]
     problems: tuple[Problem, ...] = ()
 
 
 def read_env_file(path: Path | None) -> EnvFile:
-    """Values of a `.env` file, without interpolation; the last of several lines for one name wins.
+    """Values of a `.env` file and of `secrets/env` beside it, without interpolation; the last of several lines for one
+    name wins, and `.env` over the secrets.
 
     A file that cannot be read is a problem, except the one that compose mounts: there only the line numbers are lost.
     """
     if path is None:
         return EnvFile(values={})
+    own = _read(path, path.name, "or name another file with ENV_FILE", optional=path == MOUNTED)
+    secrets = _read(path.parent / SECRETS, str(SECRETS), "or remove it")
+    hidden = {name: replace(value, secret=True) for name, value in secrets.values.items()}
+    return EnvFile(values={**hidden, **own.values}, problems=(*own.problems, *secrets.problems))
+
+
+def _read(path: Path, name: str, otherwise: str, *, optional: bool = False) -> EnvFile:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return EnvFile(values={})
     except (OSError, UnicodeDecodeError) as error:
-        if path == MOUNTED:
-            return EnvFile(values={})
-        why = f"{path} cannot be read: {_why(error)}, or name another file with ENV_FILE."
-        return EnvFile(values={}, problems=(Problem(setting="ENV_FILE", message=why),))
-    return _parse(text, path)
+        found = () if optional else (_unreadable(path, error, otherwise),)
+        return EnvFile(values={}, problems=found)
+    return _parse(text, name)
 
 
-def _why(error: OSError | UnicodeDecodeError) -> str:
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError, otherwise: str) -> Problem:
+    why, fix = "{error}", "Make it readable by this user"
     if isinstance(error, UnicodeDecodeError):
-        return "it is not UTF-8 text. Save it as UTF-8"
-    if isinstance(error, IsADirectoryError):
-        return "it is a folder. Write lines of the form NAME=value into a file"
-    return f"{error.strerror}. Make it readable by this user"
+        why, fix = "it is not UTF-8 text", "Save it as UTF-8"
+    elif isinstance(error, IsADirectoryError):
+        why, fix = "it is a folder", "Write lines of the form NAME=value into a file"
+    return problem(
+        "settings.env-file-unreadable",
+        "error",
+        what=f"{{path}} cannot be read: {why}",
+        fix=f"{fix}, {otherwise}",
+        setting="ENV_FILE",
+        path=path,
+        error=getattr(error, "strerror", ""),
+    )
 
 
-def _parse(text: str, path: Path) -> EnvFile:
-    values: dict[str, Value] = {}
+def _parse(text: str, name: str) -> EnvFile:
+    values: dict[str, Value[str]] = {}
     problems: list[Problem] = []
     for binding in parse_stream(io.StringIO(text)):
         # The parser's mark stands before blank lines that it skips on its way to the name.
         raw = binding.original.string
         line = binding.original.line + raw[: len(raw) - len(raw.lstrip())].count("\n")
-        source = f"{path.name}:{line}"
+        source = f"{name}:{line}"
         if binding.error or (binding.key is not None and binding.value is None):
             # The line's text is left out: it may hold a secret.
-            message = f"{source} is not a line of the form NAME=value. Correct it or put a # before it."
-            problems.append(Problem(setting="ENV_FILE", message=message))
+            what, fix = "{source} is not a line of the form NAME=value", "Correct it or put a # before it"
+            id = "settings.env-file-line"
+            problems.append(problem(id, "error", what=what, fix=fix, setting="ENV_FILE", source=source))
         elif binding.key is not None and binding.value is not None:
-            values[binding.key] = Value(text=binding.value, source=source)
+            values[binding.key] = plain(binding.key, binding.value, source)
     return EnvFile(values=values, problems=tuple(problems))
 
 
-def merge(environ: Mapping[str, str], file: EnvFile, path: Path | None = None) -> dict[str, Value]:
-    """All variables that are set: the environment over the file.
+def merge(environ: Mapping[str, str], file: EnvFile, path: Path | None = None) -> dict[str, Value[str]]:
+    """All variables that are set: the environment over the file, without surrounding spaces.
 
     A value that is equal in both is the file's line, since Compose hands `.env` over as environment. An empty value
     is unset, also when it stands in the environment over a line of the file. Under the `path` that Compose mounts, the
@@ -94,5 +106,7 @@ def merge(environ: Mapping[str, str], file: EnvFile, path: Path | None = None) -
     for name, text in environ.items():
         line = file.values.get(name)
         source = COMPOSE if given.get(name) == text else "environment"
-        merged[name] = line if line is not None and line.text == text else Value(text=text, source=source)
-    return {name: value for name, value in merged.items() if value.text.strip()}
+        merged[name] = line if line is not None and line.text == text else plain(name, text, source)
+    return {
+        name: replace(value, text=text, value=text) for name, value in merged.items() if (text := value.text.strip())
+    }

@@ -1,16 +1,4 @@
-"""What a user must change: a problem is one sentence about one setting, a UserError ends the program with it."""
-
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """One thing that the user must change before anything can start."""
-
-    setting: str
-    """The variable (or fact) it is about, `NODES` for instance."""
-    message: str
-    """One sentence with the value, where it came from, and the cure."""
+"""The error that is the user's to mend: it ends the program with one message, without a traceback."""
 
 
 class UserError(Exception):
@@ -23,14 +11,6 @@ class UserError(Exception):
         super().__init__(message)
         self.message = message
         self.code = code
-
-
-def refusal(problems: tuple[Problem, ...]) -> UserError:
-    """All `problems` as one error, in the order in which they were found, each once."""
-    sentences = list(dict.fromkeys(problem.message for problem in problems))
-    if len(sentences) == 1:
-        return UserError(sentences[0])
-    return UserError("\n".join([f"{len(sentences)} settings are wrong:", *(f"  - {text}" for text in sentences)]))
 
 
 def printable(text: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 
 from app.config.errors import UserError
+from app.config.options import Parser
 from app.config.settings import Settings, read_settings
 from app.doctor.collect.look import look
 from app.doctor.facts import Facts
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
     """`alone`, `json` and `wait` (seconds)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="doctor",
         description="Is this cluster fit to train? Run it on all nodes at once.",
         epilog="Exit code: 0 when nothing is red, 1 when something is, 2 for wrong arguments.",
@@ -45,7 +46,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--alone", action="store_true", help="only what this node knows by itself")
     parser.add_argument("--json", action="store_true", help="findings as JSON on standard output")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds that the other nodes have to come (60)")
-    return parser.parse_args(arguments)
+    return parser.read(arguments)
 
 
 def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row]:

@@ -6,14 +6,13 @@ It is a session of the gang (`app.gang.session`), as a training is; every step i
 import asyncio
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 from app.config.exitcodes import ExitCode
 from app.doctor.cluster_checks import judge
-from app.doctor.cluster_checks.links import slowness
-from app.doctor.collect.meter import Speed
+from app.doctor.collect.packets import Peer
 from app.doctor.findings import Row
-from app.doctor.protocol import ALL_REDUCE, read_collective, read_meter, read_node, told_row
+from app.doctor.protocol import COLLECTIVE, read_findings, read_node, read_peer, told_peer, told_row
 from app.doctor.results import Measured
 from app.gang.connect import Waiting
 from app.gang.connection import Message, integer, items, text
@@ -25,12 +24,6 @@ from app.plan import Plan
 
 ANSWER = 25.0
 """Seconds for the answer to one question."""
-SECOND_LOOKS = 2
-LOOKS_SECONDS = 15.0
-"""A busy moment of a machine passes, a slow link stays: a slow pair is measured again, the best counts. Where all are
-slow there is no time for all, and no need."""
-MOST_STEPS = 15
-"""Up to 16 nodes every pair is measured; above, each node with 15 others."""
 CLOCK_ASKS = 5
 
 
@@ -42,7 +35,10 @@ class DoctorCoordinator(Session):
     def __init__(self, plan: Plan, token: bytes, say: Say) -> None:
         super().__init__(plan, token, say)
         self.measured = Measured(listed=plan.nodes.addresses)
-        self._meters: dict[int, Mapping[str, str | int]] = {}
+        self._echoes: dict[int, Peer] = {}
+        """Where the nodes echo packets."""
+        self._shares: dict[int, list[int]] = {}
+        """For each node, the others that it tries."""
         self._open = True
 
     def objection(self, hello: Hello) -> str:
@@ -73,9 +69,9 @@ class DoctorCoordinator(Session):
             }
             await self._introduce()
             if len(self.membership) > 1:
-                self.tell(f"{len(self.membership)} nodes connected; measuring every pair")
+                self.tell(f"{len(self.membership)} nodes connected; trying every pair")
                 await self._reach()
-                await self._pairs()
+                await self._packets()
                 await self._clocks()
                 await self._shared()
             await self._all_reduce()
@@ -109,61 +105,36 @@ class DoctorCoordinator(Session):
             address = self.membership.address(hello)
             self.measured.nodes[rank] = read_node(answer, hello, address)
             if answer is not None:
-                self._meters[rank] = read_meter(answer, address)
+                self._echoes[rank] = read_peer(answer, address)
 
     async def _reach(self) -> None:
         """Every node connects to its share of the others, on random ports and on MASTER_PORT."""
         state = await self.connectivity()
-        for rank in state.ranks:
-            self.measured.tried |= {(rank, peer) for peer in state.peers(rank)}
+        self._shares = {rank: state.peers(rank) for rank in state.ranks}
+        self.measured.tried = {(rank, peer) for rank, peers in self._shares.items() for peer in peers}
         for pair in state.blocked:
             self.measured.blocked[pair.source, pair.target, pair.why] = [*pair.ports]
         for rank in state.pending:
             if node := self.membership.get(rank):
                 self.lose(node, "it did not say whom it reaches")
 
-    async def _pairs(self) -> None:
-        """Speed of every pair and full-size packets both ways; a node is in one pair at a time."""
-        for step in steps(self._ranks())[:MOST_STEPS]:
-            await asyncio.gather(*(self._pair(*pair) for pair in step))
-        until = time.monotonic() + LOOKS_SECONDS
-        for _ in range(SECOND_LOOKS):
-            for pair, speed in list(self.measured.speeds.items()):
-                if slowness(self.measured, pair, speed) and time.monotonic() < until:
-                    await self._speed(*pair, calibrate=True)
-
-    async def _pair(self, first: int, second: int) -> None:
+    async def _packets(self) -> None:
+        """Every node sends packets of full size to its share of the others."""
         cut = {(source, target) for source, target, _ in self.measured.blocked}
-        if (first, second) in cut:
-            self.measured.unmeasured[first, second] = "it cannot be reached"
-            return
-        await self._speed(first, second)
-        for source, target in ((first, second), (second, first)):
-            if source in self.membership and target in self.membership and (source, target) not in cut:
-                mtu = min(self.measured.nodes[source].mtu, self.measured.nodes[target].mtu)
-                answer = (
-                    await self.ask(source, "packets", {"mtu": mtu, **self._meters[target]}, ANSWER) if mtu else None
-                )
-                if answer is not None:
-                    self.measured.packets[source, target] = text(answer, "outcome", 20)
-
-    async def _speed(self, first: int, second: int, *, calibrate: bool = False) -> None:
-        if first not in self.membership or second not in self.membership:
-            return
-        answer = await self.ask(first, "speed", {"calibrate": int(calibrate), **self._meters[second]}, ANSWER)
-        if answer is None:
-            return
-        if why := text(answer, "failure", 200):
-            self.measured.unmeasured[first, second] = why
-            return
-        rtt, out, back, own = (integer(answer, name, 0, 1 << 50) for name in ("rtt", "out", "back", "own"))
-        before = self.measured.speeds.get((first, second), Speed(rtt=rtt / 1e9, out=0, back=0))
-        self.measured.speeds[first, second] = Speed(
-            rtt=min(before.rtt, rtt / 1e9),
-            out=max(before.out, out),
-            back=max(before.back, back),
-            own=min(own, before.own or own) if own else before.own,
-        )
+        asked, work = self._ranks(), []
+        for rank in asked:
+            mtus = {peer: min(self.measured.nodes[one].mtu for one in (rank, peer)) for peer in self._shares[rank]}
+            peers = [
+                {**told_peer(peer, self._echoes[peer]), "mtu": mtu}
+                for peer, mtu in mtus.items()
+                if mtu and peer in self.membership and (rank, peer) not in cut
+            ]
+            work.append(self.ask(rank, "packets", {"peers": peers}, ANSWER))
+        for rank, answer in zip(asked, await asyncio.gather(*work), strict=True):
+            for one in items(answer, "outcomes", 1 << 10) if answer else ():
+                peer = integer(one, "rank", 0, 1 << 16)
+                if peer in self.measured.nodes:
+                    self.measured.packets[rank, peer] = text(one, "outcome", 20)
 
     async def _clocks(self) -> None:
         for rank in self._ranks():
@@ -195,28 +166,16 @@ class DoctorCoordinator(Session):
 
     async def _all_reduce(self) -> None:
         """A short real collective through torchrun, only where all nodes are here and reach each other."""
-        if self.measured.hopeless:
+        if self.measured.collective_would_hang:
             self.measured.no_collective = "not tried: first fix what is red"
             return
-        self.tell("all-reduce through torchrun")
+        self.tell("torchrun: speed of the pairs, then an all-reduce")
         ranks, run_id = self._ranks(), f"doctor-{secrets.token_hex(4)}"
         common = {"run_id": run_id, "nnodes": len(ranks)}
         work = [
-            self.ask(rank, "all-reduce", {"place": place, **common}, ALL_REDUCE + ANSWER)
+            self.ask(rank, "all-reduce", {"place": place, **common}, COLLECTIVE + ANSWER)
             for place, rank in enumerate(ranks)
         ]
         for rank, answer in zip(ranks, await asyncio.gather(*work), strict=True):
             if answer is not None:
-                self.measured.collectives[rank] = read_collective(answer)
-
-
-def steps(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Every pair of `ranks` once, in steps in which each node is in at most one pair (the circle method)."""
-    circle: list[int | None] = [*ranks, *([None] if len(ranks) % 2 else [])]
-    found = []
-    for _ in range(len(circle) - 1):
-        half = len(circle) // 2
-        pairs = zip(circle[:half], reversed(circle[half:]), strict=True)
-        found.append([(min(one, two), max(one, two)) for one, two in pairs if one is not None and two is not None])
-        circle = [circle[0], circle[-1], *circle[1:-1]]
-    return found
+                self.measured.collectives[rank] = read_findings(answer)

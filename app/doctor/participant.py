@@ -11,22 +11,21 @@ from pathlib import Path
 from typing import TypeVar
 
 from app.config.exitcodes import ExitCode
-from app.doctor.cluster_checks.transport import Collective
-from app.doctor.collect import meter
+from app.doctor.cluster_checks.speed import judge_speed
+from app.doctor.cluster_checks.transport import Collective, judge_transport
 from app.doctor.collect.look import within
+from app.doctor.collect.packets import PacketEcho, full_size
 from app.doctor.coordinator import DoctorCoordinator
 from app.doctor.facts import Facts
-from app.doctor.findings import Finding, Row
-from app.doctor.protocol import read_peer, read_row, told_collective, told_findings
-from app.gang import probes
+from app.doctor.findings import Finding, Row, skipped
+from app.doctor.protocol import read_peers, read_row, told_findings
 from app.gang.agreement import gather
 from app.gang.connect import NoAnswerError
-from app.gang.connection import Connection, Message, ProtocolError, dial, dial_inside, integer, listen, text
+from app.gang.connection import Connection, Message, ProtocolError, dial, dial_inside, integer, items, listen, text
 from app.gang.messages import Say
 from app.gang.participant import NodeServices, Participant
 from app.gang.verdict import JobEnded
 from app.plan import Plan
-from app.plan.resource_checks import speed_of
 
 DISK_PATIENCE = 10.0
 """Seconds for a file to be made or seen in the checkpoint folder; node 0 waits longer for the answer."""
@@ -49,16 +48,16 @@ class DoctorAnswers:
     """torchrun's store needs MASTER_PORT for itself."""
     rows: list[Row] = field(default_factory=list)
     """The table, once node 0 has told it."""
-    _meter: meter.Meter = field(init=False)
+    _echo: PacketEcho = field(init=False)
     _left: list[Path] = field(default_factory=list)
 
     def open(self) -> None:
         """Raises OSError."""
-        self._meter = meter.Meter(self.plan.network.address)
+        self._echo = PacketEcho(self.plan.network.address)
 
     def close(self) -> None:
         self._tidy()
-        self._meter.close()
+        self._echo.close()
 
     def _results(self) -> dict[str, object]:
         plan, nic = self.plan, self.facts.nic
@@ -66,12 +65,10 @@ class DoctorAnswers:
             "address": plan.network.address,
             "interface": plan.network.interface,
             "mtu": (nic.mtu or 0) if nic else 0,
-            "speed": (speed_of(nic, self.facts.host) or 0) if nic else 0,
             "transport": plan.network.transport,
             "findings": told_findings(self.findings),
-            "tcp": self._meter.tcp,
-            "udp": self._meter.udp,
-            "key": self._meter.key,
+            "port": self._echo.port,
+            "key": self._echo.key,
         }
 
     async def answer(self, question: str, message: Message) -> Mapping[str, object]:
@@ -82,13 +79,8 @@ class DoctorAnswers:
         if question == "row":
             self.rows.append(read_row(message))
             return {}
-        if question == "speed":
-            calibrate = bool(integer(message, "calibrate", 0, 1))
-            return await asyncio.to_thread(self._speed, read_peer(message), calibrate=calibrate)
         if question == "packets":
-            mtu = integer(message, "mtu", 100, 1 << 20)
-            outcome = await asyncio.to_thread(meter.full_size, self.plan.network.address, read_peer(message), mtu)
-            return {"outcome": outcome}
+            return await self._packets(message)
         if question == "leave":
             nonce = text(message, "nonce", 32)
             return {"wrote": int(await self._at_disk(lambda: self._leave(nonce), otherwise=False))}
@@ -103,17 +95,14 @@ class DoctorAnswers:
             return await self._reduce(message)
         raise ProtocolError(f"node 0 asks {question!r}, which this version of doctor does not know: use one image")
 
-    def _speed(self, peer: meter.Peer, *, calibrate: bool) -> Mapping[str, object]:
-        mine = meter.Peer(
-            address=self.plan.network.address, tcp=self._meter.tcp, udp=self._meter.udp, key=self._meter.key
+    async def _packets(self, message: Message) -> Mapping[str, object]:
+        peers = read_peers(message)
+        sizes = [integer(one, "mtu", 100, 1 << 20) for one in items(message, "peers", 1 << 10)]
+        own = self.plan.network.address
+        outcomes = await asyncio.gather(
+            *(asyncio.to_thread(full_size, own, peer, mtu) for peer, mtu in zip(peers.values(), sizes, strict=True))
         )
-        try:
-            own = meter.measure(self.plan.network.address, mine) if calibrate else None
-            found = meter.measure(self.plan.network.address, peer)
-        except (OSError, ValueError) as error:
-            return {"failure": probes.why(error) or type(error).__name__, "rtt": 0, "out": 0, "back": 0, "own": 0}
-        rates = {"out": round(found.out), "back": round(found.back), "own": round(min(own.out, own.back)) if own else 0}
-        return {"failure": "", "rtt": round(found.rtt * 1e9), **rates}
+        return {"outcomes": [{"rank": rank, "outcome": each} for rank, each in zip(peers, outcomes, strict=True)]}
 
     async def _at_disk(self, work: Callable[[], Done], otherwise: Done) -> Done:
         """`otherwise` where the checkpoint folder cannot be read, or does not answer: `disk` and `shared` say so."""
@@ -162,7 +151,10 @@ class DoctorAnswers:
             found = await self.reduce(self.facts, self.plan, text(message, "run_id", 64), place, size)
         except OSError as error:
             found = Collective(failure=f"this node could not start it: {error.strerror or error}.")
-        return told_collective(found)
+        speed = tuple(judge_speed(found.speeds, place, self.plan.network.interface))
+        if size > 1 and not speed:
+            speed = (skipped("speed", "not measured, since the all-reduce failed"),)
+        return {"findings": told_findings((*speed, judge_transport(found)))}
 
 
 async def meet(

@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from app.doctor.cluster_checks.transport import Collective
-from app.doctor.collect.meter import Speed
 from app.doctor.findings import Finding, Severity, worst
 
 Found = Iterator[tuple[int, Finding]]
@@ -20,9 +18,7 @@ class Node:
     host: str
     interface: str
     mtu: int
-    """0 if unknown, as `speed`."""
-    speed: int
-    """Mb/s of its interface."""
+    """0 if unknown."""
     transport: str
     """What NCCL will use there: InfiniBand, RoCE or sockets."""
     facts: Mapping[str, str]
@@ -49,19 +45,18 @@ class Measured:
     blocked: dict[tuple[int, int, str], list[int]] = field(default_factory=dict)
     """Ports by (from, to, why)."""
     tried: set[tuple[int, int]] = field(default_factory=set)
-    speeds: dict[tuple[int, int], Speed] = field(default_factory=dict)
     packets: dict[tuple[int, int], str] = field(default_factory=dict)
     """How packets of full size fared, by (from, to)."""
-    unmeasured: dict[tuple[int, int], str] = field(default_factory=dict)
     offsets: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Seconds that a node's clock is ahead of node 0's, and how sure that is."""
     seen: dict[int, frozenset[int]] = field(default_factory=dict)
     """Whose files each node sees in its checkpoint folder."""
-    collectives: dict[int, Collective] = field(default_factory=dict)
+    collectives: dict[int, tuple[Finding, ...]] = field(default_factory=dict)
+    """What each node found in bench's check."""
     no_collective: str = ""
 
     @property
-    def hopeless(self) -> bool:
-        """Whether torchrun would only be waited for: nodes are missing or cut off, or its port is known to be taken."""
+    def collective_would_hang(self) -> bool:
+        """Nodes are missing or cut off, or torchrun's port is known to be taken."""
         own = [each for node in self.nodes.values() for each in node.findings if each.check == "ports"]
         return bool(self.missing or self.lost or self.blocked or self.doubles) or worst(own) == Severity.RED

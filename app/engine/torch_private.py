@@ -28,6 +28,14 @@ ENGINE = (
 )
 """Without one of these torchrun runs as torch has it: failures are told late."""
 
+WORKER = (
+    Name(
+        module="torch.distributed.distributed_c10d",
+        path="_default_pg_init_method",
+        used_for="worker.py tells of ranks that never joined a group; without it that is not told",
+    ),
+)
+
 WATCHDOG = (
     Name(
         module="torch.distributed.distributed_c10d",

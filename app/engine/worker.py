@@ -2,8 +2,9 @@
 
     python worker.py SCRIPT [ARGS...]        python worker.py -m MODULE [ARGS...]
 
-The script sees what `python SCRIPT` gives it: sys.argv, sys.path[0], and a `__main__` of its own that DataLoader
-workers started by spawn can import again. Imports are few and late, so that the script finds a fresh interpreter.
+A shell script or another program takes this process over. A script in Python sees what `python SCRIPT` gives it:
+sys.argv, sys.path[0], and a `__main__` of its own that DataLoader workers started by spawn can import again. Imports
+are few and late, so that the script finds a fresh interpreter.
 """
 
 import atexit
@@ -20,6 +21,8 @@ SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - agent.py reads it there
 def main() -> NoReturn:
     """Replaces `__main__` by the script's own module and runs it; ends with the script's own exit code."""
     die_with_parent()
+    if sys.argv[1] != "-m" and (program := interpreter(sys.argv[1])):
+        os.execvp(program[0], [*program, *sys.argv[2:]])  # noqa: S606 - no shell is wanted
     ended = list[int]()
     atexit.register(leave, ended)  # registered first, so it runs last
     watch_for_stalls()
@@ -43,8 +46,32 @@ def main() -> NoReturn:
         sys.excepthook(type(error), error, error.__traceback__)
         ended.append(1)
         sys.exit(1)
+    tell_of_copies()
     ended.append(0)
     sys.exit(0)
+
+
+def interpreter(path: str) -> list[str]:
+    """The command that runs a file which is no Python; empty for Python. A shell script need not be executable."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - pathlib is not loaded at start-up
+            first = file.read(256).partition(b"\n")[0]
+    except OSError:
+        return []
+    if first.startswith(b"\x7fELF"):
+        return [path]
+    if first.startswith(b"#!"):
+        return [] if b"python" in first else [*first[2:].decode(errors="replace").strip().split(None, 1), path]
+    return ["bash", path] if path.endswith((".sh", ".bash")) else []
+
+
+def tell_of_copies() -> None:
+    """Ranks that never joined a process group have trained a copy each, and nobody else would notice."""
+    c10d, world = sys.modules.get("torch.distributed.distributed_c10d"), os.environ.get("WORLD_SIZE", "1")
+    joined = c10d and getattr(c10d, "_default_pg_init_method", "unknown") is not None
+    if "torch" in sys.modules and not joined and world != "1" and os.environ.get("RANK") == "0":
+        told = f"the script never called init_process_group: its {world} ranks ran apart, and share no gradients"
+        print(f"torchrun-compose: {told}. If that is not meant, see docs/own-script.md", file=sys.stderr)
 
 
 def leave(ended: list[int]) -> None:

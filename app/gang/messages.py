@@ -53,6 +53,8 @@ class WorkerReport:
     """It had been told to end before it failed."""
     alike: int = 0
     """Other ranks of the node that the same signal has ended at the same moment."""
+    note: str = ""
+    """What this node knows of a signal: that the kernel killed for memory."""
     place: str = ""
     """The script's own line, where an exception tells it."""
     cause: str = ""
@@ -71,6 +73,8 @@ class Event:
     silent: bool = False
     """Lost because it was not heard any more."""
     code: int = 0
+    finished: str = ""
+    """All ranks of the node had ended by themselves, without a failure: after which collective."""
     report: WorkerReport | None = None
     blocked: tuple[tuple[int, int, str], ...] = ()
     """Peers that could not be reached: (rank, port, why)."""
@@ -119,8 +123,8 @@ def read_event(message: Message, rank: int, nnodes: int) -> Event:
         return Event(rank=rank, kind=kind, stalls=stalls)
     if kind == "ended":
         reports = [_read_report(one) for one in items(message, "failures", 1)]
-        code = integer(message, "code", -64, 255)
-        return Event(rank=rank, kind=kind, code=code, report=reports[0] if reports else None)
+        code, finished = integer(message, "code", -64, 255), text(message, "finished", 200)
+        return Event(rank=rank, kind=kind, code=code, finished=finished, report=reports[0] if reports else None)
     raise ProtocolError(f"unknown message {kind!r}")
 
 
@@ -157,6 +161,7 @@ def _read_report(message: Message) -> WorkerReport:
         time=integer(message, "time", 0, YEAR_2100) / 1000,
         halted=message.get("halted") is True,
         alike=integer(message, "alike", 0, 1 << 20),
+        note=text(message, "note", 100),
         place=text(message, "place"),
         cause=text(message, "cause", 1000),
         fix=text(message, "fix", 1000),

@@ -13,7 +13,7 @@ from app.config.exitcodes import ExitCode
 from app.engine.outcome import Collective, Failure, Outcome, Stall
 from app.gang import probes
 from app.gang.agreement import host_id
-from app.gang.connect import BusyError, NoAnswerError, Waiting, connect
+from app.gang.connect import RETRY, BusyError, NoAnswerError, Waiting, connect
 from app.gang.connection import PATIENCE, Connection, Message, ProtocolError, UntrustedError, integer, items, text
 from app.gang.handshake import introduce
 from app.gang.membership import BEATS
@@ -60,6 +60,7 @@ class Explanation:
     """What this node knows of the failure of one of its workers."""
 
     words: str = ""
+    note: str = ""
     place: str = ""
     cause: str = ""
     fix: str = ""
@@ -172,7 +173,12 @@ class Participant:
                     return verdict
                 if self.stops or self._stopped:
                     return STOPPED
-                waiting = self._waiting(self.plan.timeouts.rejoin) if self._begun else waiting
+                if self._begun:
+                    waiting = self._waiting(self.plan.timeouts.rejoin)
+                elif waiting.over:
+                    return self._timed_out(waiting, "it accepts connections and closes them")
+                # Who accepts and hangs up again and again must not keep this node busy.
+                await self._rest(RETRY)
         finally:
             self._listener.close()
             if self._engine:
@@ -186,15 +192,18 @@ class Participant:
     async def _join(self, waiting: Waiting) -> Connection | Verdict:
         """Connects to node 0 and says hello, again and again until it works or the time is over."""
         self.services.state("waiting", self._round)
-        node0 = f"node 0, {self.plan.nodes.addresses[0]} port {self.plan.network.control_port}"
         try:
-            return await connect(self._greet, node0, waiting, self._rest) or STOPPED
+            return await connect(self._greet, self._node0, waiting, self._rest) or STOPPED
         except UntrustedError as error:
             return Verdict(code=ExitCode.UNTRUSTED, text=str(error))
         except JobEnded as end:
             return end.verdict
         except NoAnswerError as error:
-            return self._no_answer(node0, waiting, str(error)) if self.plan.nodes.rank else self._port_taken(str(error))
+            return self._timed_out(waiting, str(error)) if self.plan.nodes.rank else self._port_taken(str(error))
+
+    @property
+    def _node0(self) -> str:
+        return f"node 0, {self.plan.nodes.addresses[0]} port {self.plan.network.control_port}"
 
     async def _rest(self, seconds: float) -> bool:
         """Whether the user wants this job to end; waits a little for that."""
@@ -202,14 +211,14 @@ class Participant:
             await asyncio.wait_for(self._stopping.wait(), seconds)
         return self.stops > 0
 
-    def _no_answer(self, node0: str, waiting: Waiting, why: str) -> Verdict:
+    def _timed_out(self, waiting: Waiting, why: str) -> Verdict:
         seconds = waiting.until - waiting.start
         if self._begun and not seconds:
             return Verdict(code=ExitCode.LOST, text=f"node 0 was lost: {why}")
         if self._begun:
-            told = f"node 0 was lost; timed out after {seconds:.0f} s (REJOIN_TIMEOUT) waiting for {node0}: {why}"
+            told = f"node 0 was lost; timed out after {seconds:.0f} s (REJOIN_TIMEOUT) waiting for {self._node0}: {why}"
             return Verdict(code=ExitCode.LOST, text=told)
-        told = f"timed out after {seconds:.0f} s (START_TIMEOUT) waiting for {node0}: {why}"
+        told = f"timed out after {seconds:.0f} s (START_TIMEOUT) waiting for {self._node0}: {why}"
         fix = f"start it there, and let this node in: {probes.allow(self.plan.network.address)}"
         return Verdict(code=ExitCode.UNREACHABLE, text=f"{told}. Fix: {fix}")
 
@@ -428,7 +437,16 @@ class Participant:
             await self._open_listener()
         self.services.state("waiting", self._round)
         reports = await self._reports(outcome)
-        self._send("ended", code=_clamp(outcome.code), failures=reports, **self._readiness())
+        finished = "" if outcome.failures else self._finished()
+        self._send("ended", code=_clamp(outcome.code), failures=reports, finished=finished, **self._readiness())
+
+    def _finished(self) -> str:
+        """After which collective all ranks of this node ended by themselves; "" if not all have, or it is unknown."""
+        ended = [stall for stall in self.services.stalls() if stall.ended and stall.run_id == self._run_id]
+        if len(ended) < self.plan.workers.nproc:
+            return ""
+        last = max((stall.entered[-1] for stall in ended if stall.entered), key=lambda one: one.sequence, default=None)
+        return f"{last.name} #{last.sequence}" if last else "no collective"
 
     def _fails(self) -> None:
         """A worker failed: the first sign, long before torchrun says which and why."""
@@ -452,6 +470,7 @@ class Participant:
                 "time": at,
                 "halted": outcome.halted,
                 "alike": max(0, len(alike) - 1),
+                "note": found.note,
                 "place": found.place,
                 "cause": found.cause,
                 "fix": found.fix,

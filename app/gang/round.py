@@ -1,14 +1,14 @@
 """One round of the gang as node 0 follows it: who still runs, who must be told to end, and what went wrong."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from app.config.exitcodes import ExitCode
 from app.engine.outcome import Stall
 from app.gang.messages import Event, Say
 from app.gang.stalls import describe
-from app.gang.verdict import JobEnded, NodeFailure, worker_failure
+from app.gang.verdict import JobEnded, NodeFailure, left_alone, worker_failure
 
 HALT_GRACE = 2.0
 """Seconds that workers have to end after another node failed; their collectives cannot finish any more."""
@@ -37,6 +37,7 @@ class RoundState:
     failures: list[NodeFailure] = field(default_factory=list)
     stopped_by: str = ""
     _first_signs: dict[int, float] = field(default_factory=dict)
+    _finished: dict[str, str] = field(default_factory=dict)
     _codes: dict[int, int] = field(default_factory=dict)
     _halted: set[str] = field(default_factory=set)
     _stalls: dict[int, tuple[Stall, ...]] = field(default_factory=dict)
@@ -100,6 +101,8 @@ class RoundState:
             self._end("failure", HALT_GRACE, f"{node} was lost", now)
             return
         self._codes[event.rank] = event.code
+        if event.finished:
+            self._finished[node] = event.finished
         if event.report:
             self.failures.append(worker_failure(node, event.report, self._first_signs.get(event.rank, now)))
         if event.code:
@@ -117,7 +120,7 @@ class RoundState:
         self.failures += stuck
         self.running.clear()
 
-    def result(self) -> list[NodeFailure]:
+    def result(self) -> Sequence[NodeFailure]:
         """What went wrong. Raises JobEnded when all ended well or the user stopped the job."""
         if self._codes.keys() == self.names.keys() and not any(self._codes.values()):
             nodes = f"{len(self.names)} nodes" if len(self.names) > 1 else "this node"
@@ -125,7 +128,7 @@ class RoundState:
         if self.stopped_by:
             raise JobEnded(ExitCode.STOPPED, f"stopped on {self.stopped_by} before the training was done")
         nobody = NodeFailure(node="torchrun", what="ended without saying why", seen=time.monotonic())
-        return self.failures or [nobody]
+        return left_alone(self.failures, self._finished) or [nobody]
 
 
 def lost(event: Event, node: str, now: float) -> NodeFailure:

@@ -1,8 +1,8 @@
 """What ended a round, and which of many failures was the first cause."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import IntEnum
 from signal import SIGABRT, SIGKILL, SIGTERM, Signals
@@ -133,7 +133,7 @@ def worker_failure(node: str, report: WorkerReport, seen: float) -> NodeFailure:
         who += f" and {report.alike} other rank{'s' if report.alike > 1 else ''} of the node"
     if code < 0:
         name = Signals(-code).name if -code in {*Signals} else f"signal {-code}"
-        hint = " (out of memory, or killed by hand)" if code == -SIGKILL else ""
+        hint = f" ({report.note or 'out of memory, or killed by hand'})" if code == -SIGKILL else ""
         how, silent = name, f"{'were' if report.alike else 'was'} ended by {name}{hint}"
     else:
         how, silent = f"exit code {code}", f"ended with exit code {code}"
@@ -154,6 +154,19 @@ def worker_failure(node: str, report: WorkerReport, seen: float) -> NodeFailure:
         fix=report.fix,
         not_retryable=REFUSED if code == USAGE else UNFIT if BROKEN.match(report.text) else "",
     )
+
+
+def left_alone(failures: Sequence[NodeFailure], finished: Mapping[str, str]) -> Sequence[NodeFailure]:
+    """Where nothing but the end of a peer is known to have failed, and a node had `finished` by itself meanwhile (its
+    name, and after which collective), the others still waited for it."""
+    if not finished or not failures or min(each.weight for each in failures) != Weight.CONSEQUENCE:
+        return failures
+    names = " and ".join(f"{node} had finished after {after}" for node, after in [*finished.items()][:4])
+    fix = "give all ranks the same number (drop_last, or torch.distributed.algorithms.Join)"
+    told = f"{names} while it waited in a collective: unequal numbers of batches or steps. Fix: {fix}"
+    first = first_causes(failures)[0]
+    rest = [each for each in failures if each is not first]
+    return [replace(first, what=f"{first.what}: {told}", weight=Weight.CAUSE), *rest]
 
 
 def suspect_self(failures: Sequence[NodeFailure], own: str, others: int, link: str) -> Sequence[NodeFailure]:

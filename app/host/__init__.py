@@ -11,9 +11,10 @@ from app.config.project import PROJECT
 from app.host.accelerators.nvidia import Gpus, read_gpus
 from app.host.files import number, text
 from app.host.limits import Limits, read_limits
+from app.host.mounts import Mount, read_mounts
 from app.host.names import Answer, resolve_names
 from app.host.nics import Nic, Route, read_nics, read_routes
-from app.host.paths import Seen, importable, look_at
+from app.host.paths import Seen, importable, look_at, read_program
 from app.host.rdma import RdmaPort, RdmaSoftware, read_rdma_ports, read_rdma_software
 
 
@@ -23,6 +24,7 @@ class Host:
 
     hostname: str = ""
     uid: int = 0
+    gid: int = 0
     container: bool = False
     project: Path = PROJECT
     """Where this project's `app/` lies."""
@@ -42,8 +44,12 @@ class Host:
     """For each name that was asked for: its addresses, or why there are none."""
     files: Mapping[str, Seen] = field(default_factory=dict)
     """What lies at each path that was asked for."""
+    mounts: tuple[Mount, ...] = ()
+    """Longest path first."""
     module: bool = True
     """Whether Python finds the module that was asked for."""
+    program: tuple[str, str] = ("", "")
+    """Where the script that was asked for lies, if need be on PATH, and how its text begins."""
     python: str = ""
     packages: Mapping[str, str] = field(default_factory=dict)
     """Versions of torch and NCCL as installed, and the list of all other `packages`, without importing any."""
@@ -55,8 +61,10 @@ def probe(
     paths: Sequence[str] = (),
     module: str = "",
     python_path: str = "",
+    program: str = "",
 ) -> Host:
-    """Reads the machine below `root`; looks up the names in `resolve`; looks at `paths`, and for a Python module.
+    """Reads the machine below `root`; looks up the names in `resolve`; looks at `paths`, and for a Python module or a
+    program.
 
     What cannot be read is absent from the answer, never an error.
     """
@@ -65,6 +73,7 @@ def probe(
     return Host(
         hostname=socket.gethostname() if live else text(root / "proc/sys/kernel/hostname") or "",
         uid=os.geteuid() if live else 1000,
+        gid=os.getegid() if live else 1000,
         container=any((root / mark).exists() for mark in (".dockerenv", "run/.containerenv")),
         cwd=Path.cwd() if live else Path("/workspace"),
         nics=nics,
@@ -77,6 +86,8 @@ def probe(
         limits=read_limits(root),
         answers=resolve_names(resolve, root),
         files={path: look_at(root, path) for path in paths},
+        mounts=read_mounts(root),
+        program=read_program(program) if live and program else ("", ""),
         module=not (live and module) or importable(module, python_path),
         python=".".join(map(str, sys.version_info[:3])),
         packages=_packages(root),

@@ -21,6 +21,8 @@ class Seen:
     obstacle: str = ""
     """What stands in the way of a folder here: the nearest part of the path that is there, where nothing may be
     written."""
+    owner: str = ""
+    """Of the obstacle, as `uid:gid`."""
 
 
 def look_at(root: Path, path: str) -> Seen:
@@ -28,23 +30,44 @@ def look_at(root: Path, path: str) -> Seen:
     place = root / path.lstrip("/") if root != Path("/") else Path(path)
     try:
         obstacle = _obstacle(place)
+        owner = _owner(obstacle)
         mode = place.stat().st_mode
         if stat.S_ISDIR(mode):
-            return Seen(kind="folder", obstacle=obstacle)
+            return Seen(kind="folder", obstacle=obstacle, owner=owner)
         content = place.read_bytes() if stat.S_ISREG(mode) else b""
     except (FileNotFoundError, NotADirectoryError):
-        return Seen(kind="missing", obstacle=obstacle)
+        return Seen(kind="missing", obstacle=obstacle, owner=owner)
     except (OSError, ValueError):
         return Seen(kind="unreadable")
     # OpenSSL is slow to load, and the shipped script is a module.
     from hashlib import sha256
 
-    return Seen(digest=sha256(content).hexdigest()[:12], size=len(content.strip()), obstacle=obstacle)
+    digest = sha256(content).hexdigest()[:12]
+    return Seen(digest=digest, size=len(content.strip()), obstacle=obstacle, owner=owner)
 
 
 def _obstacle(place: Path) -> str:
     there = next((each for each in (place, *place.parents) if os.access(each, os.F_OK)), Path("/"))
     return "" if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else str(there)
+
+
+def _owner(obstacle: str) -> str:
+    if not obstacle:
+        return ""
+    found = Path(obstacle).stat()
+    return f"{found.st_uid}:{found.st_gid}"
+
+
+def read_program(name: str, limit: int = 1 << 18) -> tuple[str, str]:
+    """Where a script lies, or a program on PATH, and the beginning of its text; both empty if it is nowhere."""
+    import shutil
+
+    place = name if Path(name).is_file() or "/" in name else shutil.which(name) or ""
+    try:
+        with open(place, "rb") as file:  # noqa: PTH123 - an empty Path would be the current folder
+            return place, file.read(limit).decode(errors="replace")
+    except (OSError, ValueError):
+        return "", ""
 
 
 def importable(module: str, python_path: str) -> bool:

@@ -1,35 +1,21 @@
 """What of the nodes' checkpoints is exchanged before a round."""
 
-import re
-
 from app.config.settings import Settings
 from app.plan.decisions import Ledger
 from app.plan.parts import Checkpoints
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
 
 def decide_checkpoints(settings: Settings, nodes: int, ledger: Ledger) -> Checkpoints:
     """Records how checkpoints are exchanged; on one node nothing is."""
-    several = nodes > 1
-    level = settings.text("CHECKPOINTS") == "mirror"
-    for name, reason in (
-        ("CHECKPOINTS", "each node gets the others' newest before a round" if level else "each node has its own"),
-        ("MIRROR_KEEP", "newest entries of CHECKPOINT_DIR that every node gets"),
-        ("MIRROR_LIMIT", "most that one node gets before a round"),
+    wanted = settings.checkpoints
+    level = wanted.value == "mirror"
+    if nodes > 1 or settings.is_set("CHECKPOINTS"):
+        reason = "each node gets the others' newest before a round" if level else "each node keeps its own"
+        ledger.take("script", wanted, reason)
+    for value, reason in (
+        (settings.mirror_keep, "newest entries of CHECKPOINT_DIR that every node gets"),
+        (settings.mirror_limit, "most that one node gets before a round"),
     ):
-        value = settings.get(name)
-        if value is not None and (settings.is_set(name) or (several and name == "CHECKPOINTS")):
-            ledger.take(name, value, reason)
-    keep = settings.text("MIRROR_KEEP")
-    return Checkpoints(
-        mirror=several and level,
-        keep=None if keep == "all" else int(keep),
-        limit=byte_count(settings.text("MIRROR_LIMIT")),
-    )
-
-
-def byte_count(text: str) -> int:
-    """`100GB` as a number of bytes; 0 for a text that is none."""
-    found = re.fullmatch(r"([0-9]{1,6})([KMGT]?)B?", text)
-    return int(found[1]) * UNITS[found[2]] if found else 0
+        if settings.is_set(value.name):
+            ledger.take("script", value, reason)
+    return Checkpoints(mirror=level and nodes > 1, keep=settings.mirror_keep.value, limit=settings.mirror_limit.value)

@@ -1,16 +1,19 @@
 """What a plan is made of while it is being made: decisions with their reasons, problems, warnings."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from app.config.envfile import Value
-from app.config.errors import Problem, printable
+from app.config.errors import printable
+from app.config.problems import Problem, Severity, problem
+from app.config.values import Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """One thing that the launch will use."""
+    """One thing that the launch will use; for display, since the plan has it as a field."""
 
     name: str
+    check: str
     value: str
     source: str
     """`.env:3`, `environment`, `compose.yaml`, `command line`, `default`, `detected` or `derived`."""
@@ -26,31 +29,42 @@ class Ledger:
 
     decisions: list[Decision] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
 
-    def decide(self, name: str, value: object, source: str, reason: str, rejected: tuple[str, ...] = ()) -> None:
+    def decide(
+        self, check: str, name: str, value: object, source: str, reason: str, rejected: tuple[str, ...] = ()
+    ) -> None:
         self.decisions.append(
             Decision(
-                name=name, value=printable(str(value)), source=source, reason=printable(reason), rejected=rejected
-            ),
+                check=check,
+                name=name,
+                value=printable(str(value)),
+                source=source,
+                reason=printable(reason),
+                rejected=rejected,
+            )
         )
 
-    def take(self, name: str, value: Value, reason: str) -> None:
+    def take(self, check: str, value: Value[Any], reason: str) -> None:
         """Records a value that was given (or is the default) as it stands."""
-        self.decide(name, value.text, value.source, reason)
+        self.decide(check, value.name, value.shown, value.source, reason)
 
-    def refuse(self, setting: str, message: str) -> None:
-        self.problems.append(Problem(setting=setting, message=message))
+    def refuse(
+        self, id: str, *, what: str, fix: str, setting: str = "", details: tuple[str, ...] = (), **values: object
+    ) -> None:
+        """Something that keeps the plan from being made."""
+        self.problems.append(problem(id, "error", what=what, fix=fix, setting=setting, details=details, **values))
 
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-
-
-def shown(name: str, value: Value) -> str:
-    """`NODE_RANK=3 (.env:2)`: how every message names a value."""
-    return f"{name}={printable(value.text)} ({value.source})"
-
-
-def count(number: int, noun: str, plural: str = "") -> str:
-    """`1 process`, `2 processes`."""
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+    def warn(
+        self,
+        id: str,
+        *,
+        what: str,
+        fix: str = "",
+        setting: str = "",
+        details: tuple[str, ...] = (),
+        severity: Severity = "warning",
+        **values: object,
+    ) -> None:
+        """Something that the job starts with, at a cost."""
+        self.warnings.append(problem(id, severity, what=what, fix=fix, setting=setting, details=details, **values))

@@ -1,6 +1,7 @@
 """The environment that torchrun and the workers get. Whatever the user set stays as it is."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from app.config.envfile import COMPOSE
 from app.config.settings import TABLE, Settings
@@ -21,24 +22,26 @@ class Exports:
     ledger: Ledger
     env: dict[str, str] = field(default_factory=dict)
 
-    def offer(self, name: str, value: object, reason: str, rejected: tuple[str, ...] = ()) -> None:
+    def offer(self, check: str, name: str, value: object, reason: str, rejected: tuple[str, ...] = ()) -> None:
         """Exports `value`, unless the user set the variable."""
         given = self.settings.values.get(name)
-        if given is not None:
-            same = given.text == str(value)
-            why = f"as you set it; {reason}" if same else f"as you set it, in place of {value}"
-            if given.source == COMPOSE:
-                why = reason
-            self.ledger.decide(name, given.text, given.source, why, rejected)
+        if given is None:
+            self.env[name] = str(value)
+            self.ledger.decide(check, name, value, "derived", reason, rejected)
             return
-        self.env[name] = str(value)
-        self.ledger.decide(name, value, "derived", reason, rejected)
+        if given.source == COMPOSE:
+            why = reason
+        elif given.text == str(value):
+            why = f"as you set it; {reason}"
+        else:
+            why = f"as you set it, in place of {value}"
+        self.ledger.decide(check, name, given.shown, given.source, why, rejected)
 
-    def keep(self, name: str, reason: str) -> None:
+    def keep(self, check: str, name: str, reason: str) -> None:
         """Records a variable that is exported only because the user set it."""
         given = self.settings.values.get(name)
         if given is not None:
-            self.ledger.take(name, given, reason)
+            self.ledger.take(check, given, reason)
 
 
 def environment(settings: Settings, exports: Exports) -> dict[str, str]:
@@ -52,11 +55,11 @@ def environment(settings: Settings, exports: Exports) -> dict[str, str]:
 
 
 def keep_others(exports: Exports) -> None:
-    """Records the variables of NCCL, Gloo and torch that nothing was derived for."""
+    """Records the variables of NCCL, Gloo and torch that nothing was derived for. Some are the base image's."""
     decided = {each.name for each in exports.ledger.decisions}
     for name in sorted(exports.settings.values):
         if name.startswith(LIBRARIES) and name not in decided:
-            exports.keep(name, "as you set it, for the workers")
+            exports.keep("settings", name, "handed to the workers as it is")
 
 
 def removals(settings: Settings, env: dict[str, str], ledger: Ledger) -> tuple[str, ...]:
@@ -64,11 +67,13 @@ def removals(settings: Settings, env: dict[str, str], ledger: Ledger) -> tuple[s
     strays = sorted(name for name in {*settings.given, *settings.values} if name.startswith("PET_"))
     if strays:
         values = settings.values
-        named = [f"{name} ({values[name].source if name in values else 'environment'})" for name in strays]
-        them = "it" if len(strays) == 1 else "them"
         ledger.warn(
-            f"{', '.join(named)} removed from the environment: torchrun would read {them} as its own options. Use the "
-            "settings of .env.example instead."
+            "settings.stray-pet",
+            what="{strays} removed from the environment: torchrun would read "
+            f"{'it' if len(strays) == 1 else 'them'} as its own options",
+            fix="Use the settings of .env.example instead",
+            setting=strays[0],
+            strays=[f"{name} ({values[name].source if name in values else 'environment'})" for name in strays],
         )
     workers = {setting.name for setting in TABLE if setting.scope == "worker"}
     empty = sorted(
@@ -81,18 +86,38 @@ def removals(settings: Settings, env: dict[str, str], ledger: Ledger) -> tuple[s
 
 def common_exports(exports: Exports, host: Host, script: Script, ras_port: int, node_rank: int) -> None:
     """Variables that every launch gets, whatever the network."""
-    exports.offer("NCCL_DEBUG", "WARN", "errors and warnings of NCCL; INFO for its choices")
-    exports.offer("NCCL_RAS_ADDR", f"localhost:{ras_port}", "one port per job: jobs on one machine must not share it")
-    exports.offer(
-        "TORCH_FR_DUMP_TEMP_FILE",
-        f"{log_dir(script.run_dir, node_rank)}/flight_recorder_rank_",
-        "torch's record of the last collectives, written there when one times out",
-    )
-    exports.offer("PYTHONUNBUFFERED", "1", "a worker's last line must not be lost in a buffer")
-    exports.keep("CUDA_LAUNCH_BLOCKING", "as you set it")
-    exports.keep("GLOO_IB_DISABLE", "accepted, without effect: no version of Gloo reads it")
+    records = f"{log_dir(script.run_dir, node_rank)}/flight_recorder_rank_"
+    for name, value, reason in (
+        ("NCCL_DEBUG", "WARN", "errors and warnings of NCCL; INFO for its choices"),
+        ("NCCL_RAS_ADDR", f"localhost:{ras_port}", "one port per job: jobs on one machine must not share it"),
+        (
+            "TORCH_FR_DUMP_TEMP_FILE",
+            records,
+            "torch's record of the last collectives, written there when one times out",
+        ),
+        ("PYTHONUNBUFFERED", "1", "a worker's last line must not be lost in a buffer"),
+    ):
+        exports.offer("settings", name, value, reason)
+    exports.keep("settings", "CUDA_LAUNCH_BLOCKING", "as you set it")
+    exports.keep("rdma", "GLOO_IB_DISABLE", "accepted, without effect: no version of Gloo reads it")
+    if script.home:
+        _home_exports(exports, script.home, host)
     exports.env["RUN_DIR"] = str(script.run_dir)
     exports.env["CHECKPOINT_DIR"] = str(script.checkpoint_dir)
     if script.command[:1] == ("-m",) and script.command[1:2] and script.command[1].startswith("app."):
-        before = exports.settings.values.get("PYTHONPATH")
-        exports.env["PYTHONPATH"] = str(host.project) + (f":{before.text}" if before else "")
+        before = exports.settings.text("PYTHONPATH")
+        exports.env["PYTHONPATH"] = f"{host.project}:{before}" if before else str(host.project)
+
+
+def _home_exports(exports: Exports, home: Path, host: Host) -> None:
+    """Everything that libraries keep follows HOME, but for what would lie in /tmp, or be of another torch."""
+    exports.env["HOME"] = str(home)
+    last = "caches and settings of libraries outlive the container there"
+    exports.ledger.decide("script", "HOME", home, "derived", last)
+    extensions = home / ".cache/torch_extensions" / host.packages.get("torch", "torch")
+    for name, value, reason in (
+        ("TORCHINDUCTOR_CACHE_DIR", home / ".cache/inductor", "its default is in /tmp, where nothing may run"),
+        ("TORCH_EXTENSIONS_DIR", extensions, "what was compiled for one torch does not fit another"),
+        ("USER", "trainer", "tools ask for a name, and the image may know no user of this number"),
+    ):
+        exports.offer("script", name, value, reason)

@@ -21,12 +21,11 @@ def decide_gid(host: Host, own: Own, ports: Sequence[RdmaPort], ledger: Ledger, 
     steered = any(exports.settings.is_set(name) for name in STEERING)
     network, version = _network(host, own), 4
     if not any(picked(port) for port in ports) and any(picked(port, version=6) for port in ports):
-        exports.offer("NCCL_IB_ADDR_FAMILY", "AF_INET6", "the RoCE ports have IPv6 addresses only")
+        exports.offer("rdma", "NCCL_IB_ADDR_FAMILY", "AF_INET6", "the RoCE ports have IPv6 addresses only")
         version = 6
     elif not steered and network is not None and _other_network(ports, network):
-        exports.offer(
-            "NCCL_IB_ADDR_RANGE", str(network), f"the port has several addresses, and {own.address} is not its first"
-        )
+        why = f"the port has several addresses, and {own.address} is not its first"
+        exports.offer("rdma", "NCCL_IB_ADDR_RANGE", network, why)
         return
     if not steered:
         _report(ports, version, ledger)
@@ -45,10 +44,16 @@ def _report(ports: Sequence[RdmaPort], version: int, ledger: Ledger) -> None:
     picks = [(port, picked(port, version)) for port in ports]
     shown = ", ".join(f"{port.name} index {gid.index} = {parse(gid.text)}" for port, gid in picks if gid is not None)
     if shown:
-        ledger.decide("RoCE GID", shown, "detected", "what NCCL picks by itself; indexes differ between machines")
+        why = "what NCCL picks by itself; indexes differ between machines"
+        ledger.decide("rdma", "RoCE GID", shown, "detected", why)
     for port, gid in picks:
         if gid is None:
-            ledger.warn(f"{port.name} has no RoCE v2 address (GID), so NCCL would use RoCE v1, which is not routed.")
+            ledger.warn(
+                "rdma.no-roce-v2",
+                what="{port} has no RoCE v2 address (GID), so NCCL would use RoCE v1, which is not routed",
+                fix="Give its interface an address",
+                port=port.name,
+            )
 
 
 def _network(host: Host, own: Own) -> IPv4Network | None:

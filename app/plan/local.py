@@ -61,8 +61,8 @@ def own_towards(host: Host, listed: str | None, nodes: tuple[str, ...]) -> Own |
     return None
 
 
-def listing(host: Host, nodes: tuple[str, ...]) -> str:
-    """The nodes and this machine's addresses side by side, as an indented table."""
+def listing(host: Host, nodes: tuple[str, ...]) -> tuple[str, ...]:
+    """The nodes and this machine's addresses side by side, as the lines of an indented table."""
     loopback = any(is_loopback(node) for node in nodes)
     mine = [
         f"{nic.name} {address.network if nic.kind == 'loopback' else address.text}"
@@ -77,4 +77,4 @@ def listing(host: Host, nodes: tuple[str, ...]) -> str:
     left += [""] * (height - len(left))
     mine += [""] * (height - len(mine))
     rows = [("NODES", "this machine"), *zip(left, mine, strict=True)]
-    return "\n".join(f"    {first:<{width}}{second}".rstrip() for first, second in rows)
+    return tuple(f"    {first:<{width}}{second}".rstrip() for first, second in rows)

@@ -5,23 +5,24 @@ from app.host.addresses import family
 from app.host.nics import Nic
 from app.plan.decisions import Ledger
 from app.plan.exports import Exports
-from app.plan.node_list import NodeList
+from app.plan.local import Own
 from app.plan.resource_checks import check_interface, speed_of
 
 
-def decide_interface(member: NodeList, host: Host, ledger: Ledger, exports: Exports) -> None:
+def decide_interface(own: Own, host: Host, ledger: Ledger, exports: Exports) -> None:
     """NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, and what is odd about the interface."""
-    own = member.own
     nic = next((each for each in host.nics if each.name == own.interface), None)
     facts = "" if nic is None else f" ({', '.join(describe(nic, host))})"
     rejected = _rejected(host, own.interface)
-    ledger.decide("interface", own.interface, "detected", f"{own.reason}{facts}", rejected)
-    ledger.decide("address", own.address, "detected", f"this node's address on {own.interface}")
-    exports.offer("NCCL_SOCKET_IFNAME", f"={own.interface}", "= makes NCCL take exactly this name, not a prefix")
-    exports.offer("GLOO_SOCKET_IFNAME", own.interface, "Gloo takes plain names only")
+    ledger.decide("network", "interface", own.interface, "detected", f"{own.reason}{facts}", rejected)
+    ledger.decide("network", "address", own.address, "detected", f"this node's address on {own.interface}")
+    exact = "= makes NCCL take exactly this name, not a prefix"
+    exports.offer("network", "NCCL_SOCKET_IFNAME", f"={own.interface}", exact)
+    exports.offer("network", "GLOO_SOCKET_IFNAME", own.interface, "Gloo takes plain names only")
     check_interface(host, own, ledger)
     if nic is not None and family(own.address) == 6 and any(family(each.text) == 4 for each in nic.addresses):
-        exports.offer("NCCL_SOCKET_FAMILY", "AF_INET6", f"NODES are IPv6, and {own.interface} also has IPv4 addresses")
+        why = f"NODES are IPv6, and {own.interface} also has IPv4 addresses"
+        exports.offer("network", "NCCL_SOCKET_FAMILY", "AF_INET6", why)
 
 
 def describe(nic: Nic, host: Host) -> list[str]:

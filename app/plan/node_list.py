@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from app.config.parsers import Malformed
 from app.config.settings import Settings
 from app.host import Host
 from app.host.addresses import canonical, is_link_local, names_no_machine, parse
@@ -18,48 +19,39 @@ class NodeList:
     addresses: tuple[str, ...]
     """Literal addresses in rank order; "" where only the roll call can tell."""
     rank: int
+    rank_source: str
     own: Own
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """The entries of NODES: commas, spaces or line ends between them, comments from # on."""
-    without_comments = re.sub(r"#[^\n]*", "", text)
-    return tuple(bare(entry) for entry in re.split(r"[,;\s]+", without_comments) if entry)
-
-
-def bare(text: str) -> str:
-    """`fd00::1` of `[fd00::1]`; anything else as it is."""
-    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
 def names_to_resolve(settings: Settings) -> tuple[str, ...]:
     """Host names in NODES and MASTER_ADDR, for `probe` to look up."""
-    found = [*listed(settings.text("NODES"))]
-    master = settings.get("MASTER_ADDR")
+    found = list(settings.nodes.value) if settings.nodes else []
+    master = settings.master_addr
     if master is None and not found:
         job = scheduled(settings)
         master = job.master if job else None
     if master is not None:
-        found.append(bare(master.text))
+        found.append(master.value)
     return tuple(dict.fromkeys(name for name in found if parse(name) is None and not malformed(name)))
 
 
-def malformed(name: str) -> str | None:
-    """What is wrong with an entry of NODES or with MASTER_ADDR, as the end of a sentence; None if it can be a node."""
+def malformed(name: str) -> Malformed | None:
+    """What is wrong with an entry of NODES or with MASTER_ADDR; None if it can be a node."""
     if is_link_local(name):
-        return "is a link-local address, which only says something together with an interface: use a global one"
+        what = "is a link-local address, which only says something together with an interface"
+        return Malformed("node-link-local", what, "Use a global one")
     if names_no_machine(name):
-        return "names no machine: write the node's own address"
+        return Malformed("node-no-machine", "names no machine", "Write the node's own address")
     if parse(name) is not None:
         return None
     if re.fullmatch(r"[0-9]+(\.[0-9]+){3}", name) and re.search(r"\b0[0-9]", name):
-        return "has a leading zero, which may mean octal: write it without"
+        return Malformed("node-leading-zero", "has a leading zero, which may mean octal", "Write it without")
     if re.fullmatch(r"[0-9.]+", name):
-        return "is not a complete IPv4 address"
+        return Malformed("node-incomplete", "is not a complete IPv4 address", "Write all four numbers")
     if re.fullmatch(r"\[?[0-9A-Za-z_.:-]+\]?:[0-9]+", name):
-        return "has a port: write the address alone, the port is MASTER_PORT"
+        return Malformed("node-with-port", "has a port", "Write the address alone: the port is MASTER_PORT")
     if not re.fullmatch(r"[0-9A-Za-z_]([0-9A-Za-z_.-]{0,252})", name):
-        return "is neither an address nor a host name"
+        return Malformed("node-no-name", "is neither an address nor a host name", "Correct it")
     return None
 
 
@@ -69,3 +61,11 @@ def addresses_of(name: str, host: Host) -> tuple[str, ...]:
         return (canonical(name),)
     answer = host.answers.get(name)
     return () if answer is None else answer.addresses
+
+
+def unresolved(name: str, host: Host) -> Malformed:
+    """What the resolver said of a name without an address."""
+    answer = host.answers.get(name)
+    failure = answer.failure if answer is not None else "not looked up"
+    fix = "Write its address, or add it to DNS or /etc/hosts"
+    return Malformed("node-unresolved", f"has no address here ({failure})", fix)

@@ -11,6 +11,8 @@ class Nodes:
 
     rank: int
     """This node's."""
+    rank_source: str = "detected"
+    """Where it comes from: `detected` by address, or the variable's source."""
     addresses: tuple[str, ...]
     """Literal addresses in rank order; "" where only the roll call can tell (classic variables)."""
     names: tuple[str, ...]
@@ -32,6 +34,8 @@ class Network:
     """This node's own address, on `interface`."""
     transport: str
     """What NCCL will use between nodes: `InfiniBand`, `RoCE` or `sockets`."""
+    rdma_ports: tuple[str, ...] = ()
+    """The ports that NCCL will take, as `device:port`."""
     master_addr: str
     master_port: int
     control_port: int
@@ -56,6 +60,10 @@ class Script:
     """The script part of torchrun's command."""
     run_dir: Path
     checkpoint_dir: Path
+    places: tuple[Path | None, Path | None] = (None, None)
+    """Of run_dir and checkpoint_dir on the host, where this is a container and they are folders of it."""
+    home: Path | None = None
+    """For HOME, where the container's own is in memory."""
     env: Mapping[str, str] = field(repr=False, default_factory=dict)
     """To add to the process environment for torchrun, sorted by name; secrets of the user's included."""
     removed: tuple[str, ...] = ()

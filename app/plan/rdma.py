@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from app.config.envfile import Value
+from app.config.problems import count
+from app.config.values import Value
 from app.host import Host
 from app.host.addresses import is_link_local
 from app.host.nics import Nic
 from app.host.rdma import RdmaPort
-from app.plan.decisions import Ledger, count, shown
+from app.plan.decisions import Ledger
 from app.plan.env_warnings import matching
 from app.plan.exports import Exports
 from app.plan.gid import decide_gid
@@ -30,60 +31,111 @@ class Rejected:
         return f"{self.port.name} ({LAYER[self.port.link_layer]} {self.port.rate:g} Gb/s): {self.reason}"
 
 
-def decide_rdma(host: Host, own: Own | None, backend: str, ledger: Ledger, exports: Exports) -> str:
-    """NCCL_IB_DISABLE, NCCL_IB_HCA and what stands in their way. Returns the transport that NCCL will use.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What NCCL will make of this machine's ports."""
 
-    `InfiniBand`, `RoCE` or `sockets`.
+    fit: tuple[RdmaPort, ...]
+    """Those that a job should use."""
+    rejected: tuple[Rejected, ...]
+    taken: tuple[RdmaPort, ...]
+    """Those that NCCL will take: these, or what the user's variables make of them."""
+    usable: tuple[RdmaPort, ...]
+    """Those of the taken that are fit for a job."""
+
+    @property
+    def layer(self) -> str:
+        return LAYER[(self.usable or self.taken)[0].link_layer]
+
+    @property
+    def why_not(self) -> tuple[str, ...]:
+        left = [Rejected(port=port, reason="NCCL_IB_HCA does not select it") for port in self.fit]
+        return tuple(str(each) for each in [*self.rejected, *left] if each.port not in self.taken)
+
+
+SOCKETS = ("sockets", ())
+
+
+def decide_rdma(
+    host: Host, own: Own | None, backend: str, ledger: Ledger, exports: Exports
+) -> tuple[str, tuple[str, ...]]:
+    """NCCL_IB_DISABLE, NCCL_IB_HCA and what stands in their way.
+
+    Returns the transport that NCCL will use (`InfiniBand`, `RoCE` or `sockets`) and the ports that it will take.
     """
-    asked = exports.settings.is_set("NCCL_IB_HCA")
-    fit, rejected = choose(host)
-    usable, taken = _taken(fit, host, ledger, exports)
-    left = [Rejected(port=port, reason="NCCL_IB_HCA does not select it") for port in fit if port not in taken]
-    why_not = tuple(str(each) for each in [*rejected, *left] if each.port not in taken)
+    choice = _choice(host, ledger, exports)
     if not host.rdma_ports:
-        exports.offer("NCCL_IB_DISABLE", "1", "no InfiniBand or RoCE device on this machine")
-        return "sockets"
-    if not fit and not asked and backend == "nccl":
-        because = "; ".join(map(str, rejected))
-        ledger.warn(f"RDMA devices are on this machine, but no port is usable: {because}.")
-    if not taken:
+        exports.offer("rdma", "NCCL_IB_DISABLE", "1", "no InfiniBand or RoCE device on this machine")
+        return SOCKETS
+    asked = exports.settings.nccl_ib_hca is not None
+    if not choice.fit and not asked and backend == "nccl":
+        ledger.warn(
+            "rdma.no-usable-port",
+            what="RDMA devices are on this machine, but no port is usable: {why}",
+            fix="Mend one, or set NCCL_IB_DISABLE=1 to use sockets without this warning",
+            severity="severe",
+            why="; ".join(map(str, choice.rejected)),
+        )
+    if not choice.taken:
         among = "no active port in NCCL_IB_HCA" if asked else f"no usable port among {len(host.rdma_ports)}"
-        exports.offer("NCCL_IB_DISABLE", "1", among, why_not)
-        return "sockets"
-    layer = LAYER[(usable or taken)[0].link_layer]
-    rates = " and ".join(f"{rate:g}" for rate in sorted({port.rate for port in taken}))
-    summary = f"{layer}, {count(len(taken), 'usable port' if usable else 'active port')} of {rates} Gb/s"
-    ledger.decide("RDMA ports", ",".join(port.name for port in taken), "detected", summary, why_not)
-    decide_affinity(host, taken, ledger)
-    blocked = obstacle(host, taken)
-    if blocked:
-        exports.offer("NCCL_IB_DISABLE", "1", f"{layer} is here, but unusable: {blocked}")
-        if backend == "nccl":
-            where = "container" if host.container else "process"
-            ledger.warn(f"{layer} is on this machine but the {where} cannot use it, because {blocked}.")
-        return "sockets"
-    disabled = exports.settings.text("NCCL_IB_DISABLE") not in ("", "0")
-    exports.keep("NCCL_IB_DISABLE", "as you set it" + (f": {layer} stays unused" if disabled else ""))
-    if disabled or exports.settings.text("NCCL_NET").lower() == "socket":
-        return "sockets"
-    _decide_hca(fit, rejected, exports)
-    if layer == "RoCE" and own is not None:
-        decide_gid(host, own, usable, ledger, exports)
-    return layer
+        exports.offer("rdma", "NCCL_IB_DISABLE", "1", among, choice.why_not)
+        return SOCKETS
+    _report(choice, host, ledger)
+    if _blocked(choice, host, backend, ledger, exports) or _switched_off(choice.layer, exports):
+        return SOCKETS
+    _decide_hca(choice, exports)
+    if choice.layer == "RoCE" and own is not None:
+        decide_gid(host, own, choice.usable, ledger, exports)
+    return choice.layer, tuple(port.name for port in choice.taken)
 
 
-def _taken(fit: list[RdmaPort], host: Host, ledger: Ledger, exports: Exports) -> tuple[list[RdmaPort], list[RdmaPort]]:
-    """The ports that NCCL will take, and before them those of these that are fit for a job."""
-    asked = exports.settings.values.get("NCCL_IB_HCA")
+def _choice(host: Host, ledger: Ledger, exports: Exports) -> Choice:
+    fit, rejected = choose(host)
+    asked = exports.settings.nccl_ib_hca
+    usable, taken = fit, fit
     if asked is not None:
-        return _as_asked(asked, host, ledger)
-    if fit or exports.settings.text("NCCL_IB_DISABLE") != "0":
-        return fit, fit
-    # The user's 0 wins over the 1 that would keep NCCL from these.
-    return [], [port for port in host.rdma_ports if port.state == "ACTIVE"]
+        usable, taken = _as_asked(asked, host, ledger)
+    elif not fit and exports.settings.text("NCCL_IB_DISABLE") == "0":
+        # The user's 0 wins over the 1 that would keep NCCL from these.
+        usable, taken = [], [port for port in host.rdma_ports if port.state == "ACTIVE"]
+    return Choice(fit=tuple(fit), rejected=tuple(rejected), taken=tuple(taken), usable=tuple(usable))
 
 
-def _as_asked(asked: Value, host: Host, ledger: Ledger) -> tuple[list[RdmaPort], list[RdmaPort]]:
+def _report(choice: Choice, host: Host, ledger: Ledger) -> None:
+    rates = " and ".join(f"{rate:g}" for rate in sorted({port.rate for port in choice.taken}))
+    ports = count(len(choice.taken), "usable port" if choice.usable else "active port")
+    names = ",".join(port.name for port in choice.taken)
+    summary = f"{choice.layer}, {ports} of {rates} Gb/s"
+    ledger.decide("rdma", "RDMA ports", names, "detected", summary, choice.why_not)
+    decide_affinity(host, choice.taken, ledger)
+
+
+def _blocked(choice: Choice, host: Host, backend: str, ledger: Ledger, exports: Exports) -> bool:
+    blocked = obstacle(host, choice.taken)
+    if blocked is None:
+        return False
+    why = f"{choice.layer} is here, but unusable: {blocked.why}"
+    exports.offer("rdma", "NCCL_IB_DISABLE", "1", why)
+    if backend == "nccl":
+        ledger.warn(
+            f"rdma.{blocked.id}",
+            what="{layer} is on this machine but the {where} cannot use it, because {why}",
+            fix=blocked.fix,
+            severity="severe",
+            layer=choice.layer,
+            where="container" if host.container else "process",
+            why=blocked.why,
+        )
+    return True
+
+
+def _switched_off(layer: str, exports: Exports) -> bool:
+    disabled = exports.settings.text("NCCL_IB_DISABLE") not in ("", "0")
+    exports.keep("rdma", "NCCL_IB_DISABLE", f"as you set it: {layer} stays unused" if disabled else "as you set it")
+    return disabled or exports.settings.text("NCCL_NET").lower() == "socket"
+
+
+def _as_asked(asked: Value[str], host: Host, ledger: Ledger) -> tuple[list[RdmaPort], list[RdmaPort]]:
     """Of the ports that the user's NCCL_IB_HCA selects: those fit for a job, and those that NCCL will take, which are
     all that are active."""
     names = matching(asked.text, [port.name for port in host.rdma_ports])
@@ -91,24 +143,29 @@ def _as_asked(asked: Value, host: Host, ledger: Ledger) -> tuple[list[RdmaPort],
     usable, rejected = choose(replace(host, rdma_ports=tuple(selected)))
     taken = [port for port in selected if port.state == "ACTIVE"]
     wrong = [f"{each.port.name}: {each.reason}" for each in rejected if each.port in taken or not usable]
-    kept = f"{shown('NCCL_IB_HCA', asked)} is kept, but"
-    then = "." if taken else ". NCCL goes over to sockets without a word."
+    fix = "Correct or remove it" if taken else "Correct or remove it: NCCL falls back to sockets without a word"
     if not selected:
-        here = ", ".join(port.name for port in host.rdma_ports) or "there is none"
-        ledger.warn(f"{kept} matches no RDMA device or port here ({here}){then}")
+        what = "{given} is kept, but matches no RDMA device or port here ({ports})"
+        here = [port.name for port in host.rdma_ports] or ["there is none"]
+        ledger.warn("rdma.hca-selects-none", what=what, fix=fix, severity="severe", given=asked, ports=here)
     elif wrong:
-        ledger.warn(f"{kept} selects {'; '.join(wrong)}{then}")
+        what = "{given} is kept, but selects {wrong}"
+        ledger.warn("rdma.hca-selects-wrong", what=what, fix=fix, given=asked, wrong="; ".join(wrong))
     _warn_prefix(asked, selected, ledger)
     return usable, taken
 
 
-def _warn_prefix(asked: Value, selected: list[RdmaPort], ledger: Ledger) -> None:
+def _warn_prefix(asked: Value[str], selected: list[RdmaPort], ledger: Ledger) -> None:
     devices = {port.device for port in selected}
     meant = {entry.partition(":")[0] for entry in asked.text.split(",")}
     if asked.text[:1] not in ("=", "^") and meant & devices and devices - meant:
         ledger.warn(
-            f"{shown('NCCL_IB_HCA', asked)} is kept, but it is a prefix and also matches "
-            f"{', '.join(sorted(devices - meant))}. Write NCCL_IB_HCA=={asked.text} for exactly that."
+            "rdma.hca-prefix",
+            what="{given} is kept, but it is a prefix and also matches {others}",
+            fix="Write NCCL_IB_HCA=={text} for exactly that",
+            given=asked,
+            others=sorted(devices - meant),
+            text=asked.text,
         )
 
 
@@ -186,17 +243,17 @@ def shared_bridges(first: tuple[str, ...], second: tuple[str, ...]) -> int:
     return count
 
 
-def _decide_hca(fit: list[RdmaPort], rejected: list[Rejected], exports: Exports) -> None:
+def _decide_hca(choice: Choice, exports: Exports) -> None:
     # NCCL takes every active port by itself (net_ib/init.cc), whatever its link layer, address or distance.
-    wrong = [each for each in rejected if each.port.state == "ACTIVE"]
-    value = "=" + ",".join(port.name for port in fit)
-    if fit and wrong:
-        names = ", ".join(each.port.name for each in wrong)
-        exports.offer("NCCL_IB_HCA", value, f"by itself NCCL would also take {names}")
-    elif fit and exports.settings.is_set("NCCL_IB_HCA"):
-        exports.offer("NCCL_IB_HCA", value, "all usable ports")
-    elif fit:
-        exports.ledger.decide("NCCL_IB_HCA", "(unset)", "derived", "NCCL takes exactly these ports by itself")
+    wrong = [each.port.name for each in choice.rejected if each.port.state == "ACTIVE"]
+    value = "=" + ",".join(port.name for port in choice.fit)
+    if choice.fit and wrong:
+        exports.offer("rdma", "NCCL_IB_HCA", value, f"by itself NCCL would also take {', '.join(wrong)}")
+    elif choice.fit and exports.settings.nccl_ib_hca is not None:
+        exports.offer("rdma", "NCCL_IB_HCA", value, "all usable ports")
+    elif choice.fit:
+        why = "NCCL takes exactly these ports by itself"
+        exports.ledger.decide("rdma", "NCCL_IB_HCA", "(unset)", "derived", why)
 
 
 def decide_affinity(host: Host, ports: Sequence[RdmaPort], ledger: Ledger) -> None:
@@ -212,4 +269,5 @@ def decide_affinity(host: Host, ports: Sequence[RdmaPort], ledger: Ledger) -> No
             distances.setdefault(distance, []).append(str(gpu.index))
     where = "; ".join(f"{distance}: GPU {' '.join(gpus)}" for distance, gpus in distances.items())
     if nearest:
-        ledger.decide("GPU to port", ",".join(nearest), "detected", f"the nearest port of each GPU, on {where}")
+        why = f"the nearest port of each GPU, on {where}"
+        ledger.decide("rdma", "GPU to port", ",".join(nearest), "detected", why)

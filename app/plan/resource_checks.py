@@ -1,8 +1,9 @@
 """What this plan needs of the machine, against what there is: interface, locked memory, shared memory, files, CPUs."""
 
+from app.config.problems import count
 from app.host import Host
 from app.host.nics import Nic
-from app.plan.decisions import Ledger, count
+from app.plan.decisions import Ledger
 from app.plan.local import Own
 from app.plan.parts import Workers
 from app.plan.rdma_access import direct, memlock_obstacle
@@ -17,46 +18,87 @@ MEMORY_PER_PROCESS = 1 << 30
 
 def check_needs(host: Host, workers: Workers, transport: str, ledger: Ledger) -> None:
     """Limits as facts in the plan, and warnings or problems where they are too low for it."""
-    limits, processes = host.limits, count(workers.nproc, "process", "processes")
-    ledger.decide("limits", count(limits.cpus, "CPU"), "detected", _summary(host))
-    blocked = memlock_obstacle(host)
-    if blocked and workers.backend == "nccl" and transport != "sockets":
-        ledger.refuse("memlock", f"{transport} is chosen, but {blocked}. (NCCL_IB_DISABLE=1 would use sockets.)")
-    wanted, who = SHM_OF_LOADERS, f"the data loaders of {processes} want"
-    if workers.backend == "nccl":
-        wanted, who = SHM_PER_GPU * workers.nproc, f"{processes} with NCCL want{'s' * (workers.nproc == 1)}"
-    if limits.shm is not None and limits.shm < wanted:
-        ledger.warn(
-            f"Shared memory (/dev/shm) has {_size(limits.shm)}, and {who} about {_size(wanted)}. Set SHM_SIZE in .env; "
-            "otherwise it may end with 'No space left on device'."
+    ledger.decide("limits", "limits", count(host.limits.cpus, "CPU"), "detected", _summary(host))
+    rdma = workers.backend == "nccl" and transport != "sockets"
+    if rdma and (blocked := memlock_obstacle(host)):
+        ledger.refuse(
+            f"rdma.{blocked.id}",
+            what="{transport} is chosen, but {why}",
+            fix=f"{blocked.fix}. NCCL_IB_DISABLE=1 would use sockets",
+            setting="memlock",
+            transport=transport,
+            why=blocked.why,
         )
-    # The launcher raises the soft limit to the hard one by itself.
-    if limits.open_files is not None and limits.open_files < OPEN_FILES:
+    _check_shm(host, workers, ledger)
+    _check_files(host, ledger)
+    _check_memory(host, workers, ledger)
+    if workers.nproc > host.limits.cpus and workers.backend == "gloo":
         ledger.warn(
-            f"Only {limits.open_files} files and connections may be open at once (the hard limit); large jobs need "
-            "more. Raise it: `ulimit -Hn 65536` as root, or `ulimits: nofile` in compose."
+            "limits.cpus",
+            what="{nproc} processes share {cpus:CPU}: they will slow each other down",
+            fix="Lower NPROC_PER_NODE",
+            setting="NPROC_PER_NODE",
+            nproc=workers.nproc,
+            cpus=host.limits.cpus,
         )
-    if limits.memory is not None and limits.memory < MEMORY_PER_PROCESS * workers.nproc:
-        ledger.warn(
-            f"The memory limit is {_size(limits.memory)} for {processes} of torch, which take about "
-            f"{_size(MEMORY_PER_PROCESS)} each before they load anything. Raise it or lower NPROC_PER_NODE."
-        )
-    if workers.nproc > limits.cpus and workers.backend == "gloo":
-        ledger.warn(f"{workers.nproc} processes share {count(limits.cpus, 'CPU')}: they will slow each other down.")
-    if workers.backend == "nccl" and transport != "sockets":
+    if rdma:
         _report_direct(host, transport, ledger)
+
+
+def _check_shm(host: Host, workers: Workers, ledger: Ledger) -> None:
+    who, wanted = "the data loaders of {nproc:process|processes}", SHM_OF_LOADERS
+    if workers.backend == "nccl":
+        who, wanted = "NCCL with {nproc:process|processes}", SHM_PER_GPU * workers.nproc
+    if host.limits.shm is not None and host.limits.shm < wanted:
+        ledger.warn(
+            "limits.shm",
+            what=f"Shared memory (/dev/shm) has {{size}}; {who} will take about {{wanted}}",
+            fix="Set SHM_SIZE in .env; otherwise it may end with 'No space left on device'",
+            setting="SHM_SIZE",
+            size=_size(host.limits.shm),
+            wanted=_size(wanted),
+            nproc=workers.nproc,
+        )
+
+
+def _check_files(host: Host, ledger: Ledger) -> None:
+    # The launcher raises the soft limit to the hard one by itself.
+    if host.limits.open_files is not None and host.limits.open_files < OPEN_FILES:
+        ledger.warn(
+            "limits.open-files",
+            what="Only {limit} files and connections may be open at once (the hard limit); large jobs need more",
+            fix="Raise it: `ulimit -Hn 65536` as root, or `ulimits: nofile` in compose",
+            limit=host.limits.open_files,
+        )
+
+
+def _check_memory(host: Host, workers: Workers, ledger: Ledger) -> None:
+    if host.limits.memory is not None and host.limits.memory < MEMORY_PER_PROCESS * workers.nproc:
+        ledger.warn(
+            "limits.memory",
+            what="The memory limit is {limit} for {nproc:process|processes} of torch, which take about {each} each "
+            "before they load anything",
+            fix="Raise it or lower NPROC_PER_NODE",
+            setting="NPROC_PER_NODE",
+            limit=_size(host.limits.memory),
+            nproc=workers.nproc,
+            each=_size(MEMORY_PER_PROCESS),
+        )
 
 
 def _report_direct(host: Host, transport: str, ledger: Ledger) -> None:
     way = direct(host)
     if way:
-        ledger.decide("GPUDirect RDMA", way, "detected", "cards can read GPU memory by themselves")
-    else:
-        ledger.decide("GPUDirect RDMA", "no", "detected", "neither nvidia_peermem nor NVIDIA's open kernel modules")
-        ledger.warn(
-            f"{transport} will go through the CPU's memory: the kernel module nvidia_peermem is not loaded. "
-            "Run `modprobe nvidia-peermem` on this machine."
-        )
+        ledger.decide("rdma", "GPUDirect RDMA", way, "detected", "cards can read GPU memory by themselves")
+        return
+    why = "neither nvidia_peermem nor NVIDIA's open kernel modules"
+    ledger.decide("rdma", "GPUDirect RDMA", "no", "detected", why)
+    ledger.warn(
+        "rdma.no-gpu-direct",
+        what="{transport} will go through the CPU's memory: the kernel module nvidia_peermem is not loaded",
+        fix="Run `sudo modprobe nvidia-peermem` on this machine",
+        transport=transport,
+    )
 
 
 def check_interface(host: Host, own: Own, ledger: Ledger) -> None:
@@ -65,13 +107,23 @@ def check_interface(host: Host, own: Own, ledger: Ledger) -> None:
     if nic is None or nic.kind == "loopback":
         return
     if not nic.up:
-        ledger.warn(f"{nic.name} carries {own.address}, but its link is {nic.operstate}: check its cable and switch.")
+        ledger.warn(
+            "network.link-down",
+            what="{nic} carries {address}, but its link is {state}",
+            fix="Check its cable and switch",
+            severity="severe",
+            nic=nic.name,
+            address=own.address,
+            state=nic.operstate,
+        )
     _warn_first_address(nic, own, ledger)
     _warn_slow(nic, host, own, ledger)
     _warn_mtu(nic, host, ledger)
     _warn_arp(nic, host, own, ledger)
     if nic.kind == "tunnel":
-        ledger.warn(f"{nic.name} is a tunnel (VPN): expect a fraction of the network's speed.")
+        what = "{nic} is a tunnel (VPN): expect a fraction of the network's speed"
+        fix = "List addresses of another network in NODES if there is one"
+        ledger.warn("network.tunnel", what=what, fix=fix, nic=nic.name)
 
 
 def _warn_first_address(nic: Nic, own: Own, ledger: Ledger) -> None:
@@ -81,8 +133,13 @@ def _warn_first_address(nic: Nic, own: Own, ledger: Ledger) -> None:
         # NCCL is told the family where nodes are listed by IPv6.
         they = "Gloo uses" if ":" in own.address else "NCCL and Gloo use"
         ledger.warn(
-            f"{nic.name} has several addresses. torchrun uses {own.address}, but {they} the first, {used}: "
-            "it must be reachable from the other nodes too. List the first ones in NODES if it is not."
+            "network.several-addresses",
+            what=f"{{nic}} has several addresses. torchrun uses {{address}}, but {they} the first, {{used}}: it must "
+            "be reachable from the other nodes too",
+            fix="List the first ones in NODES if it is not",
+            nic=nic.name,
+            address=own.address,
+            used=used,
         )
 
 
@@ -101,9 +158,15 @@ def _warn_slow(nic: Nic, host: Host, own: Own, ledger: Ledger) -> None:
         theirs = speed_of(other, host)
         if mine and theirs and other.name in devices and other.addresses and theirs >= 10 * mine:
             ledger.warn(
-                f"{nic.name} ({mine / 1000:g} Gb/s) carries {own.address}, but {other.name} ({theirs / 1000:g} Gb/s, "
-                f"with RDMA) has {other.addresses[0].text}: list the addresses of that network in NODES if all nodes "
-                "are on it."
+                "network.slow",
+                what="{nic} ({speed:g} Gb/s) carries {address}, but {other} ({faster:g} Gb/s, with RDMA) has {unused}",
+                fix="List the addresses of that network in NODES if all nodes are on it",
+                nic=nic.name,
+                speed=mine / 1000,
+                address=own.address,
+                other=other.name,
+                faster=theirs / 1000,
+                unused=other.addresses[0].text,
             )
             return
 
@@ -117,8 +180,14 @@ def _warn_mtu(nic: Nic, host: Host, ledger: Ledger) -> None:
         unlike = other.name not in nic.lower and other.mtu != nic.mtu and other.addresses
         if twins and (smaller or unlike):
             ledger.warn(
-                f"{nic.name} has MTU {nic.mtu}, its twin {other.name} has {other.mtu}: packets of the larger size are "
-                "lost where the smaller one is in the way. Give both, on all nodes, the same MTU."
+                "network.twin-mtu",
+                what="{nic} has MTU {mtu}, its twin {twin} has {other}: packets of the larger size are lost where the "
+                "smaller one is in the way",
+                fix="Give both, on all nodes, the same MTU",
+                nic=nic.name,
+                mtu=nic.mtu,
+                twin=other.name,
+                other=other.mtu,
             )
 
 
@@ -128,9 +197,13 @@ def _warn_arp(nic: Nic, host: Host, own: Own, ledger: Ledger) -> None:
         shared = other.name != nic.name and other.kind != "container" and other.up and not other.arp_ignore
         if mine is not None and mine.version == 4 and shared and any(each.network == mine for each in other.addresses):
             ledger.warn(
-                f"{nic.name} and {other.name} are both in {mine}, and each answers for the other's address, so traffic "
-                "may take the wrong card. `sysctl -w net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2` "
-                "on this machine ends that."
+                "network.arp",
+                what="{nic} and {other} are both in {network}, and each answers for the other's address, so traffic "
+                "may take the wrong card",
+                fix="Run `sysctl -w net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2` on this machine",
+                nic=nic.name,
+                other=other.name,
+                network=mine,
             )
             return
 

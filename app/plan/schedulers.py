@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass
 from itertools import product
 
-from app.config.envfile import Value
+from app.config.parsers import Malformed
 from app.config.settings import Settings
+from app.config.values import Value, plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,10 +14,10 @@ class Scheduled:
     """What a scheduler's variables say; absent parts must come from NNODES and MASTER_ADDR."""
 
     scheduler: str
-    rank: Value
-    nnodes: Value | None = None
-    master: Value | None = None
-    wrong: str = ""
+    rank: Value[int]
+    nnodes: Value[int] | None = None
+    master: Value[str] | None = None
+    wrong: Malformed | None = None
     """Why this process cannot be the one launcher of its node."""
 
 
@@ -26,51 +27,53 @@ def scheduled(settings: Settings) -> Scheduled | None:
     return _slurm(settings) or _kubernetes(settings) or _open_mpi(settings)
 
 
-def _named(settings: Settings, *names: str) -> Value | None:
+def _number(settings: Settings, setting: str, *names: str) -> Value[int] | None:
+    """What the first of the variables that is set says of one of our settings."""
     for name in names:
-        value = settings.values.get(name)
-        if value is not None:
-            return Value(text=value.text, source=name)
+        text = settings.text(name)
+        if text:
+            whole = re.fullmatch(r"[0-9]{1,6}", text)
+            return Value(name=setting, text=text, source=name, value=int(text)) if whole else None
     return None
 
 
-def _whole(value: Value | None) -> Value | None:
-    return value if value is not None and re.fullmatch(r"[0-9]{1,6}", value.text) else None
-
-
 def _slurm(settings: Settings) -> Scheduled | None:
-    rank = _whole(_named(settings, "SLURM_NODEID"))
-    nodelist = _named(settings, "SLURM_JOB_NODELIST", "SLURM_NODELIST")
-    if rank is None or nodelist is None:
+    rank = _number(settings, "NODE_RANK", "SLURM_NODEID")
+    source = next((name for name in ("SLURM_JOB_NODELIST", "SLURM_NODELIST") if settings.is_set(name)), None)
+    if rank is None or source is None:
         return None
-    names = expand_nodelist(nodelist.text)
+    names = expand_nodelist(settings.text(source))
+    listed = Value(name="NNODES", text=str(len(names)), source=source, value=len(names))
     local_id = settings.text("SLURM_LOCALID")
     return Scheduled(
         scheduler="Slurm",
         rank=rank,
-        nnodes=_whole(_named(settings, "SLURM_NNODES", "SLURM_JOB_NUM_NODES"))
-        or Value(text=str(len(names)), source=nodelist.source),
-        master=Value(text=names[0], source=nodelist.source) if names else None,
-        wrong=f"SLURM_LOCALID={local_id}: start one launcher per node (srun --ntasks-per-node=1)"
-        if local_id not in ("", "0")
-        else "",
+        nnodes=_number(settings, "NNODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES") or listed,
+        master=plain("MASTER_ADDR", names[0], source) if names else None,
+        wrong=_second_launcher(f"SLURM_LOCALID={local_id}", "srun --ntasks-per-node=1")
+        if local_id.strip("0")
+        else None,
     )
 
 
 def _kubernetes(settings: Settings) -> Scheduled | None:
-    rank = _whole(_named(settings, "JOB_COMPLETION_INDEX"))
+    rank = _number(settings, "NODE_RANK", "JOB_COMPLETION_INDEX")
     return None if rank is None else Scheduled(scheduler="Kubernetes", rank=rank)
 
 
 def _open_mpi(settings: Settings) -> Scheduled | None:
-    rank, size, per_node = (
-        _whole(_named(settings, f"OMPI_COMM_WORLD_{part}")) for part in ("RANK", "SIZE", "LOCAL_SIZE")
-    )
+    world = "OMPI_COMM_WORLD_"
+    rank = _number(settings, "NODE_RANK", f"{world}RANK")
+    size = _number(settings, "NNODES", f"{world}SIZE")
     if rank is None or size is None:
         return None
-    several = per_node is not None and per_node.text != "1"
-    wrong = f"OMPI_COMM_WORLD_LOCAL_SIZE={per_node.text if per_node else ''}: start one launcher per node (-npernode 1)"
-    return Scheduled(scheduler="Open MPI", rank=rank, nnodes=size, wrong=wrong if several else "")
+    per_node = settings.text(f"{world}LOCAL_SIZE")
+    wrong = _second_launcher(f"{world}LOCAL_SIZE={per_node}", "-npernode 1") if per_node not in ("", "1") else None
+    return Scheduled(scheduler="Open MPI", rank=rank, nnodes=size, wrong=wrong)
+
+
+def _second_launcher(given: str, option: str) -> Malformed:
+    return Malformed("scheduler-several", f"{given}: there are several launchers on this node", f"Start one ({option})")
 
 
 def expand_nodelist(text: str) -> tuple[str, ...]:

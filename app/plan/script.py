@@ -1,57 +1,73 @@
 """Which script runs, with which arguments, and in which folders."""
 
-import re
 import shlex
 from pathlib import Path
+from typing import Any
 
-from app.config.envfile import Value
-from app.config.errors import printable
+from app.config.parsers import Malformed
+from app.config.problems import count
 from app.config.settings import Settings
+from app.config.values import Value
 from app.host import Host
+from app.host.mounts import mount_of
 from app.host.paths import Seen
-from app.plan.decisions import Ledger, count, shown
+from app.plan.decisions import Ledger
+from app.plan.launchers import Unwrapped, unwrap
 from app.plan.parts import Script
+from app.plan.places import on_host
+from app.plan.script_text import concerns
 
 IMAGE = Path("/opt/torchrun-compose")
 """Where this project lies in its image."""
 
 
-NAMED = (
-    ("DATA", "what the script of this project reads in place of Python's own source"),
-    ("RUN_NAME", "names the job: its folder, and whom nodes answer"),
-    ("RUNS_ROOT", "holds a folder for each run"),
-)
+IMAGE_HOME = "/tmp"  # noqa: S108 - as in the Dockerfile
+CURRENT = "."
 SHORTEST_TOKEN = 16
 """Bytes, as in app.supervise.node."""
+Words = tuple[str, ...]
 
 
-def requested(settings: Settings) -> tuple[Value, Value | None]:
+def requested(settings: Settings) -> tuple[Value[Words], Value[Words] | None]:
     """The script and its arguments, in shell words. Arguments of the entrypoint win.
 
     Arguments that begin with a dash (other than -m) are for the script of TRAIN_SCRIPT.
     """
-    argv, given = settings.argv, Value(text=shlex.join(settings.argv), source="command line")
-    if argv and (argv[0] == "-m" or not argv[0].startswith("-")):
-        return given, None
-    script = settings.get("TRAIN_SCRIPT") or Value(text="", source="default")
-    return script, given if argv else settings.values.get("TRAIN_ARGS")
+    argv = settings.argv
+    if not argv:
+        return settings.train_script, settings.train_args
+    script = argv[0] == "-m" or not argv[0].startswith("-")
+    name = "TRAIN_SCRIPT" if script else "TRAIN_ARGS"
+    given = Value(name=name, text=shlex.join(argv), source="command line", value=argv)
+    return (given, None) if script else (settings.train_script, given)
 
 
 def files_to_look_at(settings: Settings) -> tuple[str, ...]:
     """Paths that the plan depends on, for `probe`."""
     script, _ = requested(settings)
-    words = shlex.split(script.text)
-    run_dir = settings.text("RUN_DIR") or str(_run_dir(settings))
-    folders = [str(Path(text)) for text in (run_dir, settings.text("CHECKPOINT_DIR")) if text]
+    words = _words(script).words
+    named = (settings.run_dir, settings.checkpoint_dir, settings.cluster_token_file)
+    given = [str(each.value) for each in named if each]
+    folders = [*given, str(_run_dir(settings)), str(settings.runs_root.value), CURRENT]
     # The whole text too: a file with a space in its name was meant, if it is there.
-    scripts = [] if words[:1] == ["-m"] else [*words[:1], script.text]
-    return tuple(dict.fromkeys(filter(None, [*scripts, settings.text("CLUSTER_TOKEN_FILE"), *folders])))
+    scripts = [] if words[:1] == ("-m",) else [*words[:1], script.text]
+    return tuple(dict.fromkeys(filter(None, [*scripts, *folders])))
 
 
 def module_to_find(settings: Settings) -> str:
     """The module that `-m` names, for `probe`."""
-    words = shlex.split(requested(settings)[0].text)
-    return words[1] if words[:1] == ["-m"] and len(words) > 1 else ""
+    words = _words(requested(settings)[0]).words
+    return words[1] if words[:1] == ("-m",) and len(words) > 1 else ""
+
+
+def program_to_find(settings: Settings) -> str:
+    """The script, or the program of the image, for `probe`."""
+    words = _words(requested(settings)[0]).words
+    return "" if words[:1] == ("-m",) else "".join(words[:1])
+
+
+def _words(script: Value[Words]) -> Unwrapped:
+    return unwrap(list(script.value))
 
 
 def log_dir(run_dir: Path, node_rank: int) -> Path:
@@ -59,104 +75,164 @@ def log_dir(run_dir: Path, node_rank: int) -> Path:
     return run_dir / "logs" / f"node{node_rank}"
 
 
+def warn_script(script: Script, settings: Settings, host: Host, nnodes: int, ledger: Ledger) -> None:
+    """What will stand in the way of the user's own script, though it may be meant."""
+    if requested(settings)[0].source == "default":
+        return
+    here = host.files.get(CURRENT, Seen())
+    mount = mount_of(host.cwd, host.mounts)
+    if here.obstacle and not (mount and mount.read_only):
+        wrong = _unwritable(here, settings, host)
+        ledger.warn(
+            "script.current-folder",
+            what="{why}: what the script writes into its current folder fails",
+            fix=f"{wrong.fix}; WORKSPACE_READ_ONLY=true says that it writes nothing there",
+            setting="WORKSPACE",
+            why=wrong.what,
+        )
+    place, text = host.program
+    for line, sentence in concerns(text, nnodes):
+        file = Path(place).name
+        ledger.warn("script.text", what="{file}:{line}: {concern}", file=file, line=str(line), concern=sentence)
+
+
+def _unwritable(seen: Seen, settings: Settings, host: Host) -> Malformed:
+    """What cannot be written, by whom, and the command that lets them."""
+    path = host.cwd / seen.obstacle
+    place = on_host(path, host, settings)
+    mount = mount_of(path, host.mounts)
+    if mount and mount.read_only and host.container:
+        fix = "Remove :ro from RUNS, or name another folder"
+        return Malformed("read-only", f"{path} is mounted read-only", fix)
+    outside = f" ({place} on the host)" if place else ""
+    what = f"user {host.uid} cannot make files and folders in {path}{outside}"
+    if not place or not seen.owner:
+        return Malformed("unwritable", what, "Correct the path, or let that user write there")
+    owner = f"`sudo chown -R {host.uid}:{host.gid} {shlex.quote(str(place))}`"
+    return Malformed("unwritable", what, f"Run {owner}, or set RUN_AS={seen.owner}, its owner")
+
+
 def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
     """Command and folders; what is not there or cannot be used is a problem."""
     script, arguments = requested(settings)
-    words = shlex.split(script.text)
-    ledger.take("TRAIN_SCRIPT", script, _reason(settings, words, script.source))
-    _check_command(words, script, host, ledger)
+    asked = _words(script)
+    words = _found(asked.words, host)
+    ledger.take("script", script, _reason(settings, asked, words, script.source))
+    if wrong := asked.wrong or _wrong_script(words, script, host):
+        _refuse(wrong, script, ledger)
     if arguments is not None:
-        own = settings.values.get("TRAIN_ARGS", arguments)
-        why = "the script's arguments" if own == arguments else f"in place of {shown('TRAIN_ARGS', own)}"
-        ledger.take("TRAIN_ARGS", arguments, why)
-    for name, reason in NAMED:
-        value = settings.get(name)
+        own = settings.train_args or arguments
+        why = "the script's arguments" if own == arguments else f"in place of {own}"
+        ledger.take("script", arguments, why)
+    for value, reason in (
+        (settings.data, "what the script of this project reads in place of Python's own source"),
+        (settings.run_name, "names the job: its folder, and whom nodes answer"),
+        (settings.runs_root, "holds a folder for each run"),
+    ):
         if value is not None:
-            ledger.take(name, value, reason)
-    run_dir = _folder("RUN_DIR", _run_dir(settings), settings, host, ledger)
-    checkpoints = _folder("CHECKPOINT_DIR", run_dir / "checkpoints", settings, host, ledger)
+            ledger.take("script", value, reason)
+    run_dir = _folder("RUN_DIR", settings.run_dir, _run_dir(settings), settings, host, ledger)
+    inside = run_dir / "checkpoints"
+    checkpoints = _folder("CHECKPOINT_DIR", settings.checkpoint_dir, inside, settings, host, ledger)
     return Script(
-        command=(*words, *shlex.split(arguments.text if arguments else "")),
+        command=(*words, *(arguments.value if arguments else ())),
         run_dir=run_dir,
         checkpoint_dir=checkpoints,
+        places=(on_host(run_dir, host, settings), on_host(checkpoints, host, settings)),
+        home=_home(settings, host),
     )
 
 
 def _run_dir(settings: Settings) -> Path:
-    return Path(settings.text("RUNS_ROOT")) / settings.text("RUN_NAME")
+    return settings.runs_root.value / settings.run_name.value
 
 
-def _reason(settings: Settings, words: list[str], source: str) -> str:
+def _refuse(wrong: Malformed, given: Value[Any], ledger: Ledger) -> None:
+    ledger.refuse(f"script.{wrong.id}", what="{given}: {why}", fix=wrong.fix, given=given, why=wrong.what)
+
+
+def _found(words: tuple[str, ...], host: Host) -> tuple[str, ...]:
+    """The same, with the whole path of a program that lies on PATH."""
+    place = host.program[0]
+    found = words and host.files.get(words[0], Seen()).kind == "missing" and place
+    return (place, *words[1:]) if found else words
+
+
+def _reason(settings: Settings, asked: Unwrapped, words: tuple[str, ...], source: str) -> str:
     if source == "default":
         return "the script of this project; TRAIN_SCRIPT names yours"
-    args = settings.values.get("TRAIN_ARGS")
-    if args is not None and source == "command line":
-        return f"in place of TRAIN_SCRIPT and {shown('TRAIN_ARGS', args)}"
-    return f"module {words[1]}" if words[:1] == ["-m"] and len(words) > 1 else "as you set it"
+    if settings.train_args is not None and source == "command line":
+        return f"in place of TRAIN_SCRIPT and {settings.train_args}"
+    if asked.left_out:
+        return f"{shlex.join(words)}, without {asked.left_out}: torchrun starts it"
+    if words != asked.words:
+        return f"the program {words[0]}"
+    return f"module {words[1]}" if words[:1] == ("-m",) and len(words) > 1 else "as you set it"
 
 
-def _check_command(words: list[str], script: Value, host: Host, ledger: Ledger) -> None:
-    if wrong := _wrong_script(words, script, host):
-        ledger.refuse("TRAIN_SCRIPT", f"{shown('TRAIN_SCRIPT', script)}: {wrong}")
-
-
-def _wrong_script(words: list[str], script: Value, host: Host) -> str:
-    """What is wrong with it, and the cure; empty if it can be started."""
-    if not words or words == ["-m"]:
-        return "it names no script. Write a path, or -m and a module."
+def _wrong_script(words: Words, script: Value[Words], host: Host) -> Malformed | None:
+    """What is wrong with it; None if it can be started."""
+    if not words or words == ("-m",):
+        return Malformed("none-named", "it names no script", "Write a path, or -m and a module")
     if words[0] == "-m":
-        missing = (
-            f"Python finds no {printable(words[1].partition('.')[0])!r} here. Correct the name, or set PYTHONPATH."
-        )
-        return "" if host.module else missing
-    if re.fullmatch(r"(.*/)?(python[0-9.]*|torchrun)", words[0]):
-        return "that is a program. Write the script and its arguments alone: torchrun and Python are started for it."
+        what = f"Python finds no {words[1].partition('.')[0]!r} here"
+        return None if host.module else Malformed("no-module", what, "Correct the name, or set PYTHONPATH")
     if len(words) > 1 and script.text in host.files and host.files[script.text].kind == "file":
-        return f"the space ends the name. Quote it in the value: TRAIN_SCRIPT=\"'{printable(script.text)}'\"."
+        fix = f"Quote it in the value: TRAIN_SCRIPT=\"'{script.text}'\""
+        return Malformed("space-in-name", "the space ends the name", fix)
     where = "here"
     if host.project == IMAGE:
         where = "in the container, which has ./workspace of the stack's folder as /workspace"
-    wrong = {
-        "missing": f"there is no such file {where}. Correct the path, or write -m for a module.",
-        "folder": "this is a folder. Write the path of a script, or -m for a module.",
-        "unreadable": f"user {host.uid} cannot read it. Let that user read it, or correct the path.",
-    }.get(host.files.get(words[0], Seen()).kind, "")
-    return f"{printable(words[0])}: {wrong}" if wrong and len(words) > 1 else wrong
+    bare = "" if "/" in words[0] or "." in words[0] else ", and no program of this name on PATH"
+    kind = host.files.get(words[0], Seen()).kind
+    what, fix = {
+        "missing": (f"there is no such file {where}{bare}", "Correct the path, or write -m for a module"),
+        "folder": ("this is a folder", "Write the path of a script, or -m for a module"),
+        "unreadable": (f"user {host.uid} cannot read it", "Let that user read it, or correct the path"),
+    }.get(kind, ("", ""))
+    named = f"{words[0]}: {what}" if len(words) > 1 else what
+    return Malformed(kind, named, fix) if what else None
 
 
-def _folder(name: str, default: Path, settings: Settings, host: Host, ledger: Ledger) -> Path:
-    value = settings.values.get(name)
-    wanted = default if value is None else Path(value.text)
-    if value is None:
-        source = "derived"
-        reason = "RUNS_ROOT and RUN_NAME" if name == "RUN_DIR" else "inside RUN_DIR"
-    else:
+def _folder(
+    name: str, value: Value[Path] | None, default: Path, settings: Settings, host: Host, ledger: Ledger
+) -> Path:
+    wanted = default if value is None else value.value
+    if value is not None:
         source, reason = value.source, "as you set it"
-    ledger.decide(name, host.cwd / wanted, source, reason)
-    obstacle = host.files.get(str(wanted), Seen()).obstacle
-    if obstacle:
-        by, cause = (name, value) if value else ("RUNS_ROOT", settings.get("RUNS_ROOT"))
-        ledger.refuse(
-            name,
-            f"{shown(by, cause) if cause else name}: user {host.uid} cannot make files and folders in "
-            f"{printable(obstacle)}. Correct the path, or let that user write there.",
-        )
+    else:
+        source, reason = "derived", "RUNS_ROOT and RUN_NAME" if name == "RUN_DIR" else "inside RUN_DIR"
+    ledger.decide("script", name, host.cwd / wanted, source, reason)
+    seen = host.files.get(str(wanted), Seen())
+    if seen.obstacle:
+        _refuse(_unwritable(seen, settings, host), value or settings.runs_root, ledger)
     return host.cwd / wanted
+
+
+def _home(settings: Settings, host: Host) -> Path | None:
+    """Of each user one, since RUN_AS may change, and beside the runs, where there is room and what lies there lasts."""
+    root = str(settings.runs_root.value)
+    own = settings.values.get("HOME")
+    if not host.container or host.files.get(root, Seen()).obstacle or (own and own.text != IMAGE_HOME):
+        return None
+    return host.cwd / root / ".home" / str(host.uid)
 
 
 def decide_token(settings: Settings, host: Host, ledger: Ledger) -> Path | None:
     """The file with the secret that the nodes share, if one is set."""
-    value = settings.values.get("CLUSTER_TOKEN_FILE")
+    value = settings.cluster_token_file
     if value is None:
         return None
-    ledger.take("CLUSTER_TOKEN_FILE", value, "the nodes prove to each other that they know its content")
-    if wrong := _wrong_token(host.files.get(value.text)):
+    ledger.take("settings", value, "the nodes prove to each other that they know its content")
+    if wrong := _wrong_token(host.files.get(str(value.value))):
         ledger.refuse(
-            "CLUSTER_TOKEN_FILE",
-            f"{shown('CLUSTER_TOKEN_FILE', value)}: {wrong}. Make one with `openssl rand -hex 32 > FILE` and copy it "
-            "to all nodes.",
+            "settings.token-file",
+            what="{given}: {why}",
+            fix="Make one with `openssl rand -hex 32 > FILE` and copy it to all nodes",
+            given=value,
+            why=wrong,
         )
-    return host.cwd / value.text
+    return host.cwd / value.value
 
 
 def _wrong_token(seen: Seen | None) -> str:

@@ -1,58 +1,65 @@
 """How long the nodes wait for each other, how often they start again, with how few nodes."""
 
-import re
-
 from app.config.settings import Settings
 from app.host import Host
-from app.plan.decisions import Ledger, count, shown
-from app.plan.node_list import NodeList
+from app.plan.decisions import Ledger
+from app.plan.parts import Timeouts
 
 ENDING = 5
 """Seconds that a launcher takes to end what is left after STOP_GRACE."""
 
 
-def decide_times(settings: Settings, host: Host, member: NodeList | None, ledger: Ledger) -> int:
-    """Records how long the nodes wait for each other, and how often they try; returns the fewest nodes of a round."""
-    for name, reason in (
-        ("START_TIMEOUT", "seconds until all nodes must have answered"),
-        ("REJOIN_TIMEOUT", "seconds that a lost node has to come back"),
-        ("HEARTBEAT_TIMEOUT", "seconds of silence after which a node counts as lost"),
-        ("STOP_GRACE", "seconds for workers to save their state when stopped"),
-        ("MAX_RESTARTS", "new rounds after a failure"),
-        ("HANG_REPORT", "seconds without a move of any rank until the nodes say who waits for whom; 0 is never"),
-        ("HANG_TIMEOUT", "seconds without a move of any rank that count as a failure"),
-        ("STOPPED_EXIT_CODE", "exit code when the job is stopped on another node"),
+def decide_timeouts(settings: Settings, host: Host, ledger: Ledger) -> Timeouts:
+    """How long the nodes wait for each other; records also how often they try."""
+    for value, reason in (
+        (settings.start_timeout, "seconds until all nodes must have answered"),
+        (settings.rejoin_timeout, "seconds that a lost node has to come back"),
+        (settings.heartbeat_timeout, "seconds of silence after which a node counts as lost"),
+        (settings.stop_grace, "seconds for workers to save their state when stopped"),
+        (settings.max_restarts, "new rounds after a failure"),
+        (settings.hang_report, "seconds without progress of any rank until the nodes say who waits for whom; 0: never"),
+        (settings.hang_timeout, "seconds without progress of any rank that count as a failure"),
+        (settings.stopped_exit_code, "exit code when the job is stopped on another node"),
     ):
-        value = settings.get(name)
         if value is not None:
-            ledger.take(name, value, reason)
+            ledger.take("timeouts", value, reason)
     _check_grace(settings, host, ledger)
-    least = settings.values.get("MIN_NODES")
-    size = len(member.addresses) if member is not None else None
+    return Timeouts(
+        start=settings.start_timeout.value,
+        rejoin=settings.rejoin_timeout.value,
+        stop_grace=settings.stop_grace.value,
+        heartbeat=settings.heartbeat_timeout.value,
+        hang_report=settings.hang_report.value,
+        hang_timeout=settings.hang_timeout.value if settings.hang_timeout else 0.0,
+    )
+
+
+def decide_minimum(settings: Settings, size: int | None, ledger: Ledger) -> int:
+    """The fewest nodes of a round; `size` is None where the nodes are not known."""
+    least = settings.min_nodes
     if least is None:
         return size or 1
-    ledger.take("MIN_NODES", least, "a restart may go on with fewer nodes, down to these")
-    if size is not None and int(least.text) > size:
+    ledger.take("timeouts", least, "a restart may go on with fewer nodes, down to these")
+    if size is not None and least.value > size:
         ledger.refuse(
-            "MIN_NODES", f"{shown('MIN_NODES', least)}, but the job has {count(size, 'node')}. Set at most {size}."
+            "timeouts.min-nodes",
+            what="{given}, but the job has {nodes:node}",
+            fix=f"Set at most {size}",
+            given=least,
+            nodes=size,
         )
-    return int(least.text)
+    return least.value
 
 
 def _check_grace(settings: Settings, host: Host, ledger: Ledger) -> None:
-    period = settings.values.get("STOP_GRACE_PERIOD")
-    waits = _compose_seconds(period.text if period else "60s")
-    grace = settings.get("STOP_GRACE")
-    if host.container and grace is not None and waits is not None and float(grace.text) + ENDING > waits:
+    waits, grace = settings.stop_grace_period.value, settings.stop_grace
+    if host.container and waits is not None and grace.value + ENDING > waits:
         ledger.warn(
-            f"{shown('STOP_GRACE', grace)} is more than Docker waits (STOP_GRACE_PERIOD, {waits:g} s): workers would "
-            f"be killed while they save. Set STOP_GRACE_PERIOD={float(grace.text) + ENDING:g}s or more in .env."
+            "timeouts.stop-grace",
+            what="{given} is more than Docker waits (STOP_GRACE_PERIOD, {waits:g} s): workers would be killed while "
+            "they save",
+            fix="Set STOP_GRACE_PERIOD={needed:g}s or more in .env",
+            given=grace,
+            waits=waits,
+            needed=grace.value + ENDING,
         )
-
-
-def _compose_seconds(text: str) -> float | None:
-    """Seconds of a duration as Compose writes it, `1m30s`; None if it is none."""
-    units = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "us": 1e-6}
-    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(ms|us|h|m|s)", text)
-    known = parts and "".join(number + unit for number, unit in parts) == text
-    return sum(float(number) * units[unit] for number, unit in parts) if known else None

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from app.config.envfile import Value
 from app.config.settings import BY_NAME
+from app.config.values import Value
 
 KNOWN_FILE = Path(__file__).parent / "data" / "variables.txt"
 """Variables that NCCL 2.30, Gloo and torch 2.13 read, from their documentation, sources and binaries."""
@@ -18,7 +18,7 @@ def known_variables() -> frozenset[str]:
     return frozenset(KNOWN_FILE.read_text(encoding="utf-8").split())
 
 
-def misspelt(values: Mapping[str, Value]) -> list[tuple[str, str]]:
+def misspelt(values: Mapping[str, Value[str]]) -> list[tuple[str, str]]:
     """(name, what was probably meant) of each variable that is unknown here but close to a known one."""
     suspects = [name for name in values if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{3,}", name) and name not in BY_NAME]
     if not suspects:

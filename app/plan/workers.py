@@ -3,9 +3,10 @@
 import re
 from itertools import takewhile
 
+from app.config.problems import count
 from app.config.settings import Settings
 from app.host import Host
-from app.plan.decisions import Ledger, count, shown
+from app.plan.decisions import Ledger
 from app.plan.exports import Exports
 from app.plan.parts import Workers
 
@@ -13,36 +14,33 @@ from app.plan.parts import Workers
 def decide_workers(settings: Settings, host: Host, ledger: Ledger, exports: Exports) -> Workers:
     """Number of processes, backend and OMP_NUM_THREADS; problems go to the ledger and the answer stays usable."""
     _check_hardware(settings, host, ledger)
-    gpus, gpu_reason = _usable_gpus(settings, host)
-    if host.gpus.visible:
-        versions = ", ".join(
-            part for part in (f"driver {host.gpus.driver}", f"CUDA up to {host.gpus.cuda}") if part[-1].isdigit()
-        )
-        ledger.decide("GPUs", gpus, "detected", f"{gpu_reason}{'; ' + versions if versions else ''}")
-    else:
-        ledger.decide("GPUs", 0, "detected", gpu_reason)
-    asked = settings.text("NPROC_PER_NODE")
-    backend = _backend(settings, host, gpus, asked, ledger)
+    gpus = _usable_gpus(settings, host, ledger)
+    backend = _backend(settings, host, gpus, ledger)
     nproc = _nproc(settings, host, gpus, backend, ledger)
     exports.env["BACKEND"] = backend
     cpus = host.limits.cpus
-    exports.offer(
-        "OMP_NUM_THREADS",
-        max(1, cpus // nproc),
-        f"{count(cpus, 'CPU')} allowed, shared by {count(nproc, 'process', 'processes')}",
-    )
+    shared = f"{count(cpus, 'CPU')} allowed, shared by {count(nproc, 'process', 'processes')}"
+    exports.offer("gpus", "OMP_NUM_THREADS", max(1, cpus // nproc), shared)
     return Workers(nproc=nproc, backend=backend, gpus=gpus)
 
 
-def _usable_gpus(settings: Settings, host: Host) -> tuple[int, str]:
-    """The GPUs that torch will count, and why."""
+def _usable_gpus(settings: Settings, host: Host, ledger: Ledger) -> int:
+    """The GPUs that torch will count."""
     there = len(host.gpus.visible)
+    if not there:
+        ledger.decide("gpus", "GPUs", 0, "detected", "no NVIDIA device node here")
+        return 0
     names = ", ".join(sorted({gpu.name for gpu in host.gpus.visible}))
+    versions = [f"driver {host.gpus.driver}", f"CUDA up to {host.gpus.cuda}"]
+    known = ", ".join(part for part in versions if part[-1].isdigit())
+    after = f"; {known}" if known else ""
     mask = settings.values.get("CUDA_VISIBLE_DEVICES")
-    if mask is None or not there:
-        return there, f"{names}" if there else "no NVIDIA device node here"
+    if mask is None:
+        ledger.decide("gpus", "GPUs", there, "detected", f"{names}{after}")
+        return there
     left = _left_by(mask.text, there)
-    return left, f"{there} x {names}, of which {shown('CUDA_VISIBLE_DEVICES', mask)} leaves {left}"
+    ledger.decide("gpus", "GPUs", left, "detected", f"{there} x {names}, of which {mask} leaves {left}{after}")
+    return left
 
 
 def _left_by(mask: str, there: int) -> int:
@@ -59,93 +57,99 @@ def _absence(settings: Settings, host: Host) -> tuple[str, str]:
     """Why torch will count no GPU, and what would give it some."""
     mask = settings.values.get("CUDA_VISIBLE_DEVICES")
     if mask is not None and host.gpus.visible:
-        return f"{shown('CUDA_VISIBLE_DEVICES', mask)} leaves no GPU", "correct CUDA_VISIBLE_DEVICES"
+        return f"{mask} leaves no GPU", "correct CUDA_VISIBLE_DEVICES"
     if host.container:
         return "there is no GPU here", "give the container its GPUs with HARDWARE=nvidia"
     return "there is no GPU here", "install the NVIDIA driver"
 
 
 def _check_hardware(settings: Settings, host: Host, ledger: Ledger) -> None:
-    word = settings.values.get("HARDWARE")
+    word, cards = settings.hardware, len(host.gpus.on_bus)
     if word is not None:
-        ledger.take("HARDWARE", word, "what compose asks of the engine for the container")
-    cards = len(host.gpus.on_bus)
-    if word is None and cards and not host.gpus.visible:
-        if not host.container:
-            ledger.warn(
-                f"This machine has {count(cards, 'NVIDIA GPU')}, but no driver offers them: training runs on the CPU."
-            )
-            return
-        fitting = "nvidia-ib" if host.rdma_ports else "nvidia"
-        ledger.refuse(
-            "HARDWARE",
-            f"HARDWARE is not set, and this machine has {count(cards, 'NVIDIA GPU')} that the "
-            f"container was not given. Set HARDWARE={fitting} in .env (or HARDWARE=cpu to train without "
-            f"{'them' if cards > 1 else 'it'}).",
-        )
-    if word is not None and word.text != "cpu" and not host.gpus.visible and settings.text("BACKEND") != "gloo":
-        ledger.refuse(
-            "HARDWARE",
-            f"{shown('HARDWARE', word)}, but no GPU is here: no /dev/nvidia0. Install the NVIDIA driver and the "
-            "container toolkit on this machine, or set HARDWARE=cpu.",
-        )
-
-
-def _backend(settings: Settings, host: Host, gpus: int, asked: str, ledger: Ledger) -> str:
-    value = settings.get("BACKEND")
-    cpu_build = host.packages.get("torch", "").endswith("+cpu")
-    if value is not None and value.text in ("gloo", "nccl"):
-        ledger.take("BACKEND", value, "as you set it")
-        if value.text == "nccl" and (not gpus or cpu_build):
-            why = _absence(settings, host)[0] if not gpus else f"torch {host.packages['torch']} is built without CUDA"
-            ledger.refuse("BACKEND", f"{shown('BACKEND', value)}, but {why}. Set BACKEND=gloo, or leave it out.")
-        return value.text
-    if not gpus:
-        backend, reason = "gloo", _absence(settings, host)[0]
-    elif settings.text("HARDWARE") == "cpu":
-        backend, reason = "gloo", "HARDWARE=cpu asks for workers on the CPU"
-    elif cpu_build:
-        backend, reason = "gloo", f"torch {host.packages['torch']} is built without CUDA"
+        ledger.take("gpus", word, "what compose asks of the engine for the container")
+    if host.gpus.visible:
+        return
+    if word is None and cards and not host.container:
         ledger.warn(
-            f"{count(gpus, 'GPU')} here, but torch {host.packages['torch']} is built without CUDA: training runs "
-            "on the CPU. Build the image with HARDWARE=nvidia, or set HARDWARE=cpu."
+            "gpus.no-driver",
+            what="This machine has {cards:NVIDIA GPU}, but no driver offers them: training runs on the CPU",
+            fix="Install the NVIDIA driver",
+            setting="HARDWARE",
+            cards=cards,
         )
-    elif asked == "cpu":
-        backend, reason = "gloo", "NPROC_PER_NODE=cpu asks for CPU workers"
-    else:
-        backend, reason = "nccl", f"{count(gpus, 'GPU')} here"
-    ledger.decide("BACKEND", backend, "derived", reason)
+    elif word is None and cards:
+        ledger.refuse(
+            "gpus.hardware-unset",
+            what="HARDWARE is not set, and this machine has {cards:NVIDIA GPU} that the container was not given",
+            fix=f"Set HARDWARE={{fitting}} in .env (or HARDWARE=cpu to train without {'them' if cards > 1 else 'it'})",
+            setting="HARDWARE",
+            cards=cards,
+            fitting="nvidia-ib" if host.rdma_ports else "nvidia",
+        )
+    elif word is not None and word.value != "cpu" and settings.backend.value != "gloo":
+        ledger.refuse(
+            "gpus.none-here",
+            what="{given}, but no GPU is here: no /dev/nvidia0",
+            fix="Install the NVIDIA driver and the container toolkit on this machine, or set HARDWARE=cpu",
+            given=word,
+        )
+
+
+def _backend(settings: Settings, host: Host, gpus: int, ledger: Ledger) -> str:
+    torch = host.packages.get("torch", "")
+    no_cuda = f"torch {torch} is built without CUDA" if torch.endswith("+cpu") else ""
+    absence = "" if gpus else _absence(settings, host)[0]
+    asked = settings.backend
+    if asked.value != "auto":
+        ledger.take("gpus", asked, "as you set it")
+        if asked.value == "nccl" and (absence or no_cuda):
+            fix = "Set BACKEND=gloo, or leave it out"
+            ledger.refuse(
+                "gpus.nccl-without-gpu", what="{given}, but {why}", fix=fix, given=asked, why=absence or no_cuda
+            )
+        return asked.value
+    on_cpu = absence
+    if not on_cpu and settings.hardware is not None and settings.hardware.value == "cpu":
+        on_cpu = "HARDWARE=cpu asks for workers on the CPU"
+    elif not on_cpu and no_cuda:
+        on_cpu = no_cuda
+        ledger.warn(
+            "gpus.torch-without-cuda",
+            what="{gpus:GPU} here, but {why}: training runs on the CPU",
+            fix="Build the image with HARDWARE=nvidia, or set HARDWARE=cpu",
+            setting="HARDWARE",
+            gpus=gpus,
+            why=no_cuda,
+        )
+    elif not on_cpu and settings.nproc_per_node.value == "cpu":
+        on_cpu = "NPROC_PER_NODE=cpu asks for CPU workers"
+    backend = "gloo" if on_cpu else "nccl"
+    ledger.decide("gpus", "BACKEND", backend, "derived", on_cpu or f"{count(gpus, 'GPU')} here")
     return backend
 
 
 def _nproc(settings: Settings, host: Host, gpus: int, backend: str, ledger: Ledger) -> int:
-    value = settings.get("NPROC_PER_NODE")
-    if value is None or value.text == "auto":
-        source = "default" if value is None else value.source
-        if backend == "nccl":
-            ledger.decide("NPROC_PER_NODE", gpus, source, f"auto: one process per GPU, {gpus} here")
-            return max(1, gpus)
-        cpus = host.limits.cpus
-        ledger.decide("NPROC_PER_NODE", cpus, source, f"auto without a GPU: one process per CPU, {cpus} allowed here")
-        return cpus
-    if value.text == "cpu":
-        ledger.decide("NPROC_PER_NODE", host.limits.cpus, value.source, "cpu: one process per CPU allowed here")
-        return host.limits.cpus
-    if value.text == "gpu":
-        if not gpus:
-            why, cure = _absence(settings, host)
+    asked, cpus = settings.nproc_per_node, host.limits.cpus
+    if isinstance(asked.value, int):
+        ledger.take("gpus", asked, "as you set it")
+        if backend == "nccl" and gpus and asked.value > gpus:  # NCCL without any GPU is refused with BACKEND
             ledger.refuse(
-                "NPROC_PER_NODE",
-                f"{shown('NPROC_PER_NODE', value)}, but {why}. Set a number or cpu, or {cure}.",
+                "gpus.too-few",
+                what="{given}, but this node has {gpus:usable GPU}, and NCCL needs one for each process",
+                fix=f"Set at most {gpus}, or auto",
+                given=asked,
+                gpus=gpus,
             )
-        ledger.decide("NPROC_PER_NODE", max(1, gpus), value.source, f"gpu: one process per GPU, {gpus} here")
-        return max(1, gpus)
-    nproc = int(value.text)
-    ledger.take("NPROC_PER_NODE", value, "as you set it")
-    if backend == "nccl" and gpus and nproc > gpus:  # NCCL without any GPU is refused with BACKEND
-        ledger.refuse(
-            "NPROC_PER_NODE",
-            f"{shown('NPROC_PER_NODE', value)}, but this node has {count(gpus, 'usable GPU')}, and NCCL needs one for "
-            f"each process. Set at most {gpus}, or auto.",
-        )
+        return asked.value
+    if asked.value == "gpu" and not gpus:
+        why, fix = _absence(settings, host)
+        fix = f"Set a number or cpu, or {fix}"
+        ledger.refuse("gpus.none-to-count", what="{given}, but {why}", fix=fix, given=asked, why=why)
+    if asked.value == "gpu" or (asked.value == "auto" and backend == "nccl"):
+        nproc, reason = max(1, gpus), f"{asked.value}: one process per GPU, {gpus} here"
+    elif asked.value == "auto":
+        nproc, reason = cpus, f"auto without a GPU: one process per CPU, {cpus} allowed here"
+    else:
+        nproc, reason = cpus, "cpu: one process per CPU allowed here"
+    ledger.decide("gpus", "NPROC_PER_NODE", nproc, asked.source, reason)
     return nproc

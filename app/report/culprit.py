@@ -19,6 +19,8 @@ LONGEST = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Culprit:
+    note: str = ""
+    """What is known of a signal."""
     words: str = ""
     """The exception, or where it left none the last error in its log."""
     place: str = ""
@@ -27,11 +29,15 @@ class Culprit:
     fix: str = ""
 
 
-def examine(plan: Plan, run_id: str, failure: Failure) -> Culprit:
-    """Reads the worker's error file and the ends of its logs. Never raises OSError."""
-    from app.known_errors.catalog import CONSEQUENCE
+def examine(plan: Plan, run_id: str, failure: Failure, *, memory_kills: bool) -> Culprit:
+    """Reads the worker's error file and the ends of its logs. `memory_kills`: the control group has killed for memory
+    since the start. Never raises OSError."""
+    from app.known_errors.catalog import CONSEQUENCE, all_errors
     from app.known_errors.diagnose import diagnose
 
+    if failure.exitcode == -signal.SIGKILL and memory_kills:
+        oom = next(each for each in all_errors() if each.id == "oom-kernel")
+        return Culprit(note="the kernel killed it: out of memory", cause=oom.cause, fix=oom.fix)
     pattern = f"{glob.escape(run_id)}_*/attempt_0/{failure.local_rank}"
     folder = next(iter(plan.log_dir.glob(pattern)), plan.log_dir / "none")
     recorded = read_error_file(folder / "error.json", run_id)

@@ -3,13 +3,13 @@
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import resource
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from app.config.console import say
@@ -26,9 +26,10 @@ from app.gang.token import read_token
 from app.gang.verdict import Verdict
 from app.host.ports import holder
 from app.plan import Plan
-from app.report.culprit import examine
+from app.plan.places import results
+from app.report.culprit import Culprit, examine
 from app.report.history import keep_round
-from app.report.node_report import forget_report, make_report, read_counters, write_report
+from app.report.node_report import MEMORY_KILLS, forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
 from app.supervise.files import SIGNALS, in_time, off_loop, start_thread
 from app.supervise.hang import watched
@@ -74,6 +75,7 @@ def tell_end(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: f
     """All that is written and printed of the end, but the verdict itself."""
     if verdict.code == ExitCode.DONE:
         forget_report(plan)
+        say(f"results: {results(plan.script)}")
     elif verdict.code != ExitCode.STOPPED:
         tell_report(plan, verdict, before, started)
 
@@ -92,14 +94,14 @@ def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started
 
 
 def make_folders(plan: Plan) -> None:
-    """The run's folder with its logs. Raises UserError."""
-    where = f"RUN_DIR={plan.script.run_dir}"
-    try:
-        in_time(lambda: plan.log_dir.mkdir(parents=True, exist_ok=True), FILES)
-    except TimeoutError:
-        raise UserError(f"{where} does not answer within {FILES:.0f} s: is its file server up?") from None
-    except OSError as error:
-        raise UserError(f"{where} cannot be written: {error.strerror}.") from None
+    """What the script finds when it starts: its logs' folder, CHECKPOINT_DIR, HOME. Raises UserError."""
+    for path in filter(None, (plan.log_dir, plan.script.checkpoint_dir, plan.script.home)):
+        try:
+            in_time(functools.partial(path.mkdir, parents=True, exist_ok=True), FILES)
+        except TimeoutError:
+            raise UserError(f"{path} does not answer within {FILES:.0f} s: is its file server up?") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be made: {error.strerror}.") from None
 
 
 def allow_many_files() -> None:
@@ -114,7 +116,7 @@ def allow_many_files() -> None:
 async def _take_part(plan: Plan, token: bytes, folder: Path) -> tuple[Verdict, bool]:
     """The verdict, printed, and whether the stop came from this node's own user."""
     started, before = time.time(), read_counters()
-    node = Node(plan=plan, folder=folder)
+    node = Node(plan=plan, folder=folder, before=before)
     coordinator = Coordinator(plan, token, say, lambda: down_link(plan.network.interface))
     server = await _listen(plan, coordinator)
     leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
@@ -225,7 +227,7 @@ async def _listen(plan: Plan, coordinator: Coordinator) -> asyncio.Server | None
 
 
 def _dial(plan: Plan) -> Callable[[], Awaitable[Connection]]:
-    return partial(dial, plan.network.address, plan.nodes.addresses[0], plan.network.control_port)
+    return functools.partial(dial, plan.network.address, plan.nodes.addresses[0], plan.network.control_port)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -234,6 +236,8 @@ class Node:
 
     plan: Plan
     folder: Path
+    before: Mapping[str, int]
+    """The machine's counters at the start."""
     engine: int = 0
     """The process id of the last torchrun, 0 before."""
 
@@ -257,10 +261,14 @@ class Node:
 
     async def explain(self, run_id: str, failure: Failure) -> Explanation:
         try:
-            found = await off_loop(lambda: examine(self.plan, run_id, failure), EXAMINE)
+            found = await off_loop(functools.partial(self._examine, run_id, failure), EXAMINE)
         except (OSError, TimeoutError):
             return Explanation(words=failure.text)
-        return Explanation(words=found.words, place=found.place, cause=found.cause, fix=found.fix)
+        return Explanation(words=found.words, note=found.note, place=found.place, cause=found.cause, fix=found.fix)
+
+    def _examine(self, run_id: str, failure: Failure) -> Culprit:
+        kills = read_counters().get(MEMORY_KILLS, 0) > self.before.get(MEMORY_KILLS, 0)
+        return examine(self.plan, run_id, failure, memory_kills=kills)
 
     def _keep(self, run_id: str, outcome: Outcome) -> None:
         start_thread(lambda: keep_round(self.plan, run_id, outcome), "history")

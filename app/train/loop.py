@@ -208,6 +208,9 @@ class Run:
                 self._say_once(f"warning: {name} was {progress[name]}, is {value}: the order of the data changes here")
         again = max(self.metrics.read(), default=0) - self.step if self.rank == 0 else 0
         self._say_once(f"resumed after step {self.step}; {max(0, again)} logged steps are done again")
+        if self.step >= self.settings.steps:
+            more = "RUN_NAME=another begins a new one, a higher TRAIN_STEPS goes on with this one"
+            self._say_once(f"this run is finished: {self.step} steps are done; {more}")
         # A disk that lacks it gets its copy now, not after the next interval.
         self.checkpoints.save(state, self.step)
 

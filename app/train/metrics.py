@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SLOW = 1.25
 """A rank is slow when its own work takes so many times that of the median rank."""
+SURPLUS = 0.1
+"""And when that makes every step longer by such a share: of two tiny figures one may be any multiple of the other."""
 PERSISTENT = 30
 """It is named after so many steps of slow lines in a row."""
 PEAK_FLOPS = {
@@ -90,11 +92,15 @@ def slow_ranks(
     `slow_for` counts the steps of slow lines in a row, by rank.
     """
     sentences = []
-    busy = [data + compute for data, compute, _ in shares]
-    median = statistics.median_low(busy)
+    busy, waits = [data + compute for data, compute, _ in shares], [wait for _, _, wait in shares]
+    median, usual_wait = statistics.median_low(busy), statistics.median_low(waits)
     for rank, parts in enumerate(shares):
         before = slow_for.get(rank, 0)
-        slow_for[rank] = before + steps if busy[rank] > SLOW * median else 0
+        # The others wait for a slow rank. One that waits itself, and longer than they do, holds nobody up.
+        is_slow = (
+            busy[rank] > SLOW * median and busy[rank] - median >= SURPLUS * sum(parts) and waits[rank] <= usual_wait
+        )
+        slow_for[rank] = before + steps if is_slow else 0
         if before < PERSISTENT <= slow_for[rank]:
             data, compute, wait = (part / sum(parts) for part in parts)
             sentences.append(

@@ -101,7 +101,9 @@ FOR_COMPOSE = {
     "BASE_IMAGE": ("debian:12", "debian:13"),
     "WHEELHOUSE": ("./a-wheels", "./b-wheels"),
     "RUNS": ("./a-runs", "./b-runs"),
+    "RUN_AS": ("1001:1001", "1002:1002"),
     "WORKSPACE": ("./a-work", "./b-work"),
+    "WORKSPACE_READ_ONLY": ("true", "yes"),
     "DATA_DIR": ("./a-data", "./b-data"),
     "SHM_SIZE": ("1gb", "2gb"),
     "RESTART": ("no", "always"),
@@ -149,11 +151,36 @@ def test_in_the_container_what_nobody_sets_is_unset_or_the_stacks_default(cluste
     assert {name: seen[name] for name in NAMES if name in seen and name != "HARDWARE"} == COMPOSE_DEFAULTS
 
 
-def test_variables_of_nccl_and_torch_that_have_no_line_here_reach_the_container_from_the_file(
-    cluster2: Cluster,
-) -> None:
-    seen = in_container(cluster2.nodes[0], {"NCCL_IB_TIMEOUT": "23", "TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}, {})
-    assert (seen["NCCL_IB_TIMEOUT"], seen["TORCH_NCCL_TRACE_BUFFER_SIZE"]) == ("23", "7")
+# One of each kind that hardware/shell.yaml lists.
+OF_OTHERS = (
+    "TRAIN_STEPS",
+    "NCCL_IB_TIMEOUT",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE",
+    "HF_TOKEN",
+    "SLURM_NODEID",
+    "https_proxy",
+)
+
+
+def test_variables_that_are_no_settings_of_ours_follow_the_same_order(cluster2: Cluster) -> None:
+    node = cluster2.nodes[0]
+    in_file, in_shell = dict.fromkeys(OF_OTHERS, "7"), dict.fromkeys(OF_OTHERS, "8")
+    seen = in_container(node, {**in_file, "MINE": "of the file"}, in_shell)
+    assert {name: seen.get(name) for name in OF_OTHERS} == in_shell
+    seen = in_container(node, {**in_file, "MINE": "of the file"}, {})
+    assert {name: seen.get(name) for name in (*OF_OTHERS, "MINE")} == {**in_file, "MINE": "of the file"}
+    assert not set(OF_OTHERS) & set(in_container(node, {}, {}))
+
+
+def test_a_secret_reaches_the_script_but_not_the_engine(cluster2: Cluster) -> None:
+    script = "import os; print('the script has', os.environ['HF_TOKEN'][::-1], os.environ['WANDB_API_KEY'])"
+    files = {"secrets/env": "HF_TOKEN=2retnuh\nWANDB_API_KEY=of the file\n", "workspace/show.py": script}
+    env = {"TRAIN_SCRIPT": "show.py", "NPROC_PER_NODE": "1"}
+    stack = cluster2.nodes[0].up(env, exports={"WANDB_API_KEY": "of the shell"}, files=files)
+    assert stack.wait(60) == 0, stack.tail()
+    assert "the script has hunter2 of the shell" in stack.logs()
+    assert "2retnuh" not in str(stack.attributes)
+    cluster2.clear()
 
 
 def test_an_empty_value_in_the_shell_reaches_the_container_as_empty_which_is_unset(cluster2: Cluster) -> None:
@@ -191,6 +218,7 @@ def as_compose_sees_it(name: str, node: Node, env: dict[str, str], shell: dict[s
     )
     service: dict[str, Any] = model["services"]["trainer"]
     mounts = {mount["target"]: mount["source"] for mount in service["volumes"]}
+    read_only = any(mount.get("read_only") for mount in service["volumes"] if mount["target"] == "/workspace")
     return str(
         {
             "ENV_FILE": mounts["/etc/torchrun-compose/.env"],
@@ -198,7 +226,10 @@ def as_compose_sees_it(name: str, node: Node, env: dict[str, str], shell: dict[s
             "BASE_IMAGE": service["build"]["args"].get("BASE_IMAGE"),
             "WHEELHOUSE": service["build"]["additional_contexts"]["wheels"],
             "RUNS": mounts["/runs"],
+            "RUN_AS": service["user"],
             "WORKSPACE": mounts["/workspace"],
+            # Compose knows yes and true as one.
+            "WORKSPACE_READ_ONLY": (env | shell).get(name, "false") if read_only else "false",
             "DATA_DIR": mounts["/data"],
             "SHM_SIZE": service["shm_size"],
             "RESTART": service["restart"],

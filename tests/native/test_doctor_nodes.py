@@ -170,7 +170,7 @@ def test_another_token_is_refused_at_once_and_named_on_both_sides(doctors: Docto
 
 def test_a_node_that_is_killed_while_others_measure_is_a_red_row(doctors: Doctors) -> None:
     all_three = [doctors.start(rank, nodes=3) for rank in range(3)]
-    all_three[2].wait_for("measuring every pair")
+    all_three[2].wait_for("trying every pair")
     all_three[2].signal(signal.SIGKILL)
     assert [one.end(60) for one in all_three[:2]] == [1, 1]
     assert table(all_three[0]) == table(all_three[1])
@@ -179,7 +179,7 @@ def test_a_node_that_is_killed_while_others_measure_is_a_red_row(doctors: Doctor
 
 def test_when_node_0_is_killed_the_others_end_and_say_so(doctors: Doctors) -> None:
     first, second = doctors.start(0), doctors.start(1)
-    second.wait_for("measuring every pair")
+    second.wait_for("trying every pair")
     first.signal(signal.SIGKILL)
     first.process.wait(10)
     assert second.end(40) == 1

@@ -151,6 +151,22 @@ def test_ranks_that_are_killed_together_are_all_named_and_none_followed(tmp_path
         assert "as a result" not in launcher.said[-1]
 
 
+def test_a_rank_that_finished_early_is_told_as_unequal_numbers_of_steps(tmp_path: Path) -> None:
+    unequal = """
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+for step in range(3 if dist.get_rank() else 6):
+    dist.all_reduce(torch.ones(1))
+"""
+    with nodes(tmp_path, 2, unequal, MAX_RESTARTS="0") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 60) == [5, 5]
+    for launcher in launchers:
+        assert launcher.said[-1].startswith("node 0 (127.0.0.1) - rank 0 failed with ")
+        assert "node 1 (127.0.0.2) had finished after" in launcher.said[-1]
+        assert "unequal numbers of batches or steps" in launcher.said[-1]
+
+
 def test_a_node_that_its_own_settings_refuse_is_known_to_the_others_at_once(tmp_path: Path) -> None:
     with nodes(tmp_path, 3, ALL_REDUCE) as job:
         first, second = job.start(0, "10"), job.start(1, "10")

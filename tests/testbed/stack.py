@@ -177,7 +177,7 @@ class Stack:
 
 def lay_out(folder: Path, env: Mapping[str, str], files: Mapping[str, str]) -> None:
     """A user's checkout as compose sees it: the real compose file, one .env, scripts in workspace/."""
-    for name in ("workspace", "data", "wheels"):
+    for name in ("workspace", "data", "wheels", "secrets"):
         (folder / name).mkdir(parents=True)
     shutil.copy(PROJECT / "compose.yaml", folder)
     shutil.copytree(PROJECT / "hardware", folder / "hardware")
@@ -189,3 +189,4 @@ def lay_out(folder: Path, env: Mapping[str, str], files: Mapping[str, str]) -> N
         path.write_text(text)
     # The container's user is not root; the caller's umask may hide what it shall read.
     run(["chmod", "-R", "a+rX", str(folder)])
+    run(["chown", "-R", "1000:1000", str(folder / "workspace")])

@@ -44,7 +44,15 @@ def refused(host: Host, **environ: str) -> str:
 
 
 def warned(host: Host, **environ: str) -> str:
-    return "\n".join(decide(host, **environ).warnings)
+    return "\n".join(each.message for each in decide(host, **environ).warnings)
+
+
+def warning_ids(host: Host, **environ: str) -> list[str]:
+    return [each.id for each in decide(host, **environ).warnings]
+
+
+def problem_ids(host: Host, **environ: str) -> list[str]:
+    return [each.id for each in decide(host, **environ).problems]
 
 
 def reason(found: Draft, name: str) -> str:

@@ -9,6 +9,7 @@ from app.doctor.cluster_checks.transport import Collective
 from app.doctor.collect.look import Disk
 from app.doctor.facts import Facts
 from app.doctor.participant import DoctorAnswers
+from app.doctor.protocol import read_findings
 from app.gang.connection import Message
 from app.plan import Plan
 from tests.unit.test_doctor_checks import facts_of
@@ -41,4 +42,8 @@ def test_a_checkpoint_folder_that_went_away_is_not_looked_at_and_ends_nothing(tm
 
 def test_an_all_reduce_that_cannot_start_for_want_of_disk_is_its_failure_and_nobody_elses(tmp_path: Path) -> None:
     told = answer(node(facts_of("laptop", tmp_path), tmp_path), "all-reduce", run_id="a", place=0, nnodes=1)
-    assert told["failure"] == "this node could not start it: No space left on device."
+    (finding,) = read_findings({"kind": "all-reduce-done", **told})
+    assert (finding.id, finding.values["reason"]) == (
+        "all-reduce-failed",
+        "this node could not start it: No space left on device.",
+    )

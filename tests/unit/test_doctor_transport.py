@@ -1,13 +1,11 @@
 """NCCL's own log read and judged. Texts are from public reports, each with its place; none comes from a GPU of ours."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
 from app.doctor.cluster_checks.transport import Collective, NcclLog, carrier, judge_transport, read_nccl
 from app.doctor.findings import Severity
-from app.doctor.protocol import read_collective, told_collective
 
 # https://github.com/NVIDIA/nccl/issues/1925 (NCCL 2.28)
 IB_2_28 = """
@@ -154,9 +152,3 @@ def test_on_one_node_no_network_is_judged_and_the_way_between_its_gpus_is_told()
     assert finding.severity == Severity.GREEN
     assert finding.sentence.endswith("inside this machine: GPUs read each other's memory (P2P)")
     assert read_nccl("a:1:2 [0] NCCL INFO Channel 00 : 0[0] -> 1[1] via SHM/direct/direct\n").inside == ("SHM",)
-
-
-def test_what_a_node_tells_of_its_collective_is_what_is_heard() -> None:
-    log = NcclLog(network="IB", devices=("mlx5_0:1/IB",), inside=("P2P", "SHM"), channels=4, direct=2, version="2.28.3")
-    found = Collective(backend="nccl", ranks=8, alone=True, bus_bandwidth=1e9, interface="ib0", active_ports=1, log=log)
-    assert read_collective(json.loads(json.dumps({"kind": "all-reduce-done", **told_collective(found)}))) == found

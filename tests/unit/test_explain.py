@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from app.cli.explain import explain, sections, short, to_table
-from app.config.errors import refusal
+from app.config.problems import refusal
 from app.config.settings import read_settings
 from app.engine.torchrun import command_line
 from app.host.limits import Limits
@@ -70,21 +70,24 @@ def test_json_has_the_plan_the_decisions_and_what_is_wrong() -> None:
     content = json.loads(out.getvalue())
     assert content["plan"]["nodes"]["rank"] == 0
     assert content["plan"]["script"]["env"]["GLOO_SOCKET_IFNAME"] == "eth0"
-    assert {"name", "value", "source", "reason", "rejected"} == content["decisions"][0].keys()
+    assert {"name", "check", "value", "source", "reason", "rejected"} == content["decisions"][0].keys()
     out = io.StringIO()
     assert explain(draft(given(MASTER_PORT="x"), HOST), as_json=True, out=out) == 2
     assert json.loads(out.getvalue())["plan"] is None
-    assert json.loads(out.getvalue())["problems"][0]["setting"] == "MASTER_PORT"
+    problem = json.loads(out.getvalue())["problems"][0]
+    assert (problem["id"], problem["severity"], problem["check"]) == ("ports.not-a-number", "error", "ports")
+    assert (problem["setting"], problem["values"]) == ("MASTER_PORT", {"given": "MASTER_PORT=x (environment)"})
 
 
-def test_the_start_prints_five_lines() -> None:
+def test_the_start_prints_six_lines() -> None:
     lines = short(planned(HOST, NODES="10.0.0.1,10.0.0.2", NPROC_PER_NODE="2", NODERANK="1")).splitlines()
     assert lines == [
         "run default: node 0 of 2, 10.0.0.1 (detected)",
         "network: eth0, sockets only",
         "workers: 2 of 4 on the CPU, gloo",
-        "script: -m app.train, in /runs/default",
-        "store: 10.0.0.1 port 29400; 1 warning; `explain` tells the reasons",
+        "script: -m app.train",
+        "results: /runs/default",
+        "store: 10.0.0.1 port 29400; 1 warning; run `explain` for details",
     ]
 
 

@@ -4,7 +4,16 @@ import pytest
 
 from app.config.exitcodes import ExitCode
 from app.gang.messages import WorkerReport
-from app.gang.verdict import NodeFailure, Weight, first_causes, is_unclear, summarize, suspect_self, worker_failure
+from app.gang.verdict import (
+    NodeFailure,
+    Weight,
+    first_causes,
+    is_unclear,
+    left_alone,
+    summarize,
+    suspect_self,
+    worker_failure,
+)
 
 CLOSED = "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:44775"
 
@@ -101,6 +110,23 @@ def test_only_an_error_in_its_own_words_can_be_the_same_as_before() -> None:
     assert first.signature != failure(0, 1, "ValueError: batch 7", place="train.py, line 6").signature
     for wordless in (failure(0, -9), failure(0, 1), failure(0, 1, CLOSED)):
         assert wordless.signature == ("", "")
+
+
+def test_a_rank_whose_peer_had_finished_is_no_crash_but_has_more_steps() -> None:
+    [alone] = left_alone([failure(0, 1, CLOSED)], {"node 1": "all_reduce #3"})
+    assert "node 1 had finished after all_reduce #3 while it waited in a collective: unequal numbers" in alone.what
+    assert not is_unclear([alone])
+
+
+def test_a_finished_peer_explains_no_error_in_its_own_words() -> None:
+    failures = [failure(0, 1, "ValueError: bad batch")]
+    assert left_alone(failures, {"node 1": "all_reduce #3"}) == failures
+
+
+def test_a_kill_for_memory_is_told_as_one() -> None:
+    assert failure(0, -9, note="the kernel killed it: out of memory").what.endswith(
+        "was ended by SIGKILL (the kernel killed it: out of memory)"
+    )
 
 
 def test_a_worker_that_was_told_to_end_followed() -> None:

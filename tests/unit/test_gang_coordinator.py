@@ -198,7 +198,7 @@ def test_a_stop_on_a_node_that_waits_for_the_next_round_stops_the_job() -> None:
         late.connection.send("stop")
         assert (await nodes[0].hears("halt"))["why"] == "stop"
         for node in nodes:
-            node.connection.send("ended", code=143, failures=[], ports=[], progress="")
+            node.connection.send("ended", code=143, failures=[], finished="", ports=[], progress="")
         for node in (*nodes, late):
             assert (await node.hears("verdict"))["code"] == ExitCode.STOPPED
 

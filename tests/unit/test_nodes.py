@@ -61,7 +61,8 @@ def test_ipv6_nodes_on_an_interface_with_both_families_keep_nccl_to_ipv6() -> No
     host = machine(card("ens1", "10.0.0.2/24", "2001:db8::2/64"))
     plan = planned(host, NODES="2001:db8::1,2001:db8::2")
     assert plan.script.env["NCCL_SOCKET_FAMILY"] == "AF_INET6"
-    assert "uses 2001:db8::2, but Gloo uses the first, 10.0.0.2" in "\n".join(plan.warnings)
+    (warning,) = plan.warnings
+    assert "uses 2001:db8::2, but Gloo uses the first, 10.0.0.2" in warning.message
 
 
 def test_mixed_families_are_refused() -> None:
@@ -88,7 +89,7 @@ def test_names_are_resolved_and_kept_as_written() -> None:
 def test_an_unresolvable_name_is_refused_with_what_the_resolver_said() -> None:
     message = refused(machine(FABRIC, answers=named(a=())), NODES="10.0.0.2,a")
     assert message == (
-        "NODES=10.0.0.2,a (environment): a has no address here (Name not known): write its address, or add it to DNS "
+        "NODES=10.0.0.2,a (environment): a has no address here (Name not known). Write its address, or add it to DNS "
         "or /etc/hosts."
     )
 
@@ -109,7 +110,9 @@ def test_the_own_name_that_means_127_0_1_1_gets_the_address_towards_the_others()
     found = decide(host, NODES="a,me")
     assert found.plan is not None
     assert (found.plan.nodes.rank, found.plan.network.address) == (1, "10.0.0.2")
-    assert "me is 127.0.1.1 on this machine" in found.warnings[0]
+    (warning,) = found.warnings
+    assert warning.id == "names.own-name-is-loopback"
+    assert warning.values == {"entry": "me", "loopback": "127.0.1.1", "address": "10.0.0.2"}
 
 
 def test_a_loopback_address_among_others_is_refused() -> None:
@@ -124,8 +127,8 @@ def test_a_loopback_address_among_others_is_refused() -> None:
         ("10.0.0.1:29400,10.0.0.2", "10.0.0.1:29400 has a port"),
         ("fe80::1,10.0.0.2", "fe80::1 is a link-local address"),
         ("[fd00::2]:29400,10.0.0.2", "[fd00::2]:29400 has a port"),
-        ("10.0.0.1,10.0.0.02", "10.0.0.02 has a leading zero, which may mean octal: write it without"),
-        ("0.0.0.0,10.0.0.2", "0.0.0.0 names no machine: write the node's own address"),
+        ("10.0.0.1,10.0.0.02", "10.0.0.02 has a leading zero, which may mean octal. Write it without"),
+        ("0.0.0.0,10.0.0.2", "0.0.0.0 names no machine. Write the node's own address"),
         ("10.0.0.2,224.0.0.1", "224.0.0.1 names no machine"),
         ("10.0.0.2,255.255.255.255", "255.255.255.255 names no machine"),
         ("::,fd00::2", ":: names no machine"),
@@ -151,7 +154,7 @@ def test_node_rank_without_any_match_is_kept_with_a_warning_and_the_routed_addre
     host = machine(MANAGEMENT, FABRIC, routes=(route,))
     plan = planned(host, NODES="10.9.0.1,10.9.0.2", NODE_RANK="1")
     assert (plan.nodes.rank, plan.network.address, plan.nodes.addresses) == (1, "10.0.0.2", ("10.9.0.1", "10.9.0.2"))
-    assert "cannot be checked" in plan.warnings[0]
+    assert [each.id for each in plan.warnings] == ["rank.unchecked"]
 
 
 def test_node_rank_beyond_nodes_is_refused() -> None:
@@ -174,9 +177,9 @@ def test_master_addr_must_be_node_0() -> None:
 @pytest.mark.parametrize(
     ("master", "wrong"),
     [
-        ("10.0.0.1:29500", "has a port: write the address alone, the port is MASTER_PORT."),
-        ("0.0.0.0", "names no machine: write the node's own address."),
-        ("10.0.0.01", "has a leading zero, which may mean octal: write it without."),
+        ("10.0.0.1:29500", "has a port. Write the address alone: the port is MASTER_PORT."),
+        ("0.0.0.0", "names no machine. Write the node's own address."),
+        ("10.0.0.01", "has a leading zero, which may mean octal. Write it without."),
     ],
 )
 def test_master_addr_is_read_like_an_entry_of_nodes(master: str, wrong: str, others: dict[str, str]) -> None:

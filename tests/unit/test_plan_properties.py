@@ -118,7 +118,7 @@ def test_there_is_a_plan_or_a_list_of_problems_and_never_an_exception(environ: d
     assert to_json(found)
     assert to_table(found, 80, colour=True)
     if isinstance(result, Plan):
-        assert len(short(result).splitlines()) == 5
+        assert len(short(result).splitlines()) == 6
 
 
 @settings(max_examples=100, deadline=None)
@@ -233,7 +233,7 @@ def test_a_node_of_a_cluster_has_a_plan_that_keeps_its_users_variables(
     if environ.get("NCCL_IB_DISABLE") == "1" or environ.get("NCCL_NET") == "Socket":
         assert plan.network.transport == "sockets"
     lines = short(plan).splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert ("RDMA through" in lines[1]) == (plan.network.transport != "sockets" and plan.workers.backend == "nccl")
 
 

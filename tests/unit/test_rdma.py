@@ -95,7 +95,9 @@ def test_the_users_zero_leaves_nccl_an_active_port_that_is_not_usable() -> None:
     assert planned(host, NODES=NODES).network.transport == "sockets"
     plan = planned(host, NODES=NODES, NCCL_IB_DISABLE="0")
     assert (plan.network.transport, "NCCL_IB_DISABLE" in plan.script.env) == ("RoCE", False)
-    assert "no port is usable: mlx5_0:1 (RoCE 100 Gb/s): its interface ens9 has no address." in plan.warnings[0]
+    (warning,) = plan.warnings
+    assert (warning.id, warning.severity) == ("rdma.no-usable-port", "severe")
+    assert warning.values == {"why": "mlx5_0:1 (RoCE 100 Gb/s): its interface ens9 has no address"}
 
 
 def test_infiniband_that_is_switched_off_by_hand_is_told() -> None:
@@ -107,13 +109,13 @@ def test_infiniband_that_is_switched_off_by_hand_is_told() -> None:
 @pytest.mark.parametrize(
     ("software", "openable", "because"),
     [
-        (replace(SOFTWARE, dev_infiniband=False), False, "/dev/infiniband is not here: set HARDWARE=nvidia-ib"),
+        (replace(SOFTWARE, dev_infiniband=False), False, "/dev/infiniband is missing. Set HARDWARE=nvidia-ib"),
         (SOFTWARE, False, "/dev/infiniband/uverbs0 (mlx5_0) is missing or not open to user 0"),
         (replace(SOFTWARE, library=False), True, "libibverbs.so.1 is not installed"),
-        (replace(SOFTWARE, providers=()), True, "no driver of libibverbs is installed: add the package"),
+        (replace(SOFTWARE, providers=()), True, "no driver of libibverbs is installed. Add the package"),
     ],
 )
-def test_what_keeps_the_container_from_infiniband_is_said_with_its_cure(
+def test_what_keeps_the_container_from_infiniband_is_said_with_its_fix(
     software: RdmaSoftware, openable: bool, because: str
 ) -> None:
     host = gpu_host(infiniband("mlx5_0", openable=openable), rdma_software=software)
@@ -131,7 +133,7 @@ def test_a_cpu_job_is_not_bothered_with_infiniband() -> None:
 def test_too_little_locked_memory_is_refused_where_rdma_will_be_used() -> None:
     low = Limits(cpus=8, memlock=8 << 20)
     text = refused(gpu_host(infiniband("m"), limits=low), NODES=NODES)
-    assert "the limit of locked memory is 8192 KiB, and RDMA registers more: set HARDWARE=nvidia-ib, which" in text
+    assert "the limit of locked memory is 8192 KiB, and RDMA registers more. Set HARDWARE=nvidia-ib, which" in text
     assert planned(gpu_host(limits=low), NODES=NODES).workers.backend == "nccl"
     may = replace(low, may_lock=True)
     assert planned(gpu_host(infiniband("m"), limits=may), NODES=NODES).workers.backend == "nccl"

@@ -256,7 +256,7 @@ def test_the_cause_and_the_fix_of_a_known_error_are_told_with_the_verdict_and_a_
 ) -> None:
     plan, _ = planned(tmp_path)
     peer, disk = "RuntimeError: Connection closed by peer [10.0.0.2]", "OSError: [Errno 28] No space left on device"
-    for message, words in ((disk, ["cause:", "fix:", "kept"]), (peer, ["kept"])):
+    for message, words in ((disk, ["cause:", "fix:", "report"]), (peer, ["report"])):
         error_file(plan.script.run_dir, "default-1-abc", message)
         tell_report(plan, Verdict(code=ExitCode.TRAINING, text="verdict"), {}, 0.0)
         lines = capsys.readouterr().err.splitlines()

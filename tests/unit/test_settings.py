@@ -1,13 +1,15 @@
 """Settings: sources, empty values, broken values, and one table for code, `.env.example` and compose.yaml."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from app.config import envfile
-from app.config.envfile import Value
 from app.config.settings import TABLE, Settings, read_settings
+from app.plan.typos import known_variables
+from app.train import settings as train
 
 PROJECT = Path(__file__).parents[2]
 
@@ -18,15 +20,22 @@ def read(tmp_path: Path, lines: str, **environ: str) -> Settings:
     return read_settings(environ, file)
 
 
+def given(settings: Settings, name: str) -> tuple[str, str]:
+    """The text of a setting and its source."""
+    value = settings.of(name)
+    assert value is not None
+    return value.text, value.source
+
+
 def messages(settings: Settings) -> list[str]:
     return [problem.message for problem in settings.problems]
 
 
 def test_the_environment_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
     settings = read(tmp_path, "MASTER_PORT=1111\nRUN_NAME=file\n", MASTER_PORT="2222")
-    assert settings.get("MASTER_PORT") == Value(text="2222", source="environment")
-    assert settings.get("RUN_NAME") == Value(text="file", source=".env:2")
-    assert settings.get("MAX_RESTARTS") == Value(text="3", source="default")
+    assert given(settings, "MASTER_PORT") == ("2222", "environment")
+    assert given(settings, "RUN_NAME") == ("file", ".env:2")
+    assert given(settings, "MAX_RESTARTS") == ("3", "default")
 
 
 @pytest.mark.parametrize("setting", [each for each in TABLE if each.scope != "compose"], ids=lambda each: each.name)
@@ -35,27 +44,27 @@ def test_shell_beats_file_beats_default_for_every_setting(setting: object, tmp_p
     words = {"HARDWARE": ("cpu", "nvidia"), "BACKEND": ("gloo", "nccl")}
     words |= dict.fromkeys(("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1"))
     one, two = words.get(name, ("41", "42"))
-    assert read(tmp_path, f"{name}={one}", **{name: two}).get(name) == Value(text=two, source="environment")
-    assert read(tmp_path, f"{name}={one}").get(name) == Value(text=one, source=".env:1")
-    unset = read(tmp_path, "").get(name)
+    assert given(read(tmp_path, f"{name}={one}", **{name: two}), name) == (two, "environment")
+    assert given(read(tmp_path, f"{name}={one}"), name) == (one, ".env:1")
+    unset = read(tmp_path, "").of(name)
     assert unset is None or unset.source == "default"
 
 
 def test_a_value_that_compose_passed_on_from_the_file_is_the_files_line(tmp_path: Path) -> None:
     settings = read(tmp_path, "# nodes\n\nNODES=10.0.0.1,10.0.0.2 # two\n", NODES="10.0.0.1,10.0.0.2")
-    assert settings.get("NODES") == Value(text="10.0.0.1,10.0.0.2", source=".env:3")
+    assert given(settings, "NODES") == ("10.0.0.1,10.0.0.2", ".env:3")
 
 
 def test_an_empty_value_is_unset_even_over_a_line_of_the_file(tmp_path: Path) -> None:
     settings = read(tmp_path, "NODE_RANK=1\nNODES=\nRUN_NAME=' '\n", NODE_RANK="")
     assert not settings.is_set("NODE_RANK")
     assert not settings.is_set("NODES")
-    assert settings.text("RUN_NAME") == "default"
+    assert settings.run_name.value == "default"
 
 
 def test_the_last_of_two_lines_wins_and_nothing_is_interpolated(tmp_path: Path) -> None:
     settings = read(tmp_path, 'RUN_NAME=a\nexport RUN_NAME="b"\nTRAIN_ARGS=$HOME ${RUN_NAME}\n')
-    assert settings.get("RUN_NAME") == Value(text="b", source=".env:2")
+    assert given(settings, "RUN_NAME") == ("b", ".env:2")
     assert settings.text("TRAIN_ARGS") == "$HOME ${RUN_NAME}"
 
 
@@ -73,14 +82,17 @@ def test_a_line_that_is_no_assignment_is_named_without_its_text(tmp_path: Path) 
         ("NODE_RANK=-1", "NODE_RANK=-1 (.env:1) is out of range. Write a whole number of at least 0."),
         ("MASTER_PORT=0", "MASTER_PORT=0 (.env:1) is out of range. Write a whole number from 1 to 65535."),
         ("CONTROL_PORT=65536", "CONTROL_PORT=65536 (.env:1) is out of range. Write a whole number from 1 to 65535."),
-        ("NPROC_PER_NODE=0", "NPROC_PER_NODE=0 (.env:1) is neither a number of at least 1 nor auto, gpu or cpu."),
+        (
+            "NPROC_PER_NODE=0",
+            "NPROC_PER_NODE=0 (.env:1) is neither a number of at least 1 nor auto, gpu or cpu. Write one of these.",
+        ),
         ("HARDWARE=gpu", "HARDWARE=gpu (.env:1) is unknown. Write one of cpu, nvidia, nvidia-ib, cdi."),
         ("BACKEND=mpi", "BACKEND=mpi (.env:1) is unknown. Write one of auto, gloo, nccl."),
         # NCCL and CUDA read a number: to them "yes" is 0.
         ("NCCL_IB_DISABLE=yes", "NCCL_IB_DISABLE=yes (.env:1) is unknown. Write one of 0, 1."),
         ("CUDA_LAUNCH_BLOCKING=on", "CUDA_LAUNCH_BLOCKING=on (.env:1) is unknown. Write one of 0, 1."),
         ("OMP_NUM_THREADS=0", "OMP_NUM_THREADS=0 (.env:1) is out of range. Write a whole number of at least 1."),
-        ("START_TIMEOUT=5m", "START_TIMEOUT=5m (.env:1) is not a number of seconds, like 30 or 2.5."),
+        ("START_TIMEOUT=5m", "START_TIMEOUT=5m (.env:1) is not a number of seconds. Write one like 30 or 2.5."),
         ("HEARTBEAT_TIMEOUT=0.5", "HEARTBEAT_TIMEOUT=0.5 (.env:1) is too short. Write at least 1 second."),
         (
             "RUN_NAME=../other",
@@ -94,15 +106,39 @@ def test_a_line_that_is_no_assignment_is_named_without_its_text(tmp_path: Path) 
         ),
     ],
 )
-def test_a_wrong_value_is_refused_with_its_line_and_the_cure(line: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_value_is_refused_with_its_line_and_the_fix(line: str, message: str, tmp_path: Path) -> None:
     assert messages(read(tmp_path, line)) == [message]
 
 
 def test_all_wrong_values_are_told_at_once_and_read_as_unset(tmp_path: Path) -> None:
     settings = read(tmp_path, "MASTER_PORT=x\nNODE_RANK=y\nBACKEND=z\n")
     assert len(settings.problems) == 3
-    assert settings.text("MASTER_PORT") == "29400"
+    assert settings.master_port.value == 29400
     assert not settings.is_set("NODE_RANK")
+
+
+def test_a_setting_means_what_its_text_says(tmp_path: Path) -> None:
+    lines = "MASTER_PORT=5\nSTOP_GRACE=2.5\nTRAIN_ARGS=--a 'b c'\nRUN_DIR=/r\nNODES=[::1] a;b # c\nNPROC_PER_NODE=3\n"
+    settings = read(tmp_path, lines + "STOP_GRACE_PERIOD=1m30s\n")
+    found = {
+        each: getattr(getattr(settings, each), "value", None) for each in ("master_port", "stop_grace", "train_args")
+    }
+    assert found == {"master_port": 5, "stop_grace": 2.5, "train_args": ("--a", "b c")}
+    assert (settings.run_dir and settings.run_dir.value) == Path("/r")
+    assert (settings.nodes and settings.nodes.value) == ("::1", "a", "b")
+    assert (settings.nproc_per_node.value, settings.stop_grace_period.value) == (3, 90.0)
+    assert read(tmp_path, "STOP_GRACE_PERIOD=soon").stop_grace_period.value is None
+    assert read(tmp_path, "").train_script.value == ("-m", "app.train")
+
+
+def test_a_wrong_value_has_an_id_of_the_check_that_it_concerns(tmp_path: Path) -> None:
+    settings = read(tmp_path, "MASTER_PORT=x\nNODE_RANK=-1\nBACKEND=z\nSTOP_GRACE=x\n")
+    assert [(each.id, each.setting, each.severity) for each in settings.problems] == [
+        ("rank.out-of-range", "NODE_RANK", "error"),
+        ("ports.not-a-number", "MASTER_PORT", "error"),
+        ("gpus.unknown-word", "BACKEND", "error"),
+        ("settings.not-seconds", "STOP_GRACE", "error"),
+    ]
 
 
 def test_a_missing_default_file_is_no_file(tmp_path: Path) -> None:
@@ -130,14 +166,14 @@ def test_the_file_that_compose_mounts_only_names_lines(tmp_path: Path, monkeypat
     monkeypatch.setattr(envfile, "MOUNTED", tmp_path)
     settings = read_settings({"NODES": "10.0.0.1"}, tmp_path)
     assert settings.problems == ()
-    assert settings.get("NODES") == Value(text="10.0.0.1", source="environment")
+    assert given(settings, "NODES") == ("10.0.0.1", "environment")
 
 
 def test_what_compose_gives_every_container_is_not_taken_for_the_users() -> None:
     settings = read_settings({"RUNS_ROOT": "/runs", "STOPPED_EXIT_CODE": "7"}, envfile.MOUNTED)
-    assert settings.get("RUNS_ROOT") == Value(text="/runs", source="compose.yaml")
-    assert settings.get("STOPPED_EXIT_CODE") == Value(text="7", source="environment")
-    assert read_settings({"RUNS_ROOT": "/runs"}, None).get("RUNS_ROOT") == Value(text="/runs", source="environment")
+    assert given(settings, "RUNS_ROOT") == ("/runs", "compose.yaml")
+    assert given(settings, "STOPPED_EXIT_CODE") == ("7", "environment")
+    assert given(read_settings({"RUNS_ROOT": "/runs"}, None), "RUNS_ROOT") == ("/runs", "environment")
     stack = (PROJECT / "compose.yaml").read_text(encoding="utf-8")
     assert dict(re.findall(r"^ {6}([A-Z_]+): \$\{\1:[-+](.+)\}$", stack, re.MULTILINE)) == envfile.FROM_COMPOSE
 
@@ -182,15 +218,31 @@ def test_every_line_of_the_example_is_valid_without_its_comment_sign(tmp_path: P
     assert read(tmp_path, re.sub(r"^# (?=[A-Z][A-Z0-9_]+=)", "", text, flags=re.MULTILINE)).problems == ()
 
 
+def test_every_variable_that_we_know_passes_from_the_shell() -> None:
+    listed = re.findall(r"^ {6}([A-Za-z_0-9]+):$", (PROJECT / "hardware/shell.yaml").read_text(), re.MULTILINE)
+    stack = (PROJECT / "compose.yaml").read_text(encoding="utf-8")
+    passed = {*listed, *re.findall(r"^ {6}([A-Z][A-Z0-9_]+):", stack, re.MULTILINE)}
+    # torchrun's own, what the image sets, and folders, which are others in the container.
+    not_passed = re.compile(r"TORCHELASTIC_|.*(_HOME|_VERSION|_CACHE_PATH|_CACHE_DIR|_EXTENSIONS_DIR)$")
+    assert {name for name in known_variables() if not not_passed.match(name)} <= passed
+    of_train = {item.metadata["variable"] or f"TRAIN_{item.name.upper()}" for item in fields(train.Settings)}
+    assert of_train <= passed
+    assert len(listed) == len(set(listed))
+    for file in (PROJECT / "hardware").glob("*.yaml"):
+        assert re.search(
+            r"extends: \{file: shell.yaml, service: shell\}|file: nvidia.yaml|^  shell:", file.read_text(), re.M
+        )
+
+
 def test_compose_passes_every_setting_on_and_reads_those_of_its_own() -> None:
     stack = (PROJECT / "compose.yaml").read_text(encoding="utf-8")
     fragments = "".join(file.read_text(encoding="utf-8") for file in (PROJECT / "hardware").glob("*.yaml"))
     block = stack.split("    environment:\n")[1].split("\n\n")[0]
     passed = re.findall(r"^ {6}([A-Z][A-Z0-9_]+):", block, re.MULTILINE)
     inside = {setting.name for setting in TABLE if setting.scope != "compose"}
-    assert set(passed) == inside | {"ENV_FILE"}
+    assert set(passed) == inside | {"ENV_FILE", "RUNS", "STACK_DIR", "WORKSPACE"}
     # BASE_IMAGE is a build argument without a value, which Compose fills in the same way.
     read_by_compose = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+)", stack + fragments)) | {"BASE_IMAGE"}
     own = {setting.name for setting in TABLE if setting.scope == "compose"}
     assert own <= read_by_compose
-    assert read_by_compose - own <= inside
+    assert read_by_compose - own <= inside | {"PWD"}

@@ -11,7 +11,7 @@ from app.train.metrics import Metrics, loss_picture, peak_flops, slow_ranks
 from app.train.model import GPT, Linear, learning_rate, uses_bf16
 from app.train.settings import Settings
 
-FAST, SLOW, WAITING = (0.01, 0.1, 0.0), (0.01, 0.2, 0.0), (0.0, 0.1, 0.1)
+FAST, SLOW, WAITING = (0.01, 0.1, 0.1), (0.01, 0.2, 0.0), (0.0, 0.1, 0.11)
 
 
 def test_the_rate_warms_up_and_falls_to_its_floor() -> None:
@@ -35,6 +35,23 @@ def test_a_rank_that_recovers_is_not_named() -> None:
     slow_for, names = dict[int, int](), ["rank 0", "rank 1"]
     for shares in [[FAST, SLOW], [FAST, SLOW], [FAST, FAST], [FAST, SLOW], [FAST, SLOW]]:
         assert not slow_ranks(slow_for, shares, names, steps=10)
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd"),
+    [
+        # 1.9 times the work of the others, in a step that is 96 % waiting.
+        ((0.0, 0.016, 0.984), (0.0, 0.03, 0.97)),
+        # Its own figures say that it waits for others.
+        ((0.0, 0.1, 0.1), (0.0, 0.2, 0.3)),
+        ((0.0, 0.1, 0.02), (0.0, 0.12, 0.0)),
+    ],
+)
+def test_a_surplus_that_makes_no_step_longer_is_not_told(
+    usual: tuple[float, float, float], odd: tuple[float, float, float]
+) -> None:
+    slow_for, names = dict[int, int](), ["rank 0", "rank 1", "rank 2"]
+    assert not any(slow_ranks(slow_for, [usual, odd, usual], names, steps=10) for _ in range(9))
 
 
 def test_one_rank_alone_is_never_slow() -> None:

@@ -3,8 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from app.doctor.cluster_checks.links import judge_mtu, judge_speed
-from app.doctor.cluster_checks.transport import judge_transport
+from app.doctor.cluster_checks.mtu import judge_mtu
 from app.doctor.findings import Finding, Row, Severity, green, red, skipped, told, yellow
 from app.doctor.results import Found, Measured
 from app.gang.agreement import differences, told_nodes
@@ -141,12 +140,13 @@ def judge_shared(measured: Measured) -> Found:
 
 
 def judge_collective(measured: Measured) -> Found:
-    for rank, collective in measured.collectives.items():
-        if rank in measured.nodes:
-            yield rank, judge_transport(collective)
+    """What each node found by itself when all of them ran bench's check; why not, where they did not."""
+    for rank, findings in measured.collectives.items():
+        yield from ((rank, finding) for finding in findings)
     if measured.no_collective:
+        checks = ("speed", "all-reduce") if len(measured.listed) > 1 else ("all-reduce",)
         for rank in measured.nodes.keys() - measured.collectives.keys():
-            yield rank, skipped("all-reduce", measured.no_collective)
+            yield from ((rank, skipped(check, measured.no_collective)) for check in checks)
 
 
 JUDGEMENTS = (
@@ -154,7 +154,6 @@ JUDGEMENTS = (
     judge_agree,
     judge_reach,
     judge_mtu,
-    judge_speed,
     judge_clock,
     judge_shared,
     judge_collective,

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from app.doctor.cluster_checks.speed import Speeds
 from app.doctor.findings import Finding, Value, green, red, yellow
 
 VIA = re.compile(r"via NET/([^/\s(]+(?: [^/\s(]+)*)/(\d+)(?:\([^)]*\))?((?:/\w+)*)")
@@ -73,6 +74,7 @@ class Collective:
     active_ports: int = 0
     """RDMA ports of this machine with a link."""
     log: NcclLog = NcclLog()
+    speeds: Speeds = field(default_factory=Speeds)
 
 
 def judge_transport(found: Collective) -> Finding:

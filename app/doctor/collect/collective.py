@@ -1,4 +1,4 @@
-"""This node's part of the all-reduce: torchrun as a child, its log, NCCL's log, and the bytes that interfaces moved."""
+"""This node's part of bench's check: torchrun as a child, its figures, NCCL's log, the bytes that interfaces moved."""
 
 import asyncio
 import contextlib
@@ -7,13 +7,16 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from app.config.project import PROJECT
+from app.doctor.cluster_checks.speed import read_speeds
 from app.doctor.cluster_checks.transport import Collective, carrier, read_nccl
 from app.doctor.facts import Facts
-from app.doctor.protocol import ALL_REDUCE
+from app.doctor.protocol import COLLECTIVE
 from app.engine import torchrun
 from app.host import Host
 from app.host.files import entries, number
@@ -21,64 +24,86 @@ from app.known_errors.diagnose import diagnose
 from app.plan import Plan
 from app.plan.rdma_access import direct
 
-LAUNCHER_WORDS = 4
-"""Of torchrun.command_line: the interpreter, -P, the agent that reports to a supervisor, which doctor has not, and its
-own flag."""
-
 
 async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: int) -> Collective:
-    """Runs torchrun for at most ALL_REDUCE seconds and reads what it left. Never raises for what torchrun does."""
-    nproc = plan.workers.nproc if plan.workers.backend == "nccl" else 1 if nnodes > 1 else min(plan.workers.nproc, 2)
+    """Runs torchrun for at most COLLECTIVE seconds and reads what it left. Never raises for what torchrun does."""
+    nproc = _processes(plan, nnodes)
     expected = Collective(
         backend=plan.workers.backend,
         ranks=nproc * nnodes,
         alone=nnodes == 1,
         interface=plan.network.interface,
         transport=plan.network.transport,
-        expects_direct=bool(direct(facts.host)),
+        expects_direct=plan.network.transport != "sockets" and bool(direct(facts.host)),
         active_ports=sum(port.state == "ACTIVE" for port in facts.host.rdma_ports),
     )
     with tempfile.TemporaryDirectory(prefix="doctor-") as name:
         folder = Path(name)
-        (folder / "logs").mkdir()
-        changed = replace(
-            plan,
-            script=replace(plan.script, command=("-m", "app.doctor.allreduce"), run_dir=folder),
-            workers=replace(plan.workers, nproc=nproc),
-        )
-        command = torchrun.command_line(
-            changed,
-            node_rank=place,
-            nnodes=nnodes,
-            master_addr=plan.network.master_addr,
-            master_port=plan.network.master_port,
-            run_id=run_id,
-        )
-        engine = [sys.executable, "-m", "torch.distributed.run", *command[LAUNCHER_WORDS:]]
         before = _bytes()
-        failure = await _run(engine, _environment(changed, folder, run_id), folder / "output")
+        failure = await _run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run"),
+                *(f"--nnodes={nnodes}", f"--nproc-per-node={nproc}", f"--node-rank={place}"),
+                *(f"--master-addr={plan.network.master_addr}", f"--master-port={plan.network.master_port}"),
+                *(f"--rdzv-id={run_id}", "--max-restarts=0", f"--log-dir={folder}", "--tee=3"),
+                *("-m", "app.bench", f"--check={folder / 'result.json'}"),
+            ],
+            _environment(plan, folder, run_id),
+            folder / "output",
+        )
         moved = _bytes()
-        log = read_nccl(_text(*sorted(folder.glob("nccl.*"))))
-        result = folder / "result.json"
-        if failure or not result.exists():
-            return replace(expected, failure=failure or "it left no result", log=log)
-        found = json.loads(result.read_text())
-    if not found["correct"]:
+        expected = replace(expected, log=read_nccl(_text(*sorted(folder.glob("nccl.*")))))
+        found = _read(folder / "result.json")
+    if failure or not found:
+        return replace(expected, failure=failure or "it left no result")
+    return replace(_judged(expected, found, place), carrier=_carrier(facts.host, expected, before, moved, found))
+
+
+def _processes(plan: Plan, nnodes: int) -> int:
+    """One GPU is one process; CPUs have nothing to show that one process a node (two on one node alone) does not."""
+    if plan.workers.backend == "nccl":
+        return plan.workers.nproc
+    return 1 if nnodes > 1 else min(plan.workers.nproc, 2)
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
+def _judged(expected: Collective, found: Mapping[str, Any], place: int) -> Collective:
+    measures = found["measures"]
+    if not all(measure["correct"] for measure in measures):
         wrong = "its result is WRONG: memory or network corrupt data. Do not train on this cluster."
-        return replace(expected, failure=wrong, log=log)
-    ranks = int(found["ranks"])
-    through = carrier(before, moved, int(0.9 * found["bytes"]))
+        return replace(expected, failure=wrong)
+    if found["backend"] != expected.backend:
+        return replace(expected, failure=f"torch sees no GPU here: it ran over {found['backend']}.")
     return replace(
         expected,
-        ranks=ranks,
-        # As nccl-tests: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
-        bus_bandwidth=found["size"] / found["seconds"] * 2 * (ranks - 1) / ranks,
-        # RDMA passes the interfaces' counters by; what else they moved says nothing.
-        carrier=""
-        if nnodes == 1 or (plan.workers.backend == "nccl" and log.network != "Socket")
-        else _above(facts.host, plan, through),
-        log=log,
+        ranks=found["ranks"],
+        bus_bandwidth=max(measure["bus_bandwidth"] for measure in measures),
+        speeds=read_speeds(found, place),
     )
+
+
+def _carrier(
+    host: Host, expected: Collective, before: Mapping[str, int], after: Mapping[str, int], found: Mapping[str, Any]
+) -> str:
+    """The interface that carried it; "" where its counters cannot tell: on one node, and with RDMA, which passes them
+    by."""
+    if expected.alone or (expected.backend == "nccl" and expected.log.network != "Socket"):
+        return ""
+    # Each size is sent at least three times: once to check its result, once to see how long it takes, once timed.
+    payload = sum(3 * measure["size"] for measure in found["measures"])
+    through = carrier(before, after, int(0.9 * payload))
+    return expected.interface if through in _below(host, expected.interface) else through
+
+
+def _below(host: Host, interface: str) -> set[str]:
+    """A bond's member or a VLAN's parent carries what was given to the bond or VLAN."""
+    nic = next((each for each in host.nics if each.name == interface), None)
+    below = set(nic.lower) if nic else set()
+    return below | {lower for each in host.nics if each.name in below for lower in each.lower}
 
 
 def _environment(plan: Plan, folder: Path, run_id: str) -> dict[str, str]:
@@ -87,7 +112,7 @@ def _environment(plan: Plan, folder: Path, run_id: str) -> dict[str, str]:
     return {
         **inherited,
         "PYTHONPATH": f"{PROJECT}:{path}" if path else str(PROJECT),
-        "DOCTOR_RESULT": str(folder / "result.json"),
+        "TORCHELASTIC_ERROR_FILE": str(folder / "error.json"),
         "NCCL_DEBUG": "INFO",
         "NCCL_DEBUG_SUBSYS": "INIT,NET",
         "NCCL_DEBUG_FILE": str(folder / "nccl.%h.%p"),
@@ -101,10 +126,10 @@ async def _run(command: list[str], env: dict[str, str], output: Path) -> str:
             *command, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
         )
     try:
-        async with asyncio.timeout(ALL_REDUCE):
+        async with asyncio.timeout(COLLECTIVE):
             code = await process.wait()
     except TimeoutError:
-        return f"it did not end within {ALL_REDUCE:.0f} s. {_diagnosis(_text(output))}".strip()
+        return f"it did not end within {COLLECTIVE:.0f} s. {_diagnosis(_text(output))}".strip()
     finally:
         # torchrun's workers die with it; the group is torchrun and whatever it started without a group of its own.
         with contextlib.suppress(ProcessLookupError):
@@ -128,11 +153,3 @@ def _bytes() -> dict[str, int]:
     base = Path("/sys/class/net")
     counts = {name: number(base / name / "statistics/tx_bytes") for name in entries(base)}
     return {name: count for name, count in counts.items() if count is not None}
-
-
-def _above(host: Host, plan: Plan, name: str) -> str:
-    """A bond's member or a VLAN's parent carries what was given to the bond or VLAN."""
-    nic = next((each for each in host.nics if each.name == plan.network.interface), None)
-    below = set(nic.lower) if nic else set()
-    below |= {lower for each in host.nics if each.name in below for lower in each.lower}
-    return plan.network.interface if name in below else name

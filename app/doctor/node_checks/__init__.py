@@ -6,16 +6,16 @@ from app.doctor.facts import Facts
 from app.doctor.findings import Finding, green, skipped
 from app.doctor.node_checks.machine import check_clock, check_disk, check_engine, check_gpus, check_limits
 from app.doctor.node_checks.network import check_names, check_network, check_ports, check_rdma
-from app.doctor.planned import problems, warnings
+from app.doctor.planned import planned
 
 
 def check_node(facts: Facts) -> tuple[Finding, ...]:
     """All findings of one node: what the plan says is wrong, and each check's own; every check answers."""
-    planned = (*problems(facts.draft), *warnings(facts.draft))
-    covered = {each.check for each in planned}
+    of_plan = planned(facts.draft)
+    covered = {each.check for each in of_plan}
     own = [finding for check in CHECKERS for finding in check(facts)]
     # A green cell next to the plan's warning would say nothing.
-    return (*planned, *(each for each in own if each.bad or each.check not in covered))
+    return (*of_plan, *(each for each in own if each.bad or each.check not in covered))
 
 
 def check_rank(facts: Facts) -> tuple[Finding, ...]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
+from app.config.problems import count
 from app.doctor.collect.engine import COMMANDS
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Severity, Value, green, red, skipped, yellow
 from app.host.accelerators.health import REASONS, GpuHealth, GpuLook
-from app.plan.decisions import count
 
 FREE_RED, FREE_YELLOW = 1 << 30, 10 << 30
 FEW_INODES = 1000

@@ -1,0 +1,118 @@
+"""Texts of settings into what they mean, or a `Malformed` that says what is wrong and what to write."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from app.config.problems import count
+
+
+class Malformed(ValueError):  # noqa: N818 - a value is malformed; what to do about it is the reader's
+    """A text that does not mean anything: the id, the end of the sentence that begins with the setting, the fix."""
+
+    def __init__(self, id: str, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.id, self.what, self.fix = id, what, fix
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    span = f"Write a whole number of at least {low}"
+    if high is not None:
+        span = f"Write a whole number from {low} to {high}"
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
+            raise Malformed("not-a-number", "is not a number", span)
+        value = int(text)
+        if value < low or (high is not None and value > high):
+            raise Malformed("out-of-range", "is out of range", span)
+        return value
+
+    return parse
+
+
+def seconds(low: int) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,3})?", text):
+            raise Malformed("not-seconds", "is not a number of seconds", "Write one like 30 or 2.5")
+        if float(text) < low:
+            raise Malformed("too-short", "is too short", f"Write at least {count(low, 'second')}")
+        return float(text)
+
+    return parse
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise Malformed("unknown-word", "is unknown", f"Write one of {', '.join(words)}")
+        return text
+
+    return parse
+
+
+def run_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):
+        fix = "Write up to 64 letters, digits, dots, dashes or underscores"
+        raise Malformed("not-a-folder-name", "is not a folder's name", fix)
+    return text
+
+
+def processes(text: str) -> int | str:
+    """A number of at least 1, or `auto`, `gpu`, `cpu`."""
+    if text in ("auto", "gpu", "cpu"):
+        return text
+    if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) == 0:
+        raise Malformed("not-processes", "is neither a number of at least 1 nor auto, gpu or cpu", "Write one of these")
+    return int(text)
+
+
+def shell_words(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        what = f"has broken shell quoting ({str(error).rstrip('.').lower()})"
+        raise Malformed("broken-quoting", what, "Close the quote or escape it with \\") from None
+
+
+def path(text: str) -> Path:
+    if re.search(r"^~|\$", text):
+        what = "would be taken literally: ~ and $ are not expanded here"
+        raise Malformed("not-expanded", what, "Write the whole path")
+    return Path(text)
+
+
+def entries(text: str) -> tuple[str, ...]:
+    """The entries of NODES: commas, spaces or line ends between them, comments from # on."""
+    without_comments = re.sub(r"#[^\n]*", "", text)
+    return tuple(bare(entry) for entry in re.split(r"[,;\s]+", without_comments) if entry)
+
+
+def bare(text: str) -> str:
+    """`fd00::1` of `[fd00::1]`; anything else as it is."""
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+
+
+def duration(text: str) -> float | None:
+    """Seconds of a duration as Compose writes it, `1m30s`; None if it is none: Compose itself says so."""
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "us": 1e-6}
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(ms|us|h|m|s)", text)
+    known = parts and "".join(number + unit for number, unit in parts) == text
+    return sum(float(number) * units[unit] for number, unit in parts) if known else None
+
+
+def number_or_all(text: str) -> int | None:
+    """None for all."""
+    if text == "all":
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
+        raise Malformed("not-a-number-or-all", "is neither a number of at least 1 nor all", "Write one like 2, or all")
+    return int(text)
+
+
+def byte_count(text: str) -> int:
+    found = re.fullmatch(r"([1-9][0-9]{0,5})([KMGT])B", text)
+    if not found:
+        raise Malformed("not-a-size", "is not a size", "Write one like 500MB, 100GB or 2TB")
+    return int(found[1]) * 1000 ** (1 + "KMGT".index(found[2]))

@@ -1,0 +1,104 @@
+"""Speed of the pairs of nodes, as bench measured and judged it: what concerns one node."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from app.config.problems import count
+from app.doctor.findings import Finding, Severity, Value, green, yellow
+
+FAR = 0.002
+"""Seconds of round trip; a data centre has less than a tenth."""
+PATH_TEXTS = {
+    "slow-path": "{verb} {rate} {preposition} node {peer}, while others reach {expected}.",
+    "below-link": "{verb} {rate} {preposition} node {peer}, {share:.0f} % of the link's {expected}.",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlowPart:
+    """A node or path that bench calls slow (`app.bench.figures.SlowPart`)."""
+
+    id: str
+    nodes: tuple[int, ...]
+    way: str
+    bandwidth: float
+    expected: float
+    paths: int
+    severe: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One direction, from or to this node."""
+
+    source: int
+    target: int
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speeds:
+    """What bench found about one node."""
+
+    pairs: tuple[Pair, ...] = ()
+    slow: tuple[SlowPart, ...] = ()
+
+
+def read_speeds(found: Mapping[str, Any], rank: int) -> Speeds:
+    """From bench's result file: what concerns the node with this rank."""
+    pairs = tuple(Pair(**each) for each in found["pairs"] if rank in (each["source"], each["target"]))
+    fields = SlowPart.__dataclass_fields__
+    slow = tuple(
+        SlowPart(**{name: each[name] for name in fields} | {"nodes": tuple(each["nodes"])}) for each in found["slow"]
+    )
+    return Speeds(pairs=pairs, slow=tuple(part for part in slow if rank in part.nodes))
+
+
+def judge_speed(speeds: Speeds, rank: int, interface: str) -> Iterator[Finding]:
+    """Findings for this node's row; none where it is no part of a pair."""
+    for part in speeds.slow:
+        yield _slow(part, rank, interface)
+    for pair in speeds.pairs:
+        # One of the two rows is enough.
+        if pair.source < rank and 2 * pair.latency > FAR:
+            text = "The round trip to node {peer} takes {rtt}: not one network, or a busy machine."
+            yield yellow("pair-far", "speed", text, "", peer=pair.source, rtt=_micros(2 * pair.latency))
+    if speeds.pairs and not speeds.slow:
+        text = "at least {rate} with {peers}, round trip {rtt}"
+        peers = count(len({pair.source for pair in speeds.pairs} - {rank}), "node")
+        rtt = _micros(2 * max(pair.latency for pair in speeds.pairs))
+        yield green("speed", text, rate=rate(min(pair.bandwidth for pair in speeds.pairs)), peers=peers, rtt=rtt)
+
+
+def _slow(part: SlowPart, rank: int, interface: str) -> Finding:
+    values: dict[str, Value] = {"rate": rate(part.bandwidth), "expected": rate(part.expected)}
+    if part.id == "slow-node":
+        text = "{way} slowly: {rate} with every other node, while others reach {expected}."
+        values["way"] = part.way.capitalize()
+    elif part.id in PATH_TEXTS:
+        text = PATH_TEXTS[part.id]
+        sends = part.nodes[0] == rank
+        values |= {"verb": "Sends", "preposition": "to"} if sends else {"verb": "Receives", "preposition": "from"}
+        values |= {"peer": part.nodes[1 if sends else 0], "share": 100 * part.bandwidth / part.expected}
+    else:
+        text = "{paths} paths stay far below what their links promise, the slowest at {rate} of {expected}."
+        values["paths"] = part.paths
+    return Finding(
+        id=part.id,
+        check="speed",
+        severity=Severity.RED if part.severe else Severity.YELLOW,
+        text=text,
+        values=values,
+        fix=f"ethtool {interface}; ip -s link show {interface}   # speed, duplex, errors",
+    )
+
+
+def rate(bytes_per_second: float) -> str:
+    bits = 8 * bytes_per_second
+    return f"{bits / 1e9:.1f} Gb/s" if bits > 1e8 else f"{bits / 1e6:.1f} Mb/s"
+
+
+def _micros(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} us"

@@ -1,0 +1,142 @@
+"""Who may take part: other jobs, longer lists, nodes that cannot start, and connections that come to nothing."""
+
+import asyncio
+import socket
+import time
+from dataclasses import replace
+
+from app.config.exitcodes import ExitCode
+from app.doctor.coordinator import DoctorCoordinator
+from app.gang.connection import Connection, dial
+from app.gang.handshake import introduce
+from app.gang.participant import NodeServices, Participant
+from tests.unit.test_gang_coordinator import Job, a_plan, lead, running
+
+
+async def says(job: Job, kind: str = "training", **fields: object) -> Connection:
+    """A connection whose hello says this of itself."""
+    connection = await job.connect()
+    await introduce(connection, b"", {"run": job.coordinator.plan.run_name, "job": kind, **fields})
+    return connection
+
+
+def test_a_rank_beyond_the_list_is_never_a_member_and_its_list_is_shown() -> None:
+    async def story(job: Job) -> None:
+        third = await job.joins(2, facts={"NNODES": "3"})
+        first, second = await job.joins(0, facts={"NNODES": "2"}), await job.joins(1, facts={"NNODES": "2"})
+        assert "not one of the 2 nodes" in str((await third.hears("refuse"))["text"])
+        assert 2 not in job.coordinator.membership
+        for node in (first, second):
+            told = await node.hears("verdict")
+            assert told["code"] == ExitCode.DISAGREE
+            assert "NNODES  2 (nodes 0, 1)   3 (node 2)" in str(told["text"])
+
+    lead(a_plan(2), story)
+
+
+def test_a_rank_beyond_the_list_disturbs_no_running_job() -> None:
+    async def story(job: Job) -> None:
+        nodes = await running(job, (0, 1))
+        third = await job.joins(2, facts={"NNODES": "3"})
+        await third.hears("refuse")
+        await asyncio.sleep(0.5)
+        assert not job.leading.done()
+        assert "verdict" not in nodes[0].kinds()
+
+    lead(a_plan(2), story)
+
+
+def test_doctor_is_refused_by_a_training_and_a_training_waits_for_the_end_of_doctor() -> None:
+    async def story(job: Job) -> None:
+        doctor = await says(job, "doctor")
+        refusal = await doctor.receive()
+        assert (refusal["kind"], refusal["code"]) == ("refuse", ExitCode.DISAGREE)
+        coordinator = DoctorCoordinator(job.coordinator.plan, b"", job.said.append)
+        here, there = socket.socketpair()
+        serving = asyncio.ensure_future(coordinator.serve(*await asyncio.open_connection(sock=there)))
+        trainer = Connection(*await asyncio.open_connection(sock=here))
+        await introduce(trainer, b"", {"run": "default", "job": "training"})
+        assert (await trainer.receive())["kind"] == "busy"
+        await serving
+
+    lead(a_plan(), story)
+
+
+def test_a_node_that_cannot_start_is_known_to_all_who_wait_for_it() -> None:
+    async def story(job: Job) -> None:
+        first = await job.joins(0)
+        await says(job, unfit="NPROC_PER_NODE=many is no number\x1b[2J", rank=2)
+        told = str((await first.hears("news"))["text"])
+        assert told == "node 2 (10.0.0.3) was turned away: it cannot start: NPROC_PER_NODE=many is no number?[2J"
+        assert "NPROC_PER_NODE=many" in job.coordinator.membership.absent[2]
+
+    lead(a_plan(), story)
+
+
+def test_names_of_facts_cannot_write_lines_or_commands_on_a_terminal() -> None:
+    async def story(job: Job) -> None:
+        await job.joins(0)
+        await job.joins(1, facts={"torch": "2", "x\ntorchrun-compose: done\x1b[1A": "evil\nline"})
+        await asyncio.sleep(0.1)
+        [facts] = [node.hello.facts for rank, node in job.coordinator.membership.all().items() if rank == 1]
+        assert facts == {"torch": "2", "x torchrun-compose: done?[1A": "evil line"}
+
+    lead(a_plan(), story)
+
+
+def test_start_timeout_is_one_deadline_whatever_accepts_and_hangs_up_meanwhile() -> None:
+    async def story(job: Job) -> None:
+        plan = a_plan(2, 1, START_TIMEOUT="2")
+
+        async def hangs_up() -> Connection:
+            connection = await job.connect()
+            asyncio.get_running_loop().call_later(0.1, connection.abort)
+            return connection
+
+        services = NodeServices(dial=hangs_up, say=lambda _: None)
+        participant = Participant(replace(plan, network=replace(plan.network, address="127.0.0.1")), b"", {}, services)
+        started = time.monotonic()
+        verdict = await participant.take_part()
+        assert verdict.code == ExitCode.UNREACHABLE
+        assert time.monotonic() - started < 4
+
+    lead(a_plan(2), story)
+
+
+def test_a_number_out_of_range_ends_one_connection_and_not_node_0() -> None:
+    async def story(job: Job) -> None:
+        nodes = await running(job)
+        report = {
+            "rank": 1,
+            "exitcode": 1,
+            "text": "x",
+            "halted": False,
+            "alike": 0,
+            "place": "",
+            "note": "",
+            "cause": "",
+            "fix": "",
+        }
+        nodes[1].connection.send(
+            "ended", code=1, failures=[{**report, "time": 1 << 45}], finished="", ports=[], progress=""
+        )
+        halt = await nodes[0].hears("halt")
+        assert "node 1 (10.0.0.2) was lost" in str(halt["text"])
+        assert not job.leading.done()
+
+    lead(a_plan(), story)
+
+
+def test_a_connection_from_another_address_of_this_machine_is_told_by_both_sides_alike() -> None:
+    async def ends() -> tuple[str, str]:
+        arrived: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
+        server = await asyncio.start_server(lambda *ends: arrived.set_result(Connection(*ends)), "::1", 0)
+        async with server:
+            own = await dial("::1", "::1", server.sockets[0].getsockname()[1])
+            there = await arrived
+            own.close()
+            there.close()
+        return f"{own.here} {own.there}", f"{there.there} {there.here}"
+
+    ours, theirs = asyncio.run(ends())
+    assert ours == theirs
