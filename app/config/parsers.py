@@ -115,4 +115,4 @@ def byte_count(text: str) -> int:
     found = re.fullmatch(r"([1-9][0-9]{0,5})([KMGT])B", text)
     if not found:
         raise Malformed("not-a-size", "is not a size", "Write one like 500MB, 100GB or 2TB")
-    return int(found[1]) * 1000 ** (1 + "KMGT".index(found[2]))
+    return int(found[1]) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[found[2]]

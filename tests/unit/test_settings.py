@@ -41,7 +41,8 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_default(tmp_pa
 @pytest.mark.parametrize("setting", [each for each in TABLE if each.scope != "compose"], ids=lambda each: each.name)
 def test_shell_beats_file_beats_default_for_every_setting(setting: object, tmp_path: Path) -> None:
     name = getattr(setting, "name", "")
-    words = {"HARDWARE": ("cpu", "nvidia"), "BACKEND": ("gloo", "nccl")}
+    words = {"HARDWARE": ("cpu", "nvidia"), "BACKEND": ("gloo", "nccl"), "CHECKPOINTS": ("own", "mirror")}
+    words["MIRROR_LIMIT"] = ("2GB", "3TB")
     words |= dict.fromkeys(("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1"))
     one, two = words.get(name, ("41", "42"))
     assert given(read(tmp_path, f"{name}={one}", **{name: two}), name) == (two, "environment")
