@@ -130,19 +130,25 @@ def test_scattered_states_come_together_and_survive_the_loss_of_a_disk(tmp_path:
 def test_with_own_a_difference_is_said_and_nothing_is_copied(tmp_path: Path) -> None:
     with nodes(tmp_path, 2, TUTORIAL, CHECKPOINTS="own") as job:
         run(job, "3")
-        launchers = run(job, "5")
-        assert begins(launchers) == [3, 0]
+        launchers = job.start_all("5")
+        launchers[0].wait_for(r"rank 0 begins at 3")
+        launchers[1].wait_for(r"rank 1 begins at 0")
+        stop(launchers)
         assert any("node 1" in line and "CHECKPOINTS=own" in line for line in launchers[1].said)
+
+
+def stop(launchers: list[Launcher]) -> None:
+    for launcher in launchers:
+        launcher.signal(signal.SIGTERM)
+    for launcher in launchers:
+        launcher.end(60)
 
 
 def test_new_checkpoints_get_a_second_copy_while_the_training_runs(tmp_path: Path) -> None:
     with nodes(tmp_path, 2, TUTORIAL.replace("if rank == 0:", "if rank == 0 and epoch < 3:")) as job:
         launchers = job.start_all("100000")
         wait_until((folder(job, 1) / "snapshot.pt").exists, 90)
-        for launcher in launchers:
-            launcher.signal(signal.SIGTERM)
-        for launcher in launchers:
-            launcher.end(60)
+        stop(launchers)
         assert (folder(job, 1) / "snapshot.pt").read_bytes() == (folder(job, 0) / "snapshot.pt").read_bytes()
 
 
