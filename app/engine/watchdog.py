@@ -289,7 +289,10 @@ def _tell(path: str, seconds: float, frame: FrameType | None) -> bool:
     stack = "".join(traceback.format_stack(frame))[-STACK_BYTES:] if frame else ""
     known = {"rank": int(os.environ["RANK"]), "run_id": os.environ.get("TORCHELASTIC_RUN_ID", "")}
     entries = _recorded()
-    known |= {"entered": [one for each in entries if (one := _collective(each))]}
+    entered = [one for each in entries if (one := _collective(each))]
+    used = {one["group"] for one in entered}
+    unused = [{"group": group, "sequence": 0, "name": "", "done": True} for group in _groups() if group not in used]
+    known |= {"entered": [*unused, *entered]}
     known |= {"recorder": [{name: each.get(name) for name in ENTRY} for each in entries]}
     return _write(path, json.dumps({**known, "seconds": seconds, "at": _own_line(frame), "stack": stack}))
 
@@ -314,6 +317,18 @@ def _sequences() -> list[int]:
         for group in list(sys.modules["torch.distributed.distributed_c10d"]._world.pg_map):
             with contextlib.suppress(Exception):
                 found.append(int(group._get_sequence_number_for_group()))
+    return found
+
+
+def _groups() -> list[str]:
+    """The names of this rank's process groups, as in `_collective`."""
+    found = []
+    with contextlib.suppress(Exception):  # As above.
+        for group, (backends, _) in list(sys.modules["torch.distributed.distributed_c10d"]._world.pg_map.items()):
+            # One, or `cpu:gloo,cuda:nccl`.
+            for backend in str(backends).split(","):
+                parts = (backend.rpartition(":")[2], str(group.group_name), str(group.group_desc))
+                found.append(":".join(parts)[:LINE_LENGTH])
     return found
 
 

@@ -44,7 +44,10 @@ def _mismatch(stalls: Sequence[Stall]) -> str:
             told = [f"{_ranks(entries)} with {entries[0].collective.data}" for entries in data]
             called = _called(numbered[0].collective)
             odd = data[0][0].stall
-            return f"the ranks entered {called} with different data: {_few(told)}. rank {odd.rank} is at {odd.at}"
+            told = [f"the ranks entered {called} with different data: {_few(told)}. rank {odd.rank} is at {odd.at}"]
+            if missing := [stall for stall in stalls if _has_not_reached(stall, numbered[0].collective)]:
+                told.append(f"{_stalled(missing)} {_have(missing)} not reached it")
+            return "; ".join(told)
     return ""
 
 
@@ -80,13 +83,13 @@ def _missing(stalls: Sequence[Stall], where: Mapping[int, str]) -> str:
     one = blocked[0]
     it, verb = _called(one.collective), "is" if len(blocked) == 1 else "are"
     if all(stall.ended for stall in missing):
-        has, last = ("has" if len(missing) == 1 else "have"), missing[0].entered[-1:]
-        after = f" after {_called(last[0])}" if last else ""
+        has, last = _have(missing), _last(missing[0])
+        after = f" after {_called(last)}" if last else ""
         told = (
             f"{_stalled(missing)} {has} ended{after}, while {_ranks(blocked)} {verb} blocked in {it} at {one.stall.at}"
         )
         return f"{told}: unequal numbers of batches or steps?"
-    has = "has" if len(missing) == 1 else "have"
+    has = _have(missing)
     told = f"{_stalled(missing)} {has} not reached {it}; {_ranks(blocked)} {verb} blocked in it at {one.stall.at}. "
     return told + _few([f"rank {stall.rank} on {where[stall.rank]} {_state(stall)}" for stall in missing])
 
@@ -101,7 +104,7 @@ def _has_not_reached(stall: Stall, collective: Collective) -> bool:
 
 def _all_blocked(stalls: Sequence[Stall]) -> str:
     """All have entered the same; "" if they have not."""
-    last = [stall.entered[-1] for stall in stalls if stall.entered]
+    last = [one for stall in stalls if (one := _last(stall))]
     if len(last) < len(stalls) or len({(one.group, one.sequence) for one in last}) > 1 or all(one.done for one in last):
         return ""
     told = f"all ranks are blocked in {_called(last[0])}; rank {stalls[-1].rank} is at {_place(stalls[-1])}. Either "
@@ -112,14 +115,31 @@ def _all_blocked(stalls: Sequence[Stall]) -> str:
 def _each(stalls: Sequence[Stall], where: Mapping[int, str]) -> str:
     told = []
     for one in stalls:
-        entered = f"has entered {_called(one.entered[-1])}" if one.entered else "has entered no collective"
+        last = _last(one)
+        entered = f"has entered {_called(last)}" if last else "has entered no collective"
         told.append(f"rank {one.rank} on {where[one.rank]} {entered}, {_state(one)}")
     return _few(told)
 
 
+def _last(stall: Stall) -> Collective | None:
+    """The newest; one without a number stands for a group that the rank has not used yet."""
+    return next((one for one in reversed(stall.entered) if one.sequence), None)
+
+
+def _have(stalls: Sequence[Stall]) -> str:
+    return "has" if len(stalls) == 1 else "have"
+
+
+def is_blocked(stall: Stall) -> bool:
+    """Whether it waits in a collective: what it dies of later, torch's time-out for one, is a consequence."""
+    return any(not one.done for one in stall.entered)
+
+
 def _called(one: Collective) -> str:
     """`all_reduce #6`; of another group than everybody's with its name."""
-    group = "" if one.default_group else f" of process group {one.group.rpartition(':')[2]}"
+    named, _, description = one.group.rpartition(":")
+    name = description if description != "undefined" else named.rpartition(":")[2]
+    group = "" if one.default_group else f" of process group {name}"
     return f"{one.name} #{one.sequence}{group}"
 
 

@@ -115,23 +115,19 @@ def draft(settings: Settings, host: Host) -> Draft:
         decide_interface(own, host, ledger, exports)
     transport, rdma_ports = decide_rdma(host, own, workers.backend, ledger, exports)
     check_needs(host, workers, transport, ledger)
-    script = decide_script(settings, host, ledger)
+    rank, size = (0, None) if nodes is None else (nodes.rank, len(nodes.addresses))
+    script = _with_environment(decide_script(settings, host, ledger), host, ports, rank, exports)
     token_file = decide_token(settings, host, ledger)
-    common_exports(exports, host, script, ports.ras, 0 if nodes is None else nodes.rank)
-    checkpoints = decide_checkpoints(settings, 1 if nodes is None else len(nodes.addresses), ledger)
+    checkpoints = decide_checkpoints(settings, size or 1, ledger)
     timeouts = decide_timeouts(settings, host, ledger)
-    minimum = decide_minimum(settings, None if nodes is None else len(nodes.addresses), ledger)
+    minimum = decide_minimum(settings, size, ledger)
+    warn_costs(settings, host, ledger)
+    plan = None
     if nodes is not None:
         warn_script(script, settings, host, len(nodes.addresses), ledger)
+        warn_elsewhere(settings, host, nodes, workers.backend, ledger)
         _show_command(nodes, workers, ports, script, ledger)
-    keep_others(exports)
-    env = environment(settings, exports)
-    script = replace(script, env=env, removed=removals(settings, env, ledger))
-    warn_costs(settings, host, ledger)
-    if nodes is not None and len(nodes.addresses) > 1:
-        warn_elsewhere(settings, host, nodes.own, workers.backend, ledger)
     warn_typos(settings, ledger)
-    plan = None
     if nodes is not None and not ledger.problems:
         plan = Plan(
             run_name=settings.run_name.value,
@@ -148,13 +144,24 @@ def draft(settings: Settings, host: Host) -> Draft:
             decisions=tuple(ledger.decisions),
             warnings=tuple(ledger.warnings),
         )
+    return _draft(plan, script.run_dir, ledger)
+
+
+def _draft(plan: Plan | None, run_dir: Path, ledger: Ledger) -> Draft:
     return Draft(
         plan=plan,
-        run_dir=script.run_dir,
+        run_dir=run_dir,
         problems=tuple(ledger.problems),
         decisions=tuple(ledger.decisions),
         warnings=tuple(ledger.warnings),
     )
+
+
+def _with_environment(script: Script, host: Host, ports: Ports, rank: int, exports: Exports) -> Script:
+    common_exports(exports, host, script, ports.ras, rank)
+    keep_others(exports)
+    env = environment(exports)
+    return replace(script, env=env, removed=removals(exports.settings, env, exports.ledger))
 
 
 def _decide_nodes(settings: Settings, host: Host, ledger: Ledger) -> NodeList | None:

@@ -10,6 +10,7 @@ from app.host.addresses import is_link_local
 from app.host.nics import Nic
 from app.plan.decisions import Ledger
 from app.plan.local import Own
+from app.plan.node_list import NodeList
 from app.plan.resource_checks import speed_of
 from app.plan.typos import misspelt
 
@@ -126,8 +127,11 @@ def warn_costs(settings: Settings, host: Host, ledger: Ledger) -> None:
     _check_rdma_unused(settings, host, ledger)
 
 
-def warn_elsewhere(settings: Settings, host: Host, mine: Own, backend: str, ledger: Ledger) -> None:
+def warn_elsewhere(settings: Settings, host: Host, nodes: NodeList, backend: str, ledger: Ledger) -> None:
     """A named interface that does not carry this node's address: the other nodes are sent to what it carries."""
+    if len(nodes.addresses) < 2:
+        return
+    mine = nodes.own
     own = next((nic for nic in host.nics if nic.name == mine.interface), None)
     given = [settings.gloo_socket_ifname, settings.nccl_socket_ifname if backend == "nccl" else None]
     for value in given:

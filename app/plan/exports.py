@@ -44,8 +44,9 @@ class Exports:
             self.ledger.take(check, given, reason)
 
 
-def environment(settings: Settings, exports: Exports) -> dict[str, str]:
+def environment(exports: Exports) -> dict[str, str]:
     """All variables to add to the process environment: derived ones, and lines of `.env` that are not in it yet."""
+    settings = exports.settings
     from_file = {
         name: value.text
         for name, value in settings.values.items()

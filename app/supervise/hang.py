@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from app.engine.outcome import Collective, Stall
 from app.engine.watchdog import BUSY, Activity, activity
 from app.plan import Plan
 
+KEPT = 8
+"""Collectives of a rank."""
 HOLDS_THE_GIL = "native code holding the GIL (no Python stack)"
 
 
@@ -78,15 +80,23 @@ def read_stalls(
 
 def _read(fields: Mapping[str, object], *, ended: bool) -> Stall:
     """Raises ValueError, KeyError, TypeError."""
-    entered = fields["entered"]
+    entered = fields["entered"] if isinstance(fields["entered"], list) else []
     return Stall(
         rank=int(str(fields["rank"])),
         seconds=int(float(str(fields["seconds"]))),
         at="" if ended else str(fields["at"]),
-        entered=tuple(Collective(**each) for each in entered) if isinstance(entered, list) else (),
+        entered=newest([Collective(**each) for each in entered]),
         run_id=str(fields["run_id"]),
         ended=ended,
     )
+
+
+def newest(entered: Sequence[Collective]) -> tuple[Collective, ...]:
+    """The last of each group, and as many of the newest as there is room for; oldest first."""
+    last = {one.group: one for one in entered}
+    kept = [*last.values(), *reversed(entered)]
+    chosen = list(dict.fromkeys(kept))[:KEPT]
+    return tuple(one for one in entered if one in chosen)
 
 
 def _silent(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import time
 from pathlib import Path
 
@@ -84,6 +86,58 @@ def test_a_rank_in_native_code_that_holds_the_gil_is_named_though_it_cannot_tell
             for launcher in made.launchers:
                 launcher.wait_for("progress resumed")
         with freed.open("rb+", buffering=0):
+            assert [launcher.end(60) for launcher in made.launchers] == [0, 0]
+
+
+SOMEWHERE_ELSE = """
+import os, sys, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+pair = dist.new_group([1, 2])
+dist.all_reduce(torch.ones(1))
+if rank == 2:
+    open(sys.argv[2]).close()
+if sys.argv[1] == "sizes":
+    dist.broadcast(torch.ones(10 * (1 + rank)), 2)
+elif rank == 1:
+    dist.all_reduce(torch.ones(1), group=pair)
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("sizes", "broadcast #2 with different data: rank 0 with float32[10]; rank 1 with float32[20].*rank 2 has not"),
+        ("groups", "rank 2 has not reached all_reduce #1 of process group 1; rank 1 is blocked in it at script.py:12"),
+    ],
+)
+def test_sizes_and_groups_are_read_of_torchs_own_recorder(tmp_path: Path, kind: str, told: str) -> None:
+    held = tmp_path / "held"
+    os.mkfifo(held)
+    with nodes(tmp_path, 1, SOMEWHERE_ELSE, NPROC_PER_NODE="3", HANG_REPORT="2") as made:
+        launcher = made.start(0, kind, str(held))
+        line = launcher.wait_for(r"no progress on any rank for \d+ s: (.*)", 60)[1]
+        assert re.search(told.replace("[", r"\["), line), line
+        launcher.signal(signal.SIGTERM)
+        assert launcher.end() == 143
+
+
+ONE_ENDS = """
+import os, sys
+if os.environ["RANK"] == "0":
+    open(sys.argv[1]).close()
+"""
+
+
+def test_a_rank_that_has_ended_while_another_stands_still_is_named(tmp_path: Path) -> None:
+    """NCCL's peers do not notice that one of them has ended; gloo's do at once."""
+    held = tmp_path / "held"
+    os.mkfifo(held)
+    with nodes(tmp_path, 2, ONE_ENDS, HANG_REPORT="2") as made:
+        for line in on_two_nodes(made, str(held)):
+            assert "rank 1 on node 1 (127.0.0.2) has entered no collective, has ended" in line
+        with held.open("rb+", buffering=0):
             assert [launcher.end(60) for launcher in made.launchers] == [0, 0]
 
 

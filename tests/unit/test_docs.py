@@ -1,9 +1,12 @@
-"""Links between the pages of this project lead somewhere."""
+"""Links between the pages of this project lead somewhere, and the variables that they name are known."""
 
 import re
 from pathlib import Path
 
 import pytest
+
+from app.config.settings import BY_NAME
+from app.plan.typos import known_variables
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
@@ -31,3 +34,29 @@ def test_every_link_of_a_page_leads_to_a_file_and_to_a_heading_in_it(page: Path)
         if not file.exists() or (anchor and anchor not in anchors(file)):
             broken.append(target)
     assert not broken
+
+
+FOREIGN = frozenset(
+    [
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "WORLD_SIZE",
+        "NET_RAW",
+        "AF_INET6",
+        "SLURM_NODEID",
+        "SLURM_JOB_NODELIST",
+        "JOB_COMPLETION_INDEX",
+        "OMPI_COMM_WORLD_RANK",
+        "CLUSTER_TESTS",
+        "HEALTHY_RUNS",
+        "NCLL_DEBUG",
+    ]
+)
+"""Names of torchrun, of schedulers, of the kernel and of the tests, and a misspelt one as an example."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_every_variable_that_a_page_names_is_a_setting_or_a_librarys(page: Path) -> None:
+    named = set(re.findall(r"`([A-Z][A-Z0-9]*_[A-Z0-9_]+)(?:=[^`]*)?`", page.read_text()))
+    ours = {name for name in named if not name.startswith("TRAIN_") or name in BY_NAME}
+    assert not ours - BY_NAME.keys() - known_variables() - FOREIGN

@@ -81,6 +81,22 @@ def test_groups_are_told_apart_by_name_and_backend() -> None:
     assert "rank 3 has not reached all_reduce #900 of process group mesh_tp; rank 2 is blocked in it" in text
 
 
+def test_of_a_group_that_was_never_used_its_members_are_known() -> None:
+    group = "gloo:1:undefined"
+    unused = Collective(name="", sequence=0, group=group, done=True)
+    first = Collective(name="all_reduce", sequence=1, group=group)
+    text = told(stall(0), stall(1, unused, entered(number=5, done=True)), stall(2, first), stall(3))
+    assert "rank 1 has not reached all_reduce #1 of process group 1; rank 2 is blocked in it" in text
+
+
+def test_the_last_collective_of_each_group_is_kept_whatever_came_later() -> None:
+    """A rank without it would count as one that has not come."""
+    busy = [Collective(name="all_reduce", sequence=number, group="nccl:3:mesh_tp") for number in range(1, 30)]
+    kept = hang.newest([entered(), *busy])
+    assert kept == (entered(), *busy[-7:])
+    assert hang.newest(busy[:3]) == tuple(busy[:3])
+
+
 def test_a_rank_that_has_ended_while_others_wait_points_to_unequal_numbers_of_steps() -> None:
     ended = Stall(rank=1, seconds=0, at="", entered=(entered(number=5, done=True),), ended=True)
     assert told(stall(0), ended) == (

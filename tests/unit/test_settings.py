@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 
 from app.config import envfile
-from app.config.settings import TABLE, Settings, read_settings
+from app.config.settings import TABLE, Setting, Settings, read_settings
 from app.plan.typos import known_variables
 from app.train import settings as train
+from tests.unit.launch_facts import card, machine, planned
 
 PROJECT = Path(__file__).parents[2]
+
+
+WORDS = {"HARDWARE": ("cpu", "nvidia"), "BACKEND": ("gloo", "nccl")} | dict.fromkeys(
+    ("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1")
+)
+WORDS |= {"CHECKPOINTS": ("own", "mirror"), "MIRROR_LIMIT": ("2GB", "3TB")}
 
 
 def read(tmp_path: Path, lines: str, **environ: str) -> Settings:
@@ -39,12 +46,9 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_default(tmp_pa
 
 
 @pytest.mark.parametrize("setting", [each for each in TABLE if each.scope != "compose"], ids=lambda each: each.name)
-def test_shell_beats_file_beats_default_for_every_setting(setting: object, tmp_path: Path) -> None:
-    name = getattr(setting, "name", "")
-    words = {"HARDWARE": ("cpu", "nvidia"), "BACKEND": ("gloo", "nccl"), "CHECKPOINTS": ("own", "mirror")}
-    words["MIRROR_LIMIT"] = ("2GB", "3TB")
-    words |= dict.fromkeys(("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1"))
-    one, two = words.get(name, ("41", "42"))
+def test_shell_beats_file_beats_default_for_every_setting(setting: Setting, tmp_path: Path) -> None:
+    name = setting.name
+    one, two = WORDS.get(name, ("41", "42"))
     assert given(read(tmp_path, f"{name}={one}", **{name: two}), name) == (two, "environment")
     assert given(read(tmp_path, f"{name}={one}"), name) == (one, ".env:1")
     unset = read(tmp_path, "").of(name)
@@ -233,6 +237,34 @@ def test_every_variable_that_we_know_passes_from_the_shell() -> None:
         assert re.search(
             r"extends: \{file: shell.yaml, service: shell\}|file: nvidia.yaml|^  shell:", file.read_text(), re.M
         )
+
+
+ON_TWO = machine(card("eth0", "10.0.0.1/24"))
+VALID = {
+    "NODES": ("10.0.0.1,10.0.0.2", "10.0.0.1,10.0.0.3"),
+    "NNODES": ("2", "2"),  # more or fewer than NODES lists are refused
+    "NPROC_PER_NODE": ("1", "2"),
+    "MIN_NODES": ("1", "2"),
+    "RUN_NAME": ("a", "b"),
+    "HARDWARE": ("cpu", "cpu"),
+    "NODE_RANK": ("0", "0"),
+    "MASTER_ADDR": ("10.0.0.1", "10.0.0.1"),
+    "BACKEND": ("gloo", "auto"),  # which is gloo here
+}
+
+
+@pytest.mark.parametrize("setting", [each for each in TABLE if each.scope != "compose"], ids=lambda each: each.name)
+def test_the_nodes_compare_exactly_what_the_settings_of_the_cluster_come_to(setting: Setting) -> None:
+    def equal(text: str) -> dict[str, str]:
+        environ = {"NODES": "10.0.0.1,10.0.0.2", "NPROC_PER_NODE": "1", setting.name: text}
+        return dict(planned(ON_TWO, **environ).equal)
+
+    one, two = VALID.get(setting.name, WORDS.get(setting.name, ("41", "42")))
+    differing = {name for name in equal(one).keys() | equal(two).keys() if equal(one).get(name) != equal(two).get(name)}
+    same = setting.scope != "cluster" or setting.name in ("NNODES", "BACKEND")
+    # Arguments are compared as part of the command, and a port also moves the one next to it.
+    expected = {"TRAIN_ARGS": {"TRAIN_SCRIPT"}, "MASTER_PORT": {"MASTER_PORT", "CONTROL_PORT"}}
+    assert differing == (set() if same else expected.get(setting.name, {setting.name}))
 
 
 def test_compose_passes_every_setting_on_and_reads_those_of_its_own() -> None:
