@@ -17,7 +17,7 @@ FIRST_MESSAGE, LARGEST_MESSAGE, GROWTH = 1 << 16, 1 << 26, 8
 LONG_ENOUGH = 0.05
 """Seconds."""
 REPEATS = 1
-PING_PONGS = 20
+PING_PONGS = 40
 SECOND_LOOKS = 2
 """A busy moment of a machine passes, a slow link stays: a pair that looks slow is measured again, the best counts."""
 SEQUENTIAL_PAIRS = 28

@@ -84,6 +84,7 @@ class Settings:
     mirror_keep: Value[int | None] = setting(number_or_all, "2")
     mirror_limit: Value[int] = setting(byte_count, "100GB")
     data: Value[str] | None = optional(str, scope="node")
+    log_bytes: Value[int] = setting(whole_number(0), "100000000", scope="node")
     start_timeout: Value[float] = setting(seconds(1), "300")
     min_nodes: Value[int] | None = optional(whole_number(1))
     max_restarts: Value[int] = setting(whole_number(0), "3")

@@ -6,6 +6,7 @@ processes by the classes here, subclasses of torch's.
 
 import contextlib
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,11 +15,18 @@ from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic import multiprocessing
-from torch.distributed.elastic.multiprocessing import RunProcsResult, SignalException, SubprocessContext
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    RunProcsResult,
+    SignalException,
+    Std,
+    SubprocessContext,
+)
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import main as torchrun
 
 from app.engine import torch_private
+from app.engine.output import in_pipes
 
 Tell = Callable[[dict[str, object]], None]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -108,14 +116,26 @@ class Workers(SubprocessContext):
     which is up to `grace` seconds before it says why."""
 
     def __init__(self, *, signals: Signals, grace: int | None, tell: Tell, **rest: Any) -> None:  # noqa: ANN401
-        super().__init__(**rest)
+        try:
+            super().__init__(**rest)
+        except OSError:
+            # No room for the folders of this round's logs.
+            rest["logs_specs"] = DefaultLogsSpecs(log_dir=tempfile.mkdtemp(), tee=Std.ALL)
+            super().__init__(**rest)
         self._signals, self._grace, self._tell = signals, grace, tell
+        outputs = in_pipes(self.stdouts, self.stderrs, rest.get("log_line_prefixes") or {})
+        self.stdouts, self.stderrs = (each.paths() for each in outputs)
+        self._tail_logs: Any = outputs
 
     def _start(self) -> None:
         # torch has just installed its own handlers, before any process that they could hurt.
         self._signals.install()
         with self._signals.held():
             super()._start()  # type: ignore[no-untyped-call]  # as torch has it
+            # With these ends open here, a pipe would outlive its worker.
+            for worker in self.subprocess_handlers.values():
+                for end in filter(None, (worker._stdout, worker._stderr)):
+                    end.close()
 
     def _poll(self) -> RunProcsResult | None:
         with self._signals.held():

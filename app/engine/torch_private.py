@@ -25,6 +25,8 @@ ENGINE = (
     Name(module=f"{ELASTIC}.api", path="SubprocessContext._start", used_for="elastic.py keeps signals away meanwhile"),
     Name(module=f"{ELASTIC}.api", path="SubprocessContext._poll", used_for="elastic.py keeps signals away meanwhile"),
     Name(module=f"{ELASTIC}.api", path="SubprocessContext._close", used_for="elastic.py tells of it, sets the grace"),
+    Name(module=f"{ELASTIC}.api", path="TailLog", used_for="elastic.py puts its own into SubprocessContext._tail_logs"),
+    Name(module=f"{ELASTIC}.api", path="DefaultLogsSpecs", used_for="elastic.py: folders in /tmp on a full disk"),
 )
 """Without one of these torchrun runs as torch has it: failures are told late."""
 

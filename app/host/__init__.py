@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.config.project import PROJECT
-from app.host.accelerators.nvidia import Gpus, read_gpus
+from app.host.accelerators import read_gpus
+from app.host.accelerators.gpu import Gpus
 from app.host.files import number, text
 from app.host.limits import Limits, read_limits
 from app.host.mounts import Mount, read_mounts

@@ -58,7 +58,7 @@ def _owner(obstacle: str) -> str:
     return f"{found.st_uid}:{found.st_gid}"
 
 
-def read_program(name: str, limit: int = 1 << 18) -> tuple[str, str]:
+def read_program(name: str, limit: int = 1 << 17) -> tuple[str, str]:
     """Where a script lies, or a program on PATH, and the beginning of its text; both empty if it is nowhere."""
     import shutil
 

@@ -59,10 +59,6 @@ class RdmaSoftware:
     """libibverbs.so.1, which NCCL loads."""
     providers: tuple[str, ...] = ()
     """Drivers of libibverbs, `mlx5` for instance."""
-    peermem: bool = False
-    """The kernel module nvidia_peermem, one of the two ways for a card to read GPU memory by itself."""
-    open_gpu_driver: bool = False
-    """NVIDIA's open kernel modules, which can do the same by dma-buf."""
 
 
 def read_rdma_ports(root: Path) -> tuple[RdmaPort, ...]:
@@ -144,6 +140,4 @@ def read_rdma_software(root: Path) -> RdmaSoftware:
         dev_infiniband=(root / "dev/infiniband").is_dir(),
         library=any((folder / "libibverbs.so.1").exists() for folder in folders),
         providers=tuple(sorted(drivers)),
-        peermem=(root / "sys/module/nvidia_peermem").exists(),
-        open_gpu_driver="Open Kernel Module" in (text(root / "proc/driver/nvidia/version") or ""),
     )

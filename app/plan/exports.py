@@ -103,6 +103,7 @@ def common_exports(exports: Exports, host: Host, script: Script, ras_port: int, 
     exports.keep("rdma", "GLOO_IB_DISABLE", "accepted, without effect: no version of Gloo reads it")
     if script.home:
         _home_exports(exports, script.home, host)
+    exports.env["LOG_BYTES"] = exports.settings.log_bytes.text
     exports.env["RUN_DIR"] = str(script.run_dir)
     exports.env["CHECKPOINT_DIR"] = str(script.checkpoint_dir)
     if script.command[:1] == ("-m",) and script.command[1:2] and script.command[1].startswith("app."):

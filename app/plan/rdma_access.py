@@ -47,10 +47,3 @@ def memlock_obstacle(host: Host) -> Obstacle | None:
         fix = "Set HARDWARE=nvidia-ib, which lifts it (a rootless engine needs LimitMEMLOCK=infinity in its service)"
     why = f"the limit of locked memory is {limit >> 10} KiB, and RDMA registers more"
     return Obstacle(id="memlock", why=why, fix=fix)
-
-
-def direct(host: Host) -> str:
-    """How cards reach GPU memory: `nvidia_peermem`, `dma-buf` or empty (through the CPU's memory)."""
-    if host.rdma_software.peermem:
-        return "nvidia_peermem"
-    return "dma-buf" if host.rdma_software.open_gpu_driver else ""

@@ -2,11 +2,12 @@
 
 from app.config.problems import count
 from app.host import Host
+from app.host.accelerators import vendor_of
 from app.host.nics import Nic
 from app.plan.decisions import Ledger
 from app.plan.local import Own
 from app.plan.parts import Workers
-from app.plan.rdma_access import direct, memlock_obstacle
+from app.plan.rdma_access import memlock_obstacle
 
 SHM_PER_GPU = 1 << 30
 """Bytes of /dev/shm per process: NCCL's buffers between the GPUs of a machine, and batches of data loaders."""
@@ -87,18 +88,21 @@ def _check_memory(host: Host, workers: Workers, ledger: Ledger) -> None:
 
 
 def _report_direct(host: Host, transport: str, ledger: Ledger) -> None:
-    way = direct(host)
-    if way:
-        ledger.decide("rdma", "GPUDirect RDMA", way, "detected", "cards can read GPU memory by themselves")
-        return
-    why = "neither nvidia_peermem nor NVIDIA's open kernel modules"
-    ledger.decide("rdma", "GPUDirect RDMA", "no", "detected", why)
-    ledger.warn(
-        "rdma.no-gpu-direct",
-        what="{transport} will go through the CPU's memory: the kernel module nvidia_peermem is not loaded",
-        fix="Run `sudo modprobe nvidia-peermem` on this machine",
-        transport=transport,
-    )
+    gpus, vendor = host.gpus, vendor_of(host.gpus)
+    if gpus.unified:
+        why = "GPU and CPU share one memory here, there is nothing to bypass"
+        ledger.decide("rdma", "GPUDirect RDMA", "no", "detected", why)
+    elif gpus.direct:
+        ledger.decide("rdma", "GPUDirect RDMA", gpus.direct, "detected", "cards can read GPU memory by themselves")
+    else:
+        ledger.decide("rdma", "GPUDirect RDMA", "no", "detected", f"{vendor.no_direct} loaded")
+        ledger.warn(
+            "rdma.no-gpu-direct",
+            what="{transport} will go through the CPU's memory: {missing} is loaded",
+            fix=vendor.fix_direct,
+            transport=transport,
+            missing=vendor.no_direct,
+        )
 
 
 def check_interface(host: Host, own: Own, ledger: Ledger) -> None:

@@ -126,6 +126,7 @@ def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
         ledger.take("script", arguments, why)
     for value, reason in (
         (settings.data, "what the script of this project reads in place of Python's own source"),
+        (settings.log_bytes, "the most that a file of a rank's output may hold; one older one is kept"),
         (settings.run_name, "names the job: its folder, and whom nodes answer"),
         (settings.runs_root, "holds a folder for each run"),
     ):

@@ -68,11 +68,9 @@ def _calls(tree: ast.Module, _text: str, nnodes: int) -> Iterator[tuple[int, str
                 node.lineno,
                 f'{name} gets the rank within the node. Give it int(os.environ["RANK"]), or leave rank out',
             )
-        if (
-            name == "spawn"
-            and "nprocs" in words
-            and _name(getattr(node.func, "value", None)) in ("mp", "multiprocessing")
-        ):
+        module, several = _name(getattr(node.func, "value", None)), words.get("nprocs")
+        one = isinstance(several, ast.Constant) and several.value == 1
+        if name == "spawn" and module in ("mp", "multiprocessing") and several and not one:
             yield (
                 node.lineno,
                 "it starts its own processes in each of those that torchrun has started. Call the function once, with "

@@ -5,7 +5,9 @@ from itertools import takewhile
 
 from app.config.problems import count
 from app.config.settings import Settings
+from app.config.values import Value, plain
 from app.host import Host
+from app.host.accelerators import vendor_for, vendor_of
 from app.plan.decisions import Ledger
 from app.plan.exports import Exports
 from app.plan.parts import Workers
@@ -28,19 +30,29 @@ def _usable_gpus(settings: Settings, host: Host, ledger: Ledger) -> int:
     """The GPUs that torch will count."""
     there = len(host.gpus.visible)
     if not there:
-        ledger.decide("gpus", "GPUs", 0, "detected", "no NVIDIA device node here")
+        ledger.decide("gpus", "GPUs", 0, "detected", "no GPU's device node here")
         return 0
     names = ", ".join(sorted({gpu.name for gpu in host.gpus.visible}))
-    versions = [f"driver {host.gpus.driver}", f"CUDA up to {host.gpus.cuda}"]
+    versions = [f"driver {host.gpus.driver}", f"{vendor_of(host.gpus).runtime} up to {host.gpus.runtime}"]
     known = ", ".join(part for part in versions if part[-1].isdigit())
     after = f"; {known}" if known else ""
-    mask = settings.values.get("CUDA_VISIBLE_DEVICES")
+    mask = _mask(settings, host)
     if mask is None:
         ledger.decide("gpus", "GPUs", there, "detected", f"{names}{after}")
         return there
     left = _left_by(mask.text, there)
     ledger.decide("gpus", "GPUs", left, "detected", f"{there} x {names}, of which {mask} leaves {left}{after}")
     return left
+
+
+def _mask(settings: Settings, host: Host) -> Value[str] | None:
+    """The variable that hides GPUs. An empty one hides all of them, as CUDA and torch take it."""
+    for name in vendor_of(host.gpus).masks:
+        if name in settings.values:
+            return settings.values[name]
+        if name in settings.given:
+            return plain(name, "", "environment")
+    return None
 
 
 def _left_by(mask: str, there: int) -> int:
@@ -55,16 +67,16 @@ def _left_by(mask: str, there: int) -> int:
 
 def _absence(settings: Settings, host: Host) -> tuple[str, str]:
     """Why torch will count no GPU, and what would give it some."""
-    mask = settings.values.get("CUDA_VISIBLE_DEVICES")
+    mask, vendor = _mask(settings, host), vendor_of(host.gpus)
     if mask is not None and host.gpus.visible:
-        return f"{mask} leaves no GPU", "correct CUDA_VISIBLE_DEVICES"
+        return f"{mask} leaves no GPU", f"correct {mask.name}"
     if host.container:
-        return "there is no GPU here", "give the container its GPUs with HARDWARE=nvidia"
-    return "there is no GPU here", "install the NVIDIA driver"
+        return "there is no GPU here", f"give the container its GPUs with HARDWARE={vendor.hardware}"
+    return "there is no GPU here", f"install the {vendor.name} driver"
 
 
 def _check_hardware(settings: Settings, host: Host, ledger: Ledger) -> None:
-    word, cards = settings.hardware, len(host.gpus.on_bus)
+    word, cards, vendor = settings.hardware, len(host.gpus.on_bus), vendor_of(host.gpus)
     if word is not None:
         ledger.take("gpus", word, "what compose asks of the engine for the container")
     if host.gpus.visible:
@@ -72,54 +84,56 @@ def _check_hardware(settings: Settings, host: Host, ledger: Ledger) -> None:
     if word is None and cards and not host.container:
         ledger.warn(
             "gpus.no-driver",
-            what="This machine has {cards:NVIDIA GPU}, but no driver offers them: training runs on the CPU",
-            fix="Install the NVIDIA driver",
+            what=f"This machine has {{cards:{vendor.name} GPU}}, but no driver offers them: training runs on the CPU",
+            fix=f"Install the {vendor.name} driver",
             setting="HARDWARE",
             cards=cards,
         )
     elif word is None and cards:
         ledger.refuse(
             "gpus.hardware-unset",
-            what="HARDWARE is not set, and this machine has {cards:NVIDIA GPU} that the container was not given",
+            what=f"HARDWARE is not set, and this machine has {{cards:{vendor.name} GPU}} that the container was not "
+            "given",
             fix=f"Set HARDWARE={{fitting}} in .env (or HARDWARE=cpu to train without {'them' if cards > 1 else 'it'})",
             setting="HARDWARE",
             cards=cards,
-            fitting="nvidia-ib" if host.rdma_ports else "nvidia",
+            fitting=vendor.hardware_rdma if host.rdma_ports else vendor.hardware,
         )
     elif word is not None and word.value != "cpu" and settings.backend.value != "gloo":
         ledger.refuse(
             "gpus.none-here",
-            what="{given}, but no GPU is here: no /dev/nvidia0",
-            fix="Install the NVIDIA driver and the container toolkit on this machine, or set HARDWARE=cpu",
+            what="{given}, but no GPU is here: {node} is missing or not open to this user",
+            fix=f"Install {vendor_for(word.value).driver} on this machine, or set HARDWARE=cpu",
             given=word,
+            node=vendor_for(word.value).device_node,
         )
 
 
 def _backend(settings: Settings, host: Host, gpus: int, ledger: Ledger) -> str:
-    torch = host.packages.get("torch", "")
-    no_cuda = f"torch {torch} is built without CUDA" if torch.endswith("+cpu") else ""
+    torch, vendor = host.packages.get("torch", ""), vendor_of(host.gpus)
+    unfit = f"torch {torch} is built without {vendor.runtime}" if re.search(vendor.unfit_torch, torch) else ""
     absence = "" if gpus else _absence(settings, host)[0]
     asked = settings.backend
     if asked.value != "auto":
         ledger.take("gpus", asked, "as you set it")
-        if asked.value == "nccl" and (absence or no_cuda):
+        if asked.value == "nccl" and (absence or unfit):
             fix = "Set BACKEND=gloo, or leave it out"
             ledger.refuse(
-                "gpus.nccl-without-gpu", what="{given}, but {why}", fix=fix, given=asked, why=absence or no_cuda
+                "gpus.nccl-without-gpu", what="{given}, but {why}", fix=fix, given=asked, why=absence or unfit
             )
         return asked.value
     on_cpu = absence
     if not on_cpu and settings.hardware is not None and settings.hardware.value == "cpu":
         on_cpu = "HARDWARE=cpu asks for workers on the CPU"
-    elif not on_cpu and no_cuda:
-        on_cpu = no_cuda
+    elif not on_cpu and unfit:
+        on_cpu = unfit
         ledger.warn(
             "gpus.torch-without-cuda",
             what="{gpus:GPU} here, but {why}: training runs on the CPU",
-            fix="Build the image with HARDWARE=nvidia, or set HARDWARE=cpu",
+            fix=f"Build the image with HARDWARE={vendor.hardware}, or set HARDWARE=cpu",
             setting="HARDWARE",
             gpus=gpus,
-            why=no_cuda,
+            why=unfit,
         )
     elif not on_cpu and settings.nproc_per_node.value == "cpu":
         on_cpu = "NPROC_PER_NODE=cpu asks for CPU workers"

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from app.config.exitcodes import ExitCode
-from app.host.accelerators.xids import kernel_log, read_xids
+from app.host.accelerators import recent_faults
 from app.host.files import entries, number, text
 from app.host.limits import control_groups
 from app.plan import Plan
@@ -128,7 +128,7 @@ def make_report(plan: Plan, code: int, verdict: str, before: Mapping[str, int], 
 def _xids(started: float) -> tuple[str, ...]:
     # The kernel's clock begins at the start of the machine.
     since = time.monotonic() - (time.time() - started)
-    return tuple(f"{bus} Xid {xid}" for bus, xid in read_xids(kernel_log(), since))
+    return tuple(f"{fault.bus} {fault.name}" for fault in recent_faults(since))
 
 
 def _last_round(logs: Path, started: float) -> dict[str, str]:

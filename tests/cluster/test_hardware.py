@@ -77,8 +77,13 @@ def test_every_kind_of_machine_is_equally_hardened(cluster2: Cluster, hardware: 
     assert host["LogConfig"]["Type"] == "local"
     assert host["Config"]["User"] == "1000:1000"
     assert host["Config"]["StopTimeout"] == 60
-    writable = [mount["Destination"] for mount in host["Mounts"] if mount["RW"]]
-    assert writable == ["/runs"]
+    assert {mount["Destination"] for mount in host["Mounts"] if mount["RW"]} == {"/runs", "/workspace"}
+
+
+def test_the_workspace_is_read_only_by_a_word_and_the_user_is_the_named_one(cluster2: Cluster) -> None:
+    host = created(cluster2.nodes[0], "cpu", WORKSPACE_READ_ONLY="true", RUN_AS="1234:1235")
+    assert [mount["Destination"] for mount in host["Mounts"] if mount["RW"]] == ["/runs"]
+    assert host["Config"]["User"] == "1234:1235"
 
 
 def test_what_compose_alone_reads_can_be_set(cluster2: Cluster, tmp_path: Path) -> None:

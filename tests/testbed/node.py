@@ -60,8 +60,12 @@ class Node:
     ) -> Stack:
         """`docker compose up` with `env` in .env and `exports` in the user's shell; returns once it is started."""
         stack = self.stack(env, exports=exports, files=files, project=project)
-        stack.compose("up", "--detach", "--no-build", timeout=120)
+        self.start(stack)
         return stack
+
+    def start(self, stack: Stack) -> None:
+        """`docker compose up` of a checkout that `stack` has laid out."""
+        stack.compose("up", "--detach", "--no-build", timeout=120)
 
     def create(
         self,

@@ -13,7 +13,7 @@ from app.doctor.facts import Facts
 from app.doctor.findings import CHECKS, Finding, Severity
 from app.doctor.node_checks import CHECKERS, check_node
 from app.doctor.planned import ELSEWHERE, planned
-from app.host.accelerators.health import GpuHealth, GpuLook
+from app.host.accelerators.gpu import GpuFault, GpuHealth, GpuLook
 from app.host.names import Answer
 from app.plan import Draft, draft
 from tests.machines.facts import host_of, settings_of
@@ -222,9 +222,12 @@ def test_the_state_of_gpus_is_judged(tmp_path: Path) -> None:
             GpuHealth(index=1, used=400, total=40960, uncorrected=2, slowed=True),
         ),
         iommu={"0000:43:00.0": "DMA-FQ"},
-        apart=((0, 1, "CNS"),),
+        apart=((0, 1, "the chipset does not support it"),),
         redirecting=("0000:40:01.0",),
-        xids=(("0000:43:00", 79), ("0000:43:00", 31)),
+        faults=(
+            GpuFault(bus="0000:43:00", name="Xid 79", dead=True),
+            GpuFault(bus="0000:43:00", name="Xid 31", dead=False),
+        ),
     )
     found = check_node(replace(facts, look=replace(facts.look, gpus=gpus)))
     told = [(each.id, each.severity) for each in found if each.check == "gpus"]
@@ -235,16 +238,17 @@ def test_the_state_of_gpus_is_judged(tmp_path: Path) -> None:
         ("gpu-iommu", Severity.YELLOW),
         ("gpu-acs", Severity.YELLOW),
         ("gpu-no-p2p", Severity.YELLOW),
-        ("gpu-xid", Severity.RED),
-        ("gpu-xid", Severity.YELLOW),
+        ("gpu-dead", Severity.RED),
+        ("gpu-fault", Severity.YELLOW),
     ]
     by_id = {each.id: each for each in found}
     assert by_id["gpu-memory-used"].values == {"gpu": 0, "used": 30000, "total": 40960}
     assert by_id["gpu-ecc"].sentence == "GPU 1: 2 memory errors (ECC) that could not be corrected."
-    assert "1 pair of GPUs cannot read each other's memory, such as 0 and 1 (CNS: " in by_id["gpu-no-p2p"].sentence
-    dead, other = (each for each in found if each.id == "gpu-xid")
-    assert (dead.values["xid"], other.values["xid"]) == (79, 31)
-    assert "nvidia-smi -r" in dead.fix
+    assert (
+        "1 pair of GPUs cannot read each other's memory, such as 0 and 1 (the chipset " in by_id["gpu-no-p2p"].sentence
+    )
+    assert (by_id["gpu-dead"].values["fault"], by_id["gpu-fault"].values["fault"]) == ("Xid 79", "Xid 31")
+    assert "nvidia-smi -r" in by_id["gpu-dead"].fix
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 
 from app.doctor.collect.look import Disk, look, look_at_disk
 from app.host import Host, probe
-from app.host.accelerators.health import ACS, GpuHealth, read_health, read_peers
-from app.host.accelerators.xids import read_xids
+from app.host.accelerators import ACS
+from app.host.accelerators.gpu import GpuFault, GpuHealth
+from app.host.accelerators.nvidia_health import read_health, read_peers, read_xids
 from tests.machines.library import MACHINES
 
 TCP = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
@@ -153,7 +154,10 @@ Legend:
   OK   = Status Ok
   CNS  = Chipset not supported
 """
-    assert read_peers(matrix) == ((0, 2, "CNS"), (1, 2, "GNS"))
+    assert read_peers(matrix) == (
+        (0, 2, "the chipset does not support it"),
+        (1, 2, "the GPU does not support it"),
+    )
     assert read_peers("No devices were found\n") == ()
 
 
@@ -165,9 +169,10 @@ def test_errors_of_the_driver_are_read_from_the_kernels_log(tmp_path: Path) -> N
         "6,1203,74889644134,-;eth0: link up\n"
     )
     write(tmp_path / "dev/kmsg", log)
-    assert look(tmp_path, probe(tmp_path), None).gpus.xids == (("0000:43:00", 79),)
-    assert read_xids("") == ()
-    assert read_xids(log, since=74889.0) == (("0000:43:00", 79),)
+    dead = GpuFault(bus="0000:43:00", name="Xid 79", dead=True)
+    assert look(tmp_path, probe(tmp_path), None).gpus.faults == (dead,)
+    assert read_xids("", since=0.0) == ()
+    assert read_xids(log, since=74889.0) == (dead,)
     assert read_xids(log, since=74890.0) == ()
 
 

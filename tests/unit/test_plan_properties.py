@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from app.cli.explain import short, to_json, to_lines, to_table
 from app.config.settings import TABLE, read_settings
 from app.host import Host
-from app.host.accelerators.nvidia import Gpu, Gpus
+from app.host.accelerators.gpu import Gpu, Gpus
 from app.host.limits import Limits
 from app.host.names import Answer
 from app.host.nics import Address, Nic

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from app.host import Host
-from app.host.accelerators.nvidia import Gpu, Gpus
+from app.host.accelerators.gpu import Gpu, Gpus
 from app.host.limits import Limits
 from app.host.nics import Nic
 from app.host.rdma import Gid, RdmaPort, RdmaSoftware
@@ -14,8 +14,8 @@ from app.plan.rdma import choose
 from tests.machines.tree import mapped
 from tests.unit.launch_facts import card, decide, machine, planned, reason, refused, warned
 
-SOFTWARE = RdmaSoftware(dev_infiniband=True, library=True, providers=("mlx5",), peermem=True)
-GPUS = Gpus(visible=(Gpu(index=0),))
+SOFTWARE = RdmaSoftware(dev_infiniband=True, library=True, providers=("mlx5",))
+GPUS = Gpus(visible=(Gpu(index=0),), direct="nvidia_peermem")
 NODES = "10.0.0.1,10.0.0.2"
 NIC = card("ens1", "10.0.0.2/24", speed=100000)
 
@@ -140,7 +140,7 @@ def test_too_little_locked_memory_is_refused_where_rdma_will_be_used() -> None:
 
 
 def test_gpu_memory_through_the_cpu_is_told() -> None:
-    host = gpu_host(infiniband("m"), rdma_software=replace(SOFTWARE, peermem=False))
+    host = gpu_host(infiniband("m"), gpus=replace(GPUS, direct=""))
     assert "modprobe nvidia-peermem" in warned(host, NODES=NODES)
 
 

@@ -126,6 +126,7 @@ def test_a_script_that_finds_its_peers_in_its_own_way_is_told_with_the_line(text
         "#!/bin/sh\n# torchrun x.py\nexec python x.py",
         "DistributedSampler(data, rank=dist.get_rank())",
         "pool = multiprocessing.Pool(4)",
+        "mp.spawn(saver, nprocs=1)",
         "a = (",
         "",
     ],

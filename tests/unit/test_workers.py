@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.config.settings import read_settings
-from app.host.accelerators.nvidia import Gpu, Gpus
+from app.host.accelerators.gpu import Gpu, Gpus
 from app.host.limits import Limits
 from app.host.paths import Seen
 from app.plan import draft, probe_for
@@ -266,4 +266,4 @@ def test_limits_below_what_the_plan_needs_are_told() -> None:
 
 
 def test_a_reason_names_the_driver() -> None:
-    assert reason(decide(GPU_HOST), "GPUs") == "NVIDIA GPU; driver 580.1"
+    assert reason(decide(GPU_HOST), "GPUs") == "GPU; driver 580.1"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from app.doctor.cluster_checks.speed import Speeds
 from app.doctor.findings import Finding, Value, green, red, yellow
+from app.host.accelerators import VENDORS
 
 VIA = re.compile(r"via NET/([^/\s(]+(?: [^/\s(]+)*)/(\d+)(?:\([^)]*\))?((?:/\w+)*)")
 """`Channel 00/0 : 0[0] -> 8[0] [send] via NET/IB/0/GDRDMA` (nccl/src/transport/net.cc)."""
@@ -58,6 +59,8 @@ class Collective:
 
     failure: str = ""
     """Why it did not work; "" if it did, with right results."""
+    vendor: str = "NVIDIA"
+    """Of the GPUs here."""
     backend: str = "gloo"
     ranks: int = 0
     alone: bool = False
@@ -115,7 +118,7 @@ def _nccl_fallback(found: Collective) -> Finding | None:
         return red("nccl-sockets", "all-reduce", text, fix, **values)
     if found.expects_direct and log.network not in SOCKETS and log.channels and not log.direct:
         text = "NCCL uses {network}, but through the CPU's memory: no channel has GPUDirect RDMA (GDRDMA)."
-        fix = "sudo modprobe nvidia-peermem; check PCI ACS and IOMMU, and `nvidia-smi topo -m`"
+        fix = VENDORS[found.vendor].fixes["nccl-no-gpudirect"]
         return yellow("nccl-no-gpudirect", "all-reduce", text, fix, network=log.network)
     return None
 

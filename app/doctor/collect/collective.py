@@ -22,19 +22,19 @@ from app.host import Host
 from app.host.files import entries, number
 from app.known_errors.diagnose import diagnose
 from app.plan import Plan
-from app.plan.rdma_access import direct
 
 
 async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: int) -> Collective:
     """Runs torchrun for at most COLLECTIVE seconds and reads what it left. Never raises for what torchrun does."""
     nproc = _processes(plan, nnodes)
     expected = Collective(
+        vendor=facts.host.gpus.vendor,
         backend=plan.workers.backend,
         ranks=nproc * nnodes,
         alone=nnodes == 1,
         interface=plan.network.interface,
         transport=plan.network.transport,
-        expects_direct=plan.network.transport != "sockets" and bool(direct(facts.host)),
+        expects_direct=plan.network.transport != "sockets" and facts.host.gpus.direct != "",
         active_ports=sum(port.state == "ACTIVE" for port in facts.host.rdma_ports),
     )
     with tempfile.TemporaryDirectory(prefix="doctor-") as name:

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from app.doctor.collect.engine import look_at_engine
 from app.host import Host
-from app.host.accelerators.health import GpuLook, look_at_gpus
+from app.host.accelerators import look_at_gpus
+from app.host.accelerators.gpu import GpuLook
 from app.host.addresses import canonical
 from app.host.files import entries, number, text
 
@@ -86,7 +87,7 @@ def look(root: Path, host: Host, folder: Path | None) -> Look:
         disk=None if folder is None else look_at_disk(folder),
         listening=frozenset(_listening(root)),
         clock_source=text(root / "sys/devices/system/clocksource/clocksource0/current_clocksource") or "",
-        gpus=look_at_gpus(root, host),
+        gpus=look_at_gpus(root, host.gpus),
         engine=look_at_engine() if root == Path("/") else {},
     )
 

@@ -1,12 +1,13 @@
 """Checks of this node besides its network: GPUs, limits, disk, clock."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from app.config.problems import count
 from app.doctor.collect.engine import COMMANDS
 from app.doctor.facts import Facts
-from app.doctor.findings import Finding, Severity, Value, green, red, skipped, yellow
-from app.host.accelerators.health import REASONS, GpuHealth, GpuLook
+from app.doctor.findings import Finding, Severity, green, red, skipped, yellow
+from app.host.accelerators import vendor_of
+from app.host.accelerators.gpu import GpuFault, GpuHealth, GpuLook
 
 FREE_RED, FREE_YELLOW = 1 << 30, 10 << 30
 FEW_INODES = 1000
@@ -14,14 +15,7 @@ SLOW_DISK = 20e6
 """Bytes per second: a checkpoint of 1 GB takes a minute."""
 GPU_MEMORY_USED = 1024
 """MiB; the driver itself takes a few hundred."""
-DEAD_XIDS = frozenset({48, 64, 74, 79, 95, 119, 120, 140})
-"""Memory that could not be remapped, NVLink, fallen off the bus, uncontained memory error, firmware that hangs
-(NVIDIA: XID errors, the catalogue): the GPU is not fit until it is reset or replaced."""
-XID_FIXES = {
-    Severity.RED: "sudo nvidia-smi -r, or restart the machine; if it comes again, have the GPU replaced",
-    Severity.YELLOW: "look the number up in NVIDIA's Xid table: many are a fault of the program that ran",
-}
-MANY_XIDS = 8
+MANY_FAULTS = 8
 OLDEST_COMPOSE = (2, 24)
 """compose.yaml uses `env_file: required: false`."""
 SLOW_CLOCKS = ("hpet", "acpi_pm", "jiffies")
@@ -29,39 +23,43 @@ SLOW_CLOCKS = ("hpet", "acpi_pm", "jiffies")
 
 def check_gpus(facts: Facts) -> tuple[Finding, ...]:
     """Their health, and how they reach each other."""
-    if not facts.host.gpus.visible:
+    gpus, seen = facts.host.gpus, facts.look.gpus
+    if not gpus.visible:
         return (skipped("gpus", "no GPU here: workers run on the CPU"),)
-    seen = facts.look.gpus
-    found = [finding for gpu in seen.health for finding in _gpu_health(gpu)]
-    if len(facts.host.gpus.visible) > 1:
-        found += _gpu_peers(seen)
-    found += [_xid(bus, number) for bus, number in seen.xids[:MANY_XIDS]]
+    fixes = vendor_of(gpus).fixes
+    found = [finding for gpu in seen.health for finding in _gpu_health(gpu, fixes)]
+    if len(gpus.visible) > 1:
+        found += _gpu_peers(seen, fixes)
+    found += [_fault(fault, fixes) for fault in seen.faults[:MANY_FAULTS]]
     if seen.failure:
         # Device nodes are here, and the tool that comes with them does not work.
         text = "GPUs are here, but their state is unknown: {failure}."
-        found.append(yellow("gpu-state-unknown", "gpus", text, "nvidia-smi", failure=seen.failure))
-    gpus = facts.decision("GPUs")
-    if gpus is None:
+        found.append(yellow("gpu-state-unknown", "gpus", text, fixes["gpu-state-unknown"], failure=seen.failure))
+    decided = facts.decision("GPUs")
+    if decided is None:
         return tuple(found) or (green("gpus", "here"),)
-    return tuple(found) or (green("gpus", "{gpus}: {reason}", gpus=gpus.value, reason=gpus.reason),)
+    return tuple(found) or (green("gpus", "{gpus}: {reason}", gpus=decided.value, reason=decided.reason),)
 
 
-def _gpu_health(gpu: GpuHealth) -> Iterator[Finding]:
+def _gpu_health(gpu: GpuHealth, fixes: Mapping[str, str]) -> Iterator[Finding]:
+    def fix(id_: str) -> str:
+        return fixes.get(id_, "").format(gpu=gpu.index)
+
     if gpu.used > GPU_MEMORY_USED:
-        text = "GPU {gpu}: {used} of {total} MiB are in use before this job starts: another job?"
-        fix = "nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv"
-        yield yellow("gpu-memory-used", "gpus", text, fix, gpu=gpu.index, used=gpu.used, total=gpu.total)
+        id_, text = (
+            "gpu-memory-used",
+            "GPU {gpu}: {used} of {total} MiB are in use before this job starts: another job?",
+        )
+        yield yellow(id_, "gpus", text, fix(id_), gpu=gpu.index, used=gpu.used, total=gpu.total)
     if gpu.uncorrected:
-        text = "GPU {gpu}: {errors} memory errors (ECC) that could not be corrected."
-        fix = f"nvidia-smi -i {gpu.index} -q -d ECC,ROW_REMAPPER   # then `nvidia-smi -r`, or replace it"
-        yield red("gpu-ecc", "gpus", text, fix, gpu=gpu.index, errors=gpu.uncorrected)
+        id_, text = "gpu-ecc", "GPU {gpu}: {errors} memory errors (ECC) that could not be corrected."
+        yield red(id_, "gpus", text, fix(id_), gpu=gpu.index, errors=gpu.uncorrected)
     if gpu.slowed:
-        text = "GPU {gpu}: the hardware holds its clock down (heat or power)."
-        fix = f"nvidia-smi -i {gpu.index} -q -d PERFORMANCE,TEMPERATURE,POWER"
-        yield yellow("gpu-slowed", "gpus", text, fix, gpu=gpu.index)
+        id_, text = "gpu-slowed", "GPU {gpu}: the hardware holds its clock down (heat or power)."
+        yield yellow(id_, "gpus", text, fix(id_), gpu=gpu.index)
 
 
-def _gpu_peers(seen: GpuLook) -> Iterator[Finding]:
+def _gpu_peers(seen: GpuLook, fixes: Mapping[str, str]) -> Iterator[Finding]:
     """What is in the way between GPUs, and from network cards into them."""
     translated = sorted({kind for kind in seen.iommu.values() if kind.startswith("DMA")})
     if translated:
@@ -73,38 +71,30 @@ def _gpu_peers(seen: GpuLook) -> Iterator[Finding]:
         yield yellow("gpu-iommu", "gpus", text, fix, mode=translated[0])
     if seen.redirecting:
         text = "PCI ACS on {bridges} sends what GPUs tell each other through the processor."
-        fix = (
-            f"sudo setpci -s {seen.redirecting[0]} ECAP_ACS+6.w=0000   # each bridge named, at every boot; or the BIOS"
-        )
+        first = seen.redirecting[0]
+        fix = f"sudo setpci -s {first} ECAP_ACS+6.w=0000   # each bridge named, at every boot; or the BIOS"
         yield yellow("gpu-acs", "gpus", text, fix, bridges=", ".join(seen.redirecting[:4]))
     if seen.apart:
-        first, second, word = seen.apart[0]
+        one, other, reason = seen.apart[0]
         text = (
-            "{pairs} of GPUs cannot read each other's memory, such as {first} and {second} ({word}: {reason}): what "
-            "they exchange goes through the processor's memory."
+            "{pairs} of GPUs cannot read each other's memory, such as {first} and {second} ({reason}): what they "
+            "exchange goes through the processor's memory."
         )
-        fix = "nvidia-smi topo -p2p r; nvidia-smi topo -m   # normal for GeForce cards; else a BIOS or driver setting"
         pairs = count(len(seen.apart), "pair")
-        values: dict[str, Value] = {
-            "pairs": pairs,
-            "first": first,
-            "second": second,
-            "word": word,
-            "reason": REASONS[word],
-        }
-        yield yellow("gpu-no-p2p", "gpus", text, fix, **values)
+        fix = fixes.get("gpu-no-p2p", "")
+        yield yellow("gpu-no-p2p", "gpus", text, fix, pairs=pairs, first=one, second=other, reason=reason)
 
 
-def _xid(bus: str, number: int) -> Finding:
-    severity = Severity.RED if number in DEAD_XIDS else Severity.YELLOW
+def _fault(fault: GpuFault, fixes: Mapping[str, str]) -> Finding:
+    id_ = "gpu-dead" if fault.dead else "gpu-fault"
     return Finding(
-        id="gpu-xid",
+        id=id_,
         check="gpus",
-        severity=severity,
-        text="The driver has logged Xid {xid} for the GPU at {bus} since this machine started. What was fixed since "
-        "then stays in its log until the next start.",
-        values={"xid": number, "bus": bus},
-        fix=f"dmesg -T | grep Xid   # when; then {XID_FIXES[severity]}",
+        severity=Severity.RED if fault.dead else Severity.YELLOW,
+        text="The driver has logged {fault} for the GPU at {bus} since this machine started. What was fixed since then "
+        "stays in its log until the next start.",
+        values={"fault": fault.name, "bus": fault.bus},
+        fix=fixes[id_],
     )
 
 

@@ -1,47 +1,46 @@
 """NVIDIA GPUs: those that this process may use, and those that are only on the PCI bus."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.host.accelerators.gpu import Gpu, Gpus, Vendor
+from app.host.accelerators.nvidia_health import read_xids, state
 from app.host.files import entries, number, pci_path, text
 
 if TYPE_CHECKING:
     import ctypes
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    index: int
-    name: str = "NVIDIA GPU"
-    bus: str = ""
-    """PCI address, 0000:18:00.0."""
-    pci: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpus:
-    visible: tuple[Gpu, ...] = ()
-    """Those with a device node here, which is what a container has been given."""
-    on_bus: tuple[str, ...] = ()
-    """PCI addresses of all of NVIDIA's GPUs in the machine, given or not."""
-    driver: str = ""
-    cuda: str = ""
-    """Highest CUDA version that the driver supports."""
+UNIFIED = re.compile(r"\bGB10\b")
+"""DGX Spark: nvidia-peermem, dma-buf and GDRCopy do not work there (NVIDIA: DGX Spark user guide, known issues)."""
 
 
 def read_gpus(root: Path) -> Gpus:
     """The kernel's own files answer without starting anything; NVML adds the CUDA version where it is installed."""
     visible = _visible(root)
-    driver = re.search(r"\s([0-9]+\.[0-9]+(?:\.[0-9]+)?)\s", text(root / "proc/driver/nvidia/version") or "")
+    version = text(root / "proc/driver/nvidia/version") or ""
+    driver = re.search(r"\s([0-9]+\.[0-9]+(?:\.[0-9]+)?)\s", version)
     cuda, count = "", 0
     if root == Path("/") and (visible or (root / "dev/dxg").exists()):
         cuda, count = nvml_facts(_load_nvml())
     if not visible:
         # Under WSL there are no device nodes per GPU, only NVML knows them.
-        visible = tuple(Gpu(index=index) for index in range(count))
-    return Gpus(visible=visible, on_bus=_on_bus(root), driver=driver[1] if driver else "", cuda=cuda)
+        visible = tuple(Gpu(index=index, name="NVIDIA GPU") for index in range(count))
+    unified = bool(visible) and all(UNIFIED.search(gpu.name) for gpu in visible)
+    return Gpus(
+        visible=visible,
+        on_bus=_on_bus(root),
+        driver=driver[1] if driver else "",
+        runtime=cuda,
+        direct="" if unified else _direct(root, version),
+        unified=unified,
+    )
+
+
+def _direct(root: Path, version: str) -> str:
+    if (root / "sys/module/nvidia_peermem").exists():
+        return "nvidia_peermem"
+    return "dma-buf" if "Open Kernel Module" in version else ""
 
 
 def _visible(root: Path) -> tuple[Gpu, ...]:
@@ -70,7 +69,7 @@ def _on_bus(root: Path) -> tuple[str, ...]:
 
 
 def _load_nvml() -> "ctypes.CDLL | None":
-    # Few machines need it, and loading ctypes costs as much as the rest of this module.
+    # Few machines need it, and loading ctypes costs as much as the rest of this module; pynvml costs more.
     import ctypes
 
     try:
@@ -94,3 +93,33 @@ def nvml_facts(library: "ctypes.CDLL | None") -> tuple[str, int]:
     library.nvmlShutdown()
     cuda = f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else ""
     return cuda, count.value
+
+
+VENDOR = Vendor(
+    name="NVIDIA",
+    runtime="CUDA",
+    unfit_torch=r"\+(cpu|rocm)",
+    device_node="/dev/nvidia0",
+    hardware="nvidia",
+    hardware_rdma="nvidia-ib",
+    driver="the NVIDIA driver and the container toolkit",
+    masks=("CUDA_VISIBLE_DEVICES",),
+    no_direct="neither nvidia_peermem nor one of NVIDIA's open kernel modules",
+    fix_direct="Run `sudo modprobe nvidia-peermem` on this machine",
+    fixes={
+        "gpu-state-unknown": "nvidia-smi",
+        "gpu-memory-used": "nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv",
+        "gpu-ecc": "nvidia-smi -i {gpu} -q -d ECC,ROW_REMAPPER   # then `nvidia-smi -r`, or replace it",
+        "gpu-slowed": "nvidia-smi -i {gpu} -q -d PERFORMANCE,TEMPERATURE,POWER",
+        "gpu-no-p2p": "nvidia-smi topo -p2p r; nvidia-smi topo -m   # normal for GeForce cards; else a BIOS or driver "
+        "setting",
+        "gpu-dead": "dmesg -T | grep Xid   # when; then sudo nvidia-smi -r, or restart the machine; if it comes again, "
+        "have the GPU replaced",
+        "gpu-fault": "dmesg -T | grep Xid   # when; then look the number up in NVIDIA's Xid table: many are a fault of "
+        "the program that ran",
+        "nccl-no-gpudirect": "sudo modprobe nvidia-peermem; check PCI ACS and IOMMU, and `nvidia-smi topo -m`",
+    },
+    read=read_gpus,
+    state=state,
+    faults=read_xids,
+)

@@ -1,23 +1,20 @@
-"""Errors of GPUs in the kernel's log, which only root outside a container may read."""
+"""The kernel's log, which only root outside a container may read."""
 
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 RECORD = 1 << 13
 
 
-def read_xids(log: str, since: float = 0.0) -> tuple[tuple[str, int], ...]:
-    """(PCI address, Xid) of each kind of error that the NVIDIA driver has logged, in order of appearance; `since` is in
-    seconds since the machine started, and leaves out what is older."""
-    found = []
+def lines_since(log: str, since: float) -> Iterator[str]:
+    """The lines of `log` without those older than `since`, in seconds since the machine started."""
     for line in log.splitlines():
-        error = re.search(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)", line)
         stamp = re.match(r"\d+,\d+,(\d+)[,;]", line)
-        if error and (not stamp or int(stamp[1]) / 1e6 >= since):
-            found.append((error[1], int(error[2])))
-    return tuple(dict.fromkeys(found))
+        if not stamp or int(stamp[1]) / 1e6 >= since:
+            yield line
 
 
 def kernel_log(device: Path = Path("/dev/kmsg")) -> str:

@@ -1,0 +1,136 @@
+"""NVIDIA GPUs as doctor sees them: by NVML's own Python module, or by the text of nvidia-smi where that is missing."""
+
+import re
+from itertools import combinations
+from pathlib import Path
+
+from app.host.accelerators.gpu import GpuFault, GpuHealth, Gpus, LiveState
+from app.host.accelerators.kernel_log import lines_since
+
+SMI_FIELDS = (
+    "index",
+    "memory.used",
+    "memory.total",
+    "ecc.errors.uncorrected.volatile.total",
+    "clocks_throttle_reasons.hw_slowdown",
+)
+REASONS = {
+    "CNS": "the chipset does not support it",
+    "GNS": "the GPU does not support it",
+    "TNS": "the topology does not support it",
+    "DR": "disabled in the driver's settings",
+    "NS": "not supported",
+    "U": "unknown",
+}
+"""Legend of `nvidia-smi topo -p2p`, in the order of NVML's nvmlGpuP2PStatus_t from 1 on."""
+DEAD_XIDS = frozenset({48, 64, 74, 79, 95, 119, 120, 140})
+"""Memory that could not be remapped, NVLink, fallen off the bus, uncontained memory error, firmware that hangs
+(NVIDIA: XID errors, the catalogue)."""
+
+
+def state(root: Path, _gpus: Gpus) -> LiveState:
+    if root != Path("/"):
+        return LiveState()
+    return ask_nvml() or _ask_smi()
+
+
+def ask_nvml() -> LiveState | None:
+    """None where nvidia-ml-py is not installed, or NVML does not answer."""
+    try:
+        import pynvml as nvml  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    try:
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        health = tuple(_health(nvml, index, handle) for index, handle in enumerate(handles))
+        apart = []
+        for (one, first), (other, second) in combinations(enumerate(handles), 2):
+            status = _asked(nvml, "nvmlDeviceGetP2PStatus", first, second, nvml.NVML_P2P_CAPS_INDEX_READ)
+            if 0 < status <= len(REASONS):
+                apart.append((one, other, [*REASONS.values()][status - 1]))
+        return LiveState(health=health, apart=tuple(apart))
+    except nvml.NVMLError:
+        return None
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _health(nvml: object, index: int, handle: object) -> GpuHealth:
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)  # type: ignore[attr-defined]
+    errors, volatile = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC  # type: ignore[attr-defined]
+    reasons = _asked(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+    return GpuHealth(
+        index=index,
+        used=memory.used >> 20,
+        total=memory.total >> 20,
+        uncorrected=_asked(nvml, "nvmlDeviceGetTotalEccErrors", handle, errors, volatile),
+        slowed=bool(reasons & nvml.nvmlClocksThrottleReasonHwSlowdown),  # type: ignore[attr-defined]
+    )
+
+
+def _asked(nvml: object, name: str, *arguments: object) -> int:
+    """0 where a GPU does not know the answer: ECC, for instance, on those without."""
+    try:
+        return int(getattr(nvml, name)(*arguments))
+    except nvml.NVMLError:  # type: ignore[attr-defined]
+        return 0
+
+
+def _ask_smi() -> LiveState:
+    text, failure = _smi(f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits")
+    peers, _ = _smi("topo", "-p2p", "r")
+    return LiveState(health=read_health(text), failure=failure, apart=read_peers(peers))
+
+
+def _smi(*words: str) -> tuple[str, str]:
+    # Every start reads this file, and only doctor asks.
+    import subprocess
+
+    try:
+        done = subprocess.run(["nvidia-smi", *words], check=False, capture_output=True, text=True, timeout=10)
+    except FileNotFoundError:
+        return "", "nvidia-smi is not here"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", f"nvidia-smi: {type(error).__name__}"
+    if done.returncode:
+        return "", f"nvidia-smi: {(done.stdout + done.stderr).strip().partition(chr(10))[0][:200]}"
+    return done.stdout, ""
+
+
+def read_health(output: str) -> tuple[GpuHealth, ...]:
+    """The answer to SMI_FIELDS, one GPU a line; `[N/A]` and whatever else is no number counts as 0."""
+    found = []
+    for line in output.splitlines():
+        words = [word.strip() for word in line.split(",")]
+        if len(words) == len(SMI_FIELDS):
+            index, used, total, uncorrected = (int(word) if word.isdigit() else 0 for word in words[:4])
+            slowed = words[4] == "Active"
+            found.append(GpuHealth(index=index, used=used, total=total, uncorrected=uncorrected, slowed=slowed))
+    return tuple(found)
+
+
+def read_peers(output: str) -> tuple[tuple[int, int, str], ...]:
+    """The pairs of `nvidia-smi topo -p2p r` that are not OK, each once with the reason; () for what is no such
+    matrix."""
+    rows = {
+        int(row[1]): row[2].split() for row in re.finditer(r"^\s*GPU(\d+)((?:\s+[A-Z]+)+)\s*$", output, re.MULTILINE)
+    }
+    return tuple(
+        (one, other, REASONS[word])
+        for one, words in rows.items()
+        for other, word in enumerate(words)
+        if one < other and word in REASONS
+    )
+
+
+def read_xids(log: str, since: float) -> tuple[GpuFault, ...]:
+    found = []
+    for line in lines_since(log, since):
+        error = re.search(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)", line)
+        if error:
+            found.append(GpuFault(bus=error[1], name=f"Xid {error[2]}", dead=int(error[2]) in DEAD_XIDS))
+    return tuple(dict.fromkeys(found))
