@@ -66,6 +66,10 @@ class Explanation:
     fix: str = ""
 
 
+async def _no_stalls() -> Sequence[Stall]:
+    return ()
+
+
 async def _no_explanation(_run_id: str, failure: Failure) -> Explanation:
     return Explanation(words=failure.text)
 
@@ -94,6 +98,8 @@ class NodeServices:
     """All ranks of this node, if none of them made progress a moment ago."""
     refresh: Callable[[], Awaitable[None]] = _nothing
     """Brings `progress` and `stalls` up to date, if the file system answers soon."""
+    ended: Callable[[], Awaitable[Sequence[Stall]]] = _no_stalls
+    """The same as `stalls`, read now: whose ranks have all ended by themselves."""
     explain: Callable[[str, Failure], Awaitable[Explanation]] = _no_explanation
     """Reads what a worker of the run has left, if the file system answers soon."""
     link: Callable[[], str] = lambda: ""
@@ -437,12 +443,12 @@ class Participant:
             await self._open_listener()
         self.services.state("waiting", self._round)
         reports = await self._reports(outcome)
-        finished = "" if outcome.failures else self._finished()
+        finished = "" if outcome.failures else self._finished(await self.services.ended())
         self._send("ended", code=_clamp(outcome.code), failures=reports, finished=finished, **self._readiness())
 
-    def _finished(self) -> str:
+    def _finished(self, stalls: Sequence[Stall]) -> str:
         """After which collective all ranks of this node ended by themselves; "" if not all have, or it is unknown."""
-        ended = [stall for stall in self.services.stalls() if stall.ended and stall.run_id == self._run_id]
+        ended = [stall for stall in stalls if stall.ended and stall.run_id == self._run_id]
         if len(ended) < self.plan.workers.nproc:
             return ""
         last = max((stall.entered[-1] for stall in ended if stall.entered), key=lambda one: one.sequence, default=None)

@@ -78,6 +78,15 @@ def read_stalls(
     return tuple(found[rank] for rank in sorted(found)) if len(found) == plan.workers.nproc else ()
 
 
+def read_ended(folder: Path) -> tuple[Stall, ...]:
+    """The ranks whose script has ended. Never raises OSError."""
+    try:
+        files = sorted(folder.glob("rank*.ended"))
+        return tuple(_read(json.loads(file.read_text(encoding="utf-8")), ended=True) for file in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
 def _read(fields: Mapping[str, object], *, ended: bool) -> Stall:
     """Raises ValueError, KeyError, TypeError."""
     entered = fields["entered"] if isinstance(fields["entered"], list) else []

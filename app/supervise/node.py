@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from app.config.console import say
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
 from app.engine import torchrun
-from app.engine.outcome import Failure, Outcome
+from app.engine.outcome import Failure, Outcome, Stall
 from app.gang.agreement import gather
 from app.gang.connection import Connection, Message, ProtocolError, dial, dial_inside, listen
 from app.gang.coordinator import LAST_WORD, LINGER, Coordinator
@@ -32,7 +32,7 @@ from app.report.history import keep_round
 from app.report.node_report import MEMORY_KILLS, forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
 from app.supervise.files import SIGNALS, in_time, off_loop, start_thread
-from app.supervise.hang import watched
+from app.supervise.hang import read_ended, watched
 from app.supervise.health import State
 from app.supervise.progress import Progress
 from app.supervise.restart_guard import forget_final, reserve_final, write_final
@@ -143,6 +143,7 @@ async def _take_part(plan: Plan, token: bytes, folder: Path) -> tuple[Verdict, b
         progress=lambda: progress.text,
         stalls=lambda: progress.stalls,
         refresh=progress.renew,
+        ended=node.ended,
         explain=node.explain,
         link=lambda: down_link(plan.network.interface),
         holder=holder,
@@ -258,6 +259,11 @@ class Node:
         engine = torchrun.Torchrun(command, environment, lambda outcome: self._keep(assignment.run_id, outcome))
         self.engine = engine.process.pid
         return engine
+
+    async def ended(self) -> Sequence[Stall]:
+        with contextlib.suppress(OSError, TimeoutError):
+            return await off_loop(lambda: read_ended(self.folder), EXAMINE)
+        return ()
 
     async def explain(self, run_id: str, failure: Failure) -> Explanation:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 
@@ -65,7 +66,10 @@ def test_a_mistake_is_named_with_its_value_and_place(cluster2: Cluster, mistake:
 def test_an_env_file_that_cannot_be_used_is_named(cluster2: Cluster, text: str, mode: int, expected: str) -> None:
     node = cluster2.nodes[0]
     stack = node.stack(files={"workspace/my.env": text})
-    (stack.folder / "workspace" / "my.env").chmod(mode)
+    file = stack.folder / "workspace" / "my.env"
+    file.chmod(mode)
+    # Root's: what the testbed lays out there is the container user's.
+    os.chown(file, 0, 0)
     done = node.run_in(stack, options=("--env", "ENV_FILE=/workspace/my.env"))
     message = one_message(done.output)
     assert done.code == 2, message

@@ -153,9 +153,11 @@ def test_ranks_that_are_killed_together_are_all_named_and_none_followed(tmp_path
 
 def test_a_rank_that_finished_early_is_told_as_unequal_numbers_of_steps(tmp_path: Path) -> None:
     unequal = """
-import os, torch, torch.distributed as dist
+import os, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 for step in range(3 if dist.get_rank() else 6):
+    if step == 3:
+        time.sleep(4)
     dist.all_reduce(torch.ones(1))
 """
     with nodes(tmp_path, 2, unequal, MAX_RESTARTS="0") as job:

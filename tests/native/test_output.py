@@ -34,14 +34,32 @@ dist.destroy_process_group()
 """
 
 
+FILLS = """
+import os, sys
+from pathlib import Path
+mark = Path("filled")
+if mark.exists():
+    print("trains on a full disk", flush=True)
+else:
+    mark.touch()
+    try:
+        for number in range(1000):
+            Path(os.environ["RUN_DIR"], str(number)).touch()
+    except OSError as error:
+        sys.exit(f"{error}")
+"""
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
+    """A file system of one megabyte and 200 files."""
     if os.geteuid() != 0 or not shutil.which("mount"):
         pytest.skip("needs root to mount a small file system")
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=200", "tmpfs", folder], capture_output=True, text=True
+    )
     if made.returncode:
         pytest.skip(f"no file system can be mounted here: {made.stderr}")
     yield folder
@@ -71,6 +89,13 @@ def test_a_full_disk_costs_the_logs_and_not_the_run(tmp_path: Path, small_disk: 
     kept = [path for path in (tmp_path / "node1").rglob("stdout.log") if path.stat().st_size]
     assert kept
     assert "rank 1 trained on" in kept[0].read_text()
+
+
+def test_a_round_begins_where_there_is_no_room_for_its_logs(tmp_path: Path, small_disk: Path) -> None:
+    with nodes(tmp_path, 1, FILLS) as job:
+        launcher = job.start(0, RUNS_ROOT=str(small_disk))
+        assert launcher.end(90) == 0, launcher.text[-3000:]
+    assert "[rank 0] trains on a full disk" in launcher.text.splitlines()
 
 
 def test_what_outlives_a_killed_rank_in_its_pipe_is_still_printed(tmp_path: Path) -> None:
