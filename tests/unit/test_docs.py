@@ -36,6 +36,8 @@ def test_every_link_of_a_page_leads_to_a_file_and_to_a_heading_in_it(page: Path)
     assert not broken
 
 
+TOOLS = ("TRAIN_", "HF_", "WANDB_", "ACCELERATE_")
+"""How the variables of the training script and of others' tools begin."""
 FOREIGN = frozenset(
     [
         "LOCAL_RANK",
@@ -58,5 +60,5 @@ FOREIGN = frozenset(
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
 def test_every_variable_that_a_page_names_is_a_setting_or_a_librarys(page: Path) -> None:
     named = set(re.findall(r"`([A-Z][A-Z0-9]*_[A-Z0-9_]+)(?:=[^`]*)?`", page.read_text()))
-    ours = {name for name in named if not name.startswith("TRAIN_") or name in BY_NAME}
+    ours = {name for name in named if not name.startswith(TOOLS) or name in BY_NAME}
     assert not ours - BY_NAME.keys() - known_variables() - FOREIGN
