@@ -27,6 +27,9 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 
+# ROCm's wheels of torch bring its libraries; nobody has run this variant yet.
+FROM os-cuda AS os-rocm
+
 # hadolint ignore=DL3006
 FROM os-${TORCH} AS venv
 ARG TORCH
@@ -44,6 +47,14 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
             set -- "$@" --find-links=https://download.pytorch.org/whl/cpu/torch/; \
         fi; \
         "$@"; \
+    fi
+# torch for ROCm is on PyTorch's own index only, and its hashes are not locked here.
+ARG ROCM_TORCH=torch==2.13.0
+ARG ROCM_INDEX=https://download.pytorch.org/whl/rocm7.0
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    --mount=type=cache,target=/root/.cache/pip \
+    if [ "$TORCH" = rocm ]; then \
+        /opt/venv/bin/pip install --only-binary=:all: --find-links=/wheels --extra-index-url="$ROCM_INDEX" "$ROCM_TORCH"; \
     fi
 # C++ test programs and protoc, 130 MB that nothing loads; torch_shm_manager beside them is needed.
 RUN rm -rf /opt/venv/lib/python3*/site-packages/torch/test \

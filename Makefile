@@ -7,7 +7,7 @@ FIGURES := launch_overhead container_speed image roll_call gang_throughput train
 # Tests run side by side: half of what they do is waiting. On engines each worker has nodes of its own.
 WORKERS ?= 2
 MINUTES ?= 20
-HARDWARE_KINDS := cpu nvidia nvidia-ib cdi
+HARDWARE_KINDS := $(filter-out shell,$(basename $(notdir $(wildcard hardware/*.yaml))))
 
 .PHONY: demo test test-quick smoke audit soak lint unit native cluster figures bad-days lock clean
 

@@ -1,4 +1,4 @@
-"""Write cpu.txt, cuda.txt and dev.txt: every package pinned, every file of it by its hash, for Python 3.11 to 3.13.
+"""Write the locks (*.txt) of all *.in: every package pinned, every file of it by its hash, for Python 3.11 to 3.13.
 
     python requirements/lock.py            # needs uv; reads package metadata only, no wheel but a local one
 
@@ -22,7 +22,7 @@ TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 def main() -> int:
     uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
-    for name in ("cpu", "cuda", "dev"):
+    for name in ("cpu", "cuda", "rocm", "dev"):
         lock(uv, name)
     return 0
 
@@ -30,7 +30,7 @@ def main() -> int:
 def lock(uv: str, name: str) -> None:
     options = ["--universal", "--python-version=3.11", "--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
     # torch==2.13.0 would accept a 2.13.0+cpu: only the locks that want it may see it.
-    source = [] if name == "cuda" else cpu_wheels()
+    source = [] if name in ("cuda", "rocm") else cpu_wheels()
     command = [uv, "pip", "compile", *options, *source, f"{name}.in", "--output-file", f"{name}.txt"]
     subprocess.run(command, cwd=HERE, check=True)
     file = HERE / f"{name}.txt"

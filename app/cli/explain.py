@@ -14,6 +14,7 @@ from app.config.errors import printable
 from app.config.options import Parser, script_line
 from app.config.problems import count
 from app.config.settings import BY_NAME, read_settings
+from app.config.table import LEAST_WIDTH, PLAIN, wrapped
 from app.plan import Draft, Plan, draft, probe_for
 from app.plan.decisions import Decision
 from app.plan.places import results
@@ -29,7 +30,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Title, and what its decisions are about."""
 
-BOLD, DIM, RED, YELLOW, CYAN, PLAIN = "\033[1m", "\033[2m", "\033[31m", "\033[33m", "\033[36m", "\033[0m"
+BOLD, DIM, RED, YELLOW, CYAN = "\033[1m", "\033[2m", "\033[31m", "\033[33m", "\033[36m"
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
@@ -122,7 +123,7 @@ def to_table(found: Draft, width: int, *, colour: bool) -> str:
     values = min(40, max((len(each.value) for each in found.decisions), default=0))
     sources = max((len(each.source) for each in found.decisions), default=0)
     indent = 2 + names + 2 + values + 2 + sources + 2
-    if width - indent < 30:
+    if width - indent < LEAST_WIDTH:
         indent = 6
     lines: list[str] = []
     for title, decisions in sections(found):
@@ -131,27 +132,20 @@ def to_table(found: Draft, width: int, *, colour: bool) -> str:
             source = f"{each.source:<{sources}}"
             head = f"  {each.name:<{names}}  {each.value:<{values}}  {source}  "
             painted = f"  {each.name:<{names}}  {paint(CYAN, each.value.ljust(values))}  {source}  "
-            reason = _wrapped(each.reason, width, indent)
+            reason = wrapped(each.reason, width, indent)
             if len(head) > indent:
                 lines += [painted.rstrip(), *reason]
             else:
                 lines += [painted + reason[0].strip(), *reason[1:]]
             for text in each.rejected:
-                lines += [paint(DIM, line) for line in _wrapped(f"not {text}", width, indent)]
+                lines += [paint(DIM, line) for line in wrapped(f"not {text}", width, indent)]
         lines.append("")
     for style, word, problems in ((YELLOW, "warning", found.warnings), (RED, "problem", found.problems)):
         for problem in problems:
             first, *rest = problem.message.split("\n")
-            wrapped = _wrapped(f"{word}: {first}", width, 2)
-            lines += [paint(style, wrapped[0].strip()), *wrapped[1:], *rest]
+            start, *more = wrapped(f"{word}: {first}", width, 2)
+            lines += [paint(style, start.strip()), *more, *rest]
     return "\n".join(lines).rstrip()
-
-
-def _wrapped(text: str, width: int, indent: int) -> list[str]:
-    import textwrap
-
-    room = max(30, width - indent)
-    return textwrap.wrap(text, room + indent, initial_indent=" " * indent, subsequent_indent=" " * indent) or [""]
 
 
 def to_json(found: Draft) -> str:

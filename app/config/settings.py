@@ -59,6 +59,8 @@ def optional(parse: Callable[[str], T], scope: Scope = "cluster", check: str = "
 
 PORT = whole_number(1, 65535)
 SWITCH = one_of("0", "1")
+HARDWARE = ("cpu", "nvidia", "nvidia-ib", "cdi", "rocm")
+"""Each is a file in hardware/."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +75,7 @@ class Settings:
     control_port: Value[int] | None = optional(PORT, check="ports")
     nproc_per_node: Value[int | str] = setting(processes, "auto", check="gpus")
     run_name: Value[str] = setting(run_name, "default")
-    hardware: Value[str] | None = optional(one_of("cpu", "nvidia", "nvidia-ib", "cdi"), scope="node", check="gpus")
+    hardware: Value[str] | None = optional(one_of(*HARDWARE), scope="node", check="gpus")
     backend: Value[str] = setting(one_of("auto", "gloo", "nccl"), "auto", check="gpus")
     train_script: Value[tuple[str, ...]] = setting(shell_words, "-m app.train")
     train_args: Value[tuple[str, ...]] | None = optional(shell_words)
@@ -110,6 +112,7 @@ class Settings:
     image: Value[str] | None = optional(str, scope="compose")
     base_image: Value[str] | None = optional(str, scope="compose")
     wheelhouse: Value[str] | None = optional(str, scope="compose")
+    render_group: Value[str] | None = optional(str, scope="compose")
     runs: Value[str] | None = optional(str, scope="compose")
     run_as: Value[str] | None = optional(str, scope="compose")
     workspace: Value[str] | None = optional(str, scope="compose")

@@ -13,9 +13,9 @@ from pathlib import Path
 from app.config.errors import UserError
 from app.config.options import Parser
 from app.config.settings import Settings, read_settings
-from app.doctor.collect.look import look
+from app.doctor.collect.live import collect
 from app.doctor.facts import Facts
-from app.doctor.findings import Finding, Row, Severity, Value, red, told
+from app.doctor.findings import Finding, Row, Severity, Value, from_sentence, red
 from app.doctor.node_checks import check_node
 from app.doctor.table import WORDS, exit_code, to_json, to_lines, to_table, verdict
 from app.host import probe
@@ -58,12 +58,12 @@ def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row
     from app.gang.probes import why
     from app.gang.token import read_token
 
-    tell_own(own, say, "meeting the others" if plan.nodes.count > 1 else "now a collective")
+    say_own(own, say, "waiting for the other nodes" if plan.nodes.count > 1 else "trying a collective")
     try:
         token = read_token(plan)
         return asyncio.run(stoppable(meet(facts, plan, token, own.findings, say, all_reduce, wait)))
     except UserError as error:
-        return [_with(own, told("settings-wrong", "settings", Severity.RED, error.message))]
+        return [_with(own, from_sentence("settings-wrong", "settings", Severity.RED, error.message))]
     except NoAnswerError as error:
         absent = red("coordinator-missing", "present", "{reason}", reason=str(error))
         node0 = Row(rank=0, address=plan.nodes.addresses[0], findings=(absent,))
@@ -95,7 +95,7 @@ async def stoppable(work: Coroutine[None, None, Sequence[Row]]) -> Sequence[Row]
         raise SystemExit(128 + stops[0] if stops else 1) from None
 
 
-def tell_own(own: Row, say: Callable[[str], None], then: str) -> None:
+def say_own(own: Row, say: Callable[[str], None], then: str) -> None:
     """What this node found by itself, at once: the others may take a while."""
     for each in own.findings:
         if each.bad:
@@ -113,7 +113,7 @@ def gather_facts(settings: Settings, root: Path = Path("/")) -> Facts:
     host = probe(root, resolve=(*names_to_resolve(settings), name), paths=files_to_look_at(settings))
     found = draft(settings, host)
     return Facts(
-        host=host, draft=found, look=look(root, host, found.plan.script.checkpoint_dir if found.plan else None)
+        host=host, draft=found, live=collect(root, host, found.plan.script.checkpoint_dir if found.plan else None)
     )
 
 

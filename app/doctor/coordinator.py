@@ -58,7 +58,7 @@ class DoctorCoordinator(Session):
         super().lose(node, why, silent=silent)
 
     async def run(self) -> tuple[Row, ...]:
-        """Leads the session to its end; returns the table that every node was told."""
+        """Leads the session to its end; returns the table that every node was sent."""
         presence = asyncio.create_task(self.keep_presence())
         try:
             await self.roll_call(Waiting(self.plan.timeouts.start, self.tell), self._in_vain)

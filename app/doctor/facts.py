@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from app.doctor.collect.look import Look
+from app.doctor.collect.live import LiveFacts
 from app.host import Host
 from app.host.nics import Nic
 from app.plan import Draft, Plan
@@ -13,7 +13,7 @@ from app.plan.decisions import Decision
 class Facts:
     host: Host
     draft: Draft
-    look: Look
+    live: LiveFacts
 
     @property
     def plan(self) -> Plan | None:

@@ -97,7 +97,7 @@ def red(id_: str, check: str, text: str, fix: str = "", **values: Value) -> Find
     return Finding(id=id_, check=check, severity=Severity.RED, text=text, fix=fix, values=values)
 
 
-def told(
+def from_sentence(
     id_: str, check: str, severity: Severity, sentence: str, fix: str = "", values: Mapping[str, Value] | None = None
 ) -> Finding:
     """A finding whose sentence somebody else made: the plan, or another node."""

@@ -1,4 +1,4 @@
-"""Every node's part of doctor, node 0 included: answers what node 0 asks, and hears the table."""
+"""Every node's part of doctor, node 0 included: answers node 0's questions and receives the table."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from typing import TypeVar
 from app.config.exitcodes import ExitCode
 from app.doctor.cluster_checks.speed import judge_speed
 from app.doctor.cluster_checks.transport import Collective, judge_transport
-from app.doctor.collect.look import within
+from app.doctor.collect.live import within
 from app.doctor.collect.packets import PacketEcho, full_size
 from app.doctor.coordinator import DoctorCoordinator
 from app.doctor.facts import Facts
@@ -113,7 +113,7 @@ class DoctorAnswers:
 
     def _nonce_file(self, nonce: str, rank: int) -> Path | None:
         """Where a node with this rank leaves its mark, if its checkpoint folder is this node's too."""
-        disk = self.facts.look.disk
+        disk = self.facts.live.disk
         if disk is None or disk.failure or not nonce.isalnum():
             return None
         # The folder itself may not exist yet; two that will differ must not look like one for their common parent.
@@ -225,5 +225,5 @@ def compared(plan: Plan) -> Mapping[str, str]:
 def _free_master_port(answers: DoctorAnswers) -> list[int]:
     """Node 0 answers on MASTER_PORT as well, which other nodes must reach; where it is taken, `ports` says so."""
     port = answers.plan.network.master_port
-    taken = any(each == port for _, each in answers.facts.look.listening)
+    taken = any(each == port for _, each in answers.facts.live.listening)
     return [] if answers.plan.nodes.rank or taken else [port]

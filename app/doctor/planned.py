@@ -1,7 +1,7 @@
 """What the plan itself says is wrong with this node, each problem at its check."""
 
 from app.config.problems import Problem
-from app.doctor.findings import Finding, Severity, told
+from app.doctor.findings import Finding, Severity, from_sentence
 from app.plan import Draft
 
 ELSEWHERE = {"script": "settings", "timeouts": "settings"}
@@ -17,4 +17,4 @@ def planned(draft: Draft) -> tuple[Finding, ...]:
 def _finding(problem: Problem) -> Finding:
     check = ELSEWHERE.get(problem.check, problem.check)
     sentence = "\n".join([f"{problem.cause}.", *problem.details])
-    return told(problem.id, check, SEVERITIES[problem.severity], sentence, problem.remedy, problem.texts)
+    return from_sentence(problem.id, check, SEVERITIES[problem.severity], sentence, problem.remedy, problem.texts)

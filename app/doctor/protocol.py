@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from app.doctor.collect.packets import Peer
-from app.doctor.findings import CHECKS, Finding, Row, Severity, to_dict, told
+from app.doctor.findings import CHECKS, Finding, Row, Severity, from_sentence, to_dict
 from app.doctor.results import Node
 from app.gang.connection import Message, ProtocolError, integer, items, text
 from app.gang.messages import Hello
@@ -46,7 +46,7 @@ def read_findings(message: Message) -> tuple[Finding, ...]:
         if check not in CHECKS or severity not in {*Severity} or not isinstance(values, dict):
             raise ProtocolError("not a finding")
         sentence, fix = text(one, "sentence", 2000), text(one, "fix", 500)
-        found.append(told(text(one, "id", 60), check, Severity(severity), sentence, fix, values))
+        found.append(from_sentence(text(one, "id", 60), check, Severity(severity), sentence, fix, values))
     return tuple(found)
 
 

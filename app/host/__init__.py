@@ -14,6 +14,7 @@ from app.host.files import number, text
 from app.host.limits import Limits, read_limits
 from app.host.mounts import Mount, read_mounts
 from app.host.names import Answer, resolve_names
+from app.host.nccl_conf import NcclLine, read_nccl_conf
 from app.host.nics import Nic, Route, read_nics, read_routes
 from app.host.paths import Seen, importable, look_at, read_program
 from app.host.rdma import RdmaPort, RdmaSoftware, read_rdma_ports, read_rdma_software
@@ -38,6 +39,11 @@ class Host:
     first_user_port: int = 1024
     """Ports below it need root."""
     rdma_ports: tuple[RdmaPort, ...] = ()
+    """InfiniBand and RoCE."""
+    other_ports: tuple[RdmaPort, ...] = ()
+    """Ports of cards that are neither, such as EFA."""
+    nccl_conf: tuple[NcclLine, ...] = ()
+    """What NCCL will read by itself."""
     rdma_software: RdmaSoftware = field(default_factory=RdmaSoftware)
     gpus: Gpus = field(default_factory=Gpus)
     limits: Limits = field(default_factory=Limits)
@@ -70,7 +76,7 @@ def probe(
     What cannot be read is absent from the answer, never an error.
     """
     live = root == Path("/")
-    nics = read_nics(root)
+    nics, ports = read_nics(root), read_rdma_ports(root)
     return Host(
         hostname=socket.gethostname() if live else text(root / "proc/sys/kernel/hostname") or "",
         uid=os.geteuid() if live else 1000,
@@ -81,7 +87,9 @@ def probe(
         routes=read_routes(root),
         ephemeral_ports=_port_range(root),
         first_user_port=number(root / "proc/sys/net/ipv4/ip_unprivileged_port_start") or 1024,
-        rdma_ports=read_rdma_ports(root),
+        rdma_ports=tuple(port for port in ports if port.for_nccl),
+        other_ports=tuple(port for port in ports if not port.for_nccl),
+        nccl_conf=read_nccl_conf(root),
         rdma_software=read_rdma_software(root),
         gpus=read_gpus(root),
         limits=read_limits(root),

@@ -42,7 +42,9 @@ def _rdma_ports(root: Path) -> list[tuple[str, float]]:
     ports = []
     for port in sorted((root / "sys/class/infiniband").glob("*/ports/*")):
         try:
-            active = (port / "state").read_text().startswith("4:")
+            layer = (port / "link_layer").read_text().strip()
+            # EFA and others are neither InfiniBand nor RoCE: NCCL does not look at them.
+            active = layer in ("InfiniBand", "Ethernet") and (port / "state").read_text().startswith("4:")
             gigabits = float((port / "rate").read_text().split()[0])
         except (OSError, ValueError, IndexError):
             continue

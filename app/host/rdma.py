@@ -7,6 +7,14 @@ from pathlib import Path
 from app.host.addresses import parse
 from app.host.files import entries, number, pci_path, text
 
+AMAZON = 0x1D0F
+EFA_PLUGIN = (
+    "opt/amazon/ofi-nccl/lib*/**/libnccl-net*.so",
+    "opt/aws-ofi-nccl/lib/libnccl-net*.so",
+    "usr/local/lib/libnccl-net*.so",
+)
+"""Where AWS's installer and images put aws-ofi-nccl; the plugin's own default is /usr/local."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gid:
@@ -30,7 +38,7 @@ class RdmaPort:
     state: str
     """`ACTIVE`, `DOWN`, `INIT`, `ARMED`."""
     link_layer: str
-    """`InfiniBand` or `Ethernet` (which is RoCE)."""
+    """`InfiniBand`, or `Ethernet` (which is RoCE, or iWARP); other cards have `Unknown`."""
     rate: float
     """Gb/s."""
     lid: int = 0
@@ -46,9 +54,19 @@ class RdmaPort:
     management: bool = False
     """The card's own data say that it manages NVLink switches (B200 and later): no traffic goes through it."""
 
+    iwarp: bool = False
+    """RDMA over TCP, which NCCL does not know."""
+    efa: bool = False
+    """Amazon's Elastic Fabric Adapter, which is neither InfiniBand nor RoCE."""
+
     @property
     def name(self) -> str:
         return f"{self.device}:{self.port}"
+
+    @property
+    def for_nccl(self) -> bool:
+        """Whether NCCL's own code for RDMA looks at it (net_ib/init.cc)."""
+        return self.link_layer in ("InfiniBand", "Ethernet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +77,8 @@ class RdmaSoftware:
     """libibverbs.so.1, which NCCL loads."""
     providers: tuple[str, ...] = ()
     """Drivers of libibverbs, `mlx5` for instance."""
+    efa_plugin: bool = False
+    """aws-ofi-nccl, by which NCCL reaches EFA."""
 
 
 def read_rdma_ports(root: Path) -> tuple[RdmaPort, ...]:
@@ -96,6 +116,8 @@ def _port(root: Path, folder: Path, device: str, port: str, node: str) -> RdmaPo
         openable=bool(node) and os.access(char, os.R_OK | os.W_OK),
         pci=pci_path(folder / "device"),
         management="SW_MNG" in (text(folder / "device/vpd") or ""),
+        iwarp=(text(folder / "node_type") or "").startswith("4:"),
+        efa=number(folder / "device/vendor") == AMAZON,
     )
 
 
@@ -140,4 +162,5 @@ def read_rdma_software(root: Path) -> RdmaSoftware:
         dev_infiniband=(root / "dev/infiniband").is_dir(),
         library=any((folder / "libibverbs.so.1").exists() for folder in folders),
         providers=tuple(sorted(drivers)),
+        efa_plugin=any(file.exists() for pattern in EFA_PLUGIN for file in root.glob(pattern)),
     )

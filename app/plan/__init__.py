@@ -159,7 +159,7 @@ def _draft(plan: Plan | None, run_dir: Path, ledger: Ledger) -> Draft:
 
 def _with_environment(script: Script, host: Host, ports: Ports, rank: int, exports: Exports) -> Script:
     common_exports(exports, host, script, ports.ras, rank)
-    keep_others(exports)
+    keep_others(exports, host)
     env = environment(exports)
     return replace(script, env=env, removed=removals(exports.settings, env, exports.ledger))
 

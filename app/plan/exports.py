@@ -55,8 +55,24 @@ def environment(exports: Exports) -> dict[str, str]:
     return dict(sorted({**from_file, **exports.env}.items()))
 
 
-def keep_others(exports: Exports) -> None:
-    """Records the variables of NCCL, Gloo and torch that nothing was derived for. Some are the base image's."""
+def keep_others(exports: Exports, host: Host) -> None:
+    """Records the variables of NCCL, Gloo and torch that nothing was derived for. Some are the base image's, and some
+    NCCL reads from its own files, where nothing else sets them."""
+    for line in host.nccl_conf:
+        ours = exports.env.get(line.name)
+        if line.name not in exports.settings.values and ours is None:
+            exports.ledger.decide("settings", line.name, line.text, line.source, "NCCL reads it there by itself")
+        elif ours not in (None, line.text):
+            exports.ledger.warn(
+                "settings.nccl-conf-overridden",
+                what="{name}={text} ({source}) does not count: {ours} is derived for this node",
+                fix="Write it into .env to keep it",
+                setting=line.name,
+                name=line.name,
+                text=line.text,
+                source=line.source,
+                ours=ours,
+            )
     decided = {each.name for each in exports.ledger.decisions}
     for name in sorted(exports.settings.values):
         if name.startswith(LIBRARIES) and name not in decided:

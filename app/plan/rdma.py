@@ -63,6 +63,7 @@ def decide_rdma(
 
     Returns the transport that NCCL will use (`InfiniBand`, `RoCE` or `sockets`) and the ports that it will take.
     """
+    _report_others(host, backend, ledger)
     choice = _choice(host, ledger, exports)
     if not host.rdma_ports:
         exports.offer("rdma", "NCCL_IB_DISABLE", "1", "no InfiniBand or RoCE device on this machine")
@@ -87,6 +88,25 @@ def decide_rdma(
     if choice.layer == "RoCE" and own is not None:
         decide_gid(host, own, choice.usable, ledger, exports)
     return choice.layer, tuple(port.name for port in choice.taken)
+
+
+def _report_others(host: Host, backend: str, ledger: Ledger) -> None:
+    """Cards that are neither InfiniBand nor RoCE: NCCL's own code does not look at them."""
+    efa = [port.name for port in host.other_ports if port.efa]
+    others = [f"{port.name} ({port.link_layer})" for port in host.other_ports if not port.efa]
+    plugin = host.rdma_software.efa_plugin
+    if efa:
+        reason = f"EFA: NCCL reaches it only through the aws-ofi-nccl plugin, which is {'' if plugin else 'not '}here"
+        ledger.decide("rdma", "EFA ports", ",".join(efa), "detected", reason)
+    if efa and not plugin and backend == "nccl":
+        ledger.warn(
+            "rdma.efa-without-plugin",
+            what="{efa:EFA port} will not be used: NCCL reaches EFA only through the aws-ofi-nccl plugin",
+            fix="Use an image that has the plugin, with /dev/infiniband in the container",
+            efa=len(efa),
+        )
+    if others:
+        ledger.decide("rdma", "other ports", ", ".join(others), "detected", "neither InfiniBand nor RoCE: left alone")
 
 
 def _choice(host: Host, ledger: Ledger, exports: Exports) -> Choice:
@@ -198,6 +218,8 @@ def _unusable(port: RdmaPort, host: Host) -> str:
         return f"the port is {port.state}, with a link but not set up by a subnet manager: does opensm run?"
     if port.state != "ACTIVE":
         return f"the port is {port.state}: no cable, or the other end is off"
+    if port.iwarp:
+        return "it speaks iWARP, which NCCL does not know"
     if port.management:
         return "it manages the NVLink switches, no traffic goes through it"
     if port.link_layer == "InfiniBand":

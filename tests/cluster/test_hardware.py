@@ -17,7 +17,7 @@ import pytest
 from tests.cluster.test_testbed import connect
 from tests.testbed import BedError, Cluster, Node
 from tests.testbed.node import fake_gpu_hook
-from tests.testbed.shell import until
+from tests.testbed.shell import PROJECT, until
 
 # The nodes have one image; on real machines each kind builds its own.
 IMAGE = {"IMAGE": "torchrun-compose:cpu"}
@@ -59,7 +59,7 @@ def test_each_kind_of_machine_asks_for_its_devices_and_nothing_more(
     assert not host["CapAdd"]
 
 
-@pytest.mark.parametrize("hardware", ["cpu", "nvidia", "nvidia-ib", "cdi"])
+@pytest.mark.parametrize("hardware", sorted({file.stem for file in (PROJECT / "hardware").glob("*.yaml")} - {"shell"}))
 def test_every_kind_of_machine_is_equally_hardened(cluster2: Cluster, hardware: str) -> None:
     host = created(cluster2.nodes[0], hardware)
     assert host["NetworkMode"] == "host"

@@ -6,7 +6,19 @@ Values are those of real machines: gpud's test data (H100), NVIDIA's DGX documen
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.machines.tree import Tree, basics, docker_bridge, finish, gpu, hca, link_local, nic, rdma_software, roce_gids
+from tests.machines.tree import (
+    Tree,
+    amd_gpu,
+    basics,
+    docker_bridge,
+    finish,
+    gpu,
+    hca,
+    link_local,
+    nic,
+    rdma_software,
+    roce_gids,
+)
 
 CUDA_TORCH = "2.13.0"
 CLASSIC_NODES = "192.168.5.228,192.168.5.229"
@@ -258,6 +270,44 @@ def hgx_b200(root: Path) -> dict[str, str]:
     return {"NODES": "10.30.0.3,10.30.0.4", "HARDWARE": "nvidia-ib"}
 
 
+def aws_p5(root: Path) -> dict[str, str]:
+    """Two GPUs and two EFA cards, whose link layer is neither InfiniBand nor Ethernet; no plugin in the image."""
+    tree = Tree(root)
+    basics(tree, hostname="ip-10-1-0-11", cpus=192, shm=16 << 30, torch=CUDA_TORCH)
+    nic(tree, "enp71s0", ("10.1.0.11/20",), pci="pci0000:44/0000:44:00.0/0000:47:00.0", speed=100000, mtu=9001)
+    for index in (0, 1):
+        card = f"pci0000:4{index}/0000:4{index}:01.0/0000:5{index}:00.0"
+        hca(
+            tree,
+            f"rdmap8{index}s0",
+            card,
+            layer="Unknown",
+            rate="100 Gb/sec (4X EDR)",
+            gids=[(link_local(f"083e:9bff:fe00:000{index}"), "", "")],
+            number=index,
+            vendor=0x1D0F,
+        )
+        gpu(tree, index, f"pci0000:4{index}/0000:4{index}:02.0/0000:6{index}:00.0")
+    rdma_software(tree, peermem=False)
+    finish(tree)
+    return {"NODES": "10.1.0.11,10.1.0.12", "HARDWARE": "nvidia-ib"}
+
+
+def mi300x(root: Path) -> dict[str, str]:
+    """Two AMD GPUs of four, with RoCE; torch for ROCm."""
+    tree = Tree(root)
+    basics(tree, hostname="mi300-2", cpus=96, shm=16 << 30, torch="2.13.0+rocm7.0")
+    card = "pci0000:c0/0000:c0:01.1/0000:c1:00.0"
+    nic(tree, "ens3np0", ("10.7.0.2/24",), pci=card, speed=400000, mtu=9000)
+    hca(tree, "mlx5_0", card, layer="Ethernet", gids=roce_gids("a288:c2ff:fe3b:0001", "10.7.0.2", "ens3np0"))
+    for index in range(4):
+        amd_gpu(tree, index, f"pci0000:{index}5/0000:{index}5:01.1/0000:{index}6:00.0", passed=index < 2)
+    tree.write("sys/module/amdgpu/version", "6.12.12")
+    rdma_software(tree, peermem=False)
+    finish(tree)
+    return {"NODES": "10.7.0.1,10.7.0.2", "HARDWARE": "rocm"}
+
+
 MACHINES: dict[str, Callable[[Path], dict[str, str]]] = {
     build.__name__: build
     for build in (
@@ -275,5 +325,7 @@ MACHINES: dict[str, Callable[[Path], dict[str, str]]] = {
         ipv6_only,
         many_bridges,
         hgx_b200,
+        aws_p5,
+        mi300x,
     )
 }

@@ -119,6 +119,7 @@ def hca(
     number: int = 0,
     node: bool = True,
     vpd: str = "",
+    vendor: int = 0x15B3,
 ) -> None:
     """An RDMA device with one port. `gids` are (GID, type, netdev); on InfiniBand type and netdev are unreadable.
 
@@ -144,7 +145,7 @@ def hca(
     tree.link(f"{folder}/device", f"sys/devices/{pci}")
     tree.link(f"sys/class/infiniband/{device}", folder)
     tree.write(f"sys/class/infiniband_verbs/uverbs{number}/ibdev", device)
-    tree.write(f"sys/devices/{pci}/vendor", "0x15b3")
+    tree.write(f"sys/devices/{pci}/vendor", hex(vendor))
     if vpd:
         tree.write(f"sys/devices/{pci}/vpd", vpd)
     if node:
@@ -171,6 +172,36 @@ def gpu(tree: Tree, index: int, pci: str, *, model: str = "NVIDIA H100 80GB HBM3
         tree.write("proc/driver/nvidia/version", OPEN_DRIVER)
     if passed:
         tree.write(f"dev/nvidia{index}", "")
+
+
+def amd_gpu(tree: Tree, index: int, pci: str, *, passed: bool = True) -> None:
+    """An Instinct card; `passed` tells whether the container has been given it."""
+    bus, minor = pci.rpartition("/")[2], 128 + index
+    domain, number, device = (int(part, 16) for part in bus.partition(".")[0].split(":"))
+    tree.write(f"sys/devices/{pci}/vendor", "0x1002")
+    tree.write(f"sys/devices/{pci}/class", "0x120000")
+    tree.link(f"sys/bus/pci/devices/{bus}", f"sys/devices/{pci}")
+    # The container sees all of the machine's topology; node 0 is a processor.
+    nodes = "sys/class/kfd/kfd/topology/nodes"
+    tree.write(f"{nodes}/0/properties", "cpu_cores_count 96\nsimd_count 0\ndrm_render_minor 0")
+    properties = {
+        "cpu_cores_count": 0,
+        "simd_count": 1216,
+        "vendor_id": 4098,
+        "location_id": number << 8 | device << 3,
+        "domain": domain,
+        "drm_render_minor": minor,
+    }
+    lines = "\n".join(f"{name} {value}" for name, value in properties.items())
+    tree.write(f"{nodes}/{index + 1}/properties", lines)
+    card = f"sys/class/drm/renderD{minor}/device"
+    tree.write(f"{card}/product_name", "AMD Instinct MI300X OAM")
+    tree.write(f"{card}/mem_info_vram_total", str(192 * GIB))
+    tree.write(f"{card}/mem_info_vram_used", str(GIB // 4))
+    tree.write(f"{card}/ras/umc_err_count", "ue: 0\nce: 3")
+    if passed:
+        tree.write("dev/kfd", "")
+        tree.write(f"dev/dri/renderD{minor}", "")
 
 
 def docker_bridge(tree: Tree, name: str = "docker0", address: str = "172.17.0.1/16") -> None:

@@ -128,9 +128,44 @@ def test_a_result_that_is_wrong_on_one_rank_is_told_and_fails_the_bench_on_all(t
     assert "not kept as a baseline" in outputs[0]
 
 
+OLDER_TORCH = """
+import runpy
+import torch.distributed as dist
+
+for name in ("all_gather_single", "reduce_scatter_single"):
+    if hasattr(dist, name):
+        delattr(dist, name)
+runpy.run_module("app.bench", run_name="__main__")
+"""
+
+
+def test_a_torch_without_the_names_of_2_13_measures_the_same_collectives(tmp_path: Path) -> None:
+    (tmp_path / "older.py").write_text(OLDER_TORCH)
+    programs = dict.fromkeys(range(2), ("older.py",))
+    ranks = start_nodes(2, tmp_path, "--seconds", "3", "--largest", "1K", programs=programs)
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    measures = result(tmp_path)["measures"]
+    assert isinstance(measures, list)
+    assert [(one["collective"], one["correct"]) for one in measures] == [(name, True) for name in COLLECTIVES]
+
+
+def test_a_check_leaves_the_same_figures_on_every_node_wrong_ones_too(tmp_path: Path) -> None:
+    (tmp_path / "corrupting.py").write_text(CORRUPTING)
+    programs = {0: ("-m", "app.bench", "--check=node0.json"), 1: ("corrupting.py", "--check=node1.json")}
+    started = start_nodes(2, tmp_path, programs=programs)
+    outputs = [rank.communicate(timeout=120)[0] for rank in started]
+    assert [rank.returncode for rank in started] == [0, 0], outputs
+    found, other = (json.loads((tmp_path / f"node{node}.json").read_text()) for node in range(2))
+    assert found["measures"] == other["measures"]
+    assert {one["collective"] for one in found["measures"]} == {"all_reduce"}
+    assert not any(one["correct"] for one in found["measures"])
+    assert {(pair["source"], pair["target"]) for pair in found["pairs"]} == {(0, 1), (1, 0)}
+
+
 @pytest.mark.parametrize("nodes", [*range(2, 13)])
 def test_the_schedule_meets_every_pair_once_and_no_node_twice_in_a_step(nodes: int) -> None:
-    from app.bench.pairs import schedule
+    from app.bench.pairs import rounds, schedule
 
     steps = schedule(nodes)
     assert sorted(pair for step in steps for pair in step) == [
@@ -140,3 +175,5 @@ def test_the_schedule_meets_every_pair_once_and_no_node_twice_in_a_step(nodes: i
         members = [node for pair in step for node in pair]
         assert len(members) == len(set(members))
     assert len(steps) <= (nodes if nodes > 8 else nodes * nodes)
+    assert len(rounds(nodes)) == nodes - 1 + nodes % 2
+    assert sorted(pair for step in rounds(nodes) for pair in step) == sorted(pair for step in steps for pair in step)

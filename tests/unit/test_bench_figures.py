@@ -20,6 +20,7 @@ from app.bench.verdict import changes, key_figures, of_link, slow_pairs, slow_pa
 from app.host.links import Link, read_link
 
 NAMES = ("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4")
+NAMES_OF_CARDS = ("mlx5_0", "mlx5_1", "mlx5_10", "rdmap0s31")
 FULL, TENTH = 1.2e9, 1.2e8
 
 
@@ -310,7 +311,10 @@ def test_nccl_is_measured_against_its_active_rdma_ports_together(tmp_path: Path)
         tmp_path,
         {
             "net/eth0/speed": "25000",
-            **{f"infiniband/{name}/ports/1/rate": "400 Gb/sec (4X NDR)" for name in ("mlx5_0", "mlx5_1", "mlx5_10")},
+            **{f"infiniband/{name}/ports/1/rate": "400 Gb/sec (4X NDR)" for name in NAMES_OF_CARDS},
+            **{f"infiniband/{name}/ports/1/link_layer": "InfiniBand" for name in NAMES_OF_CARDS[:3]},
+            "infiniband/rdmap0s31/ports/1/link_layer": "Unknown",
+            "infiniband/rdmap0s31/ports/1/state": "4: ACTIVE",
             "infiniband/mlx5_0/ports/1/state": "4: ACTIVE",
             "infiniband/mlx5_1/ports/1/state": "1: DOWN",
             "infiniband/mlx5_10/ports/1/state": "4: ACTIVE",

@@ -9,7 +9,7 @@ from app.config.settings import BY_NAME
 from app.plan.typos import known_variables
 
 PROJECT = Path(__file__).resolve().parents[2]
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
+PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").rglob("*.md"))]
 
 
 def links(page: Path) -> list[str]:
@@ -36,29 +36,17 @@ def test_every_link_of_a_page_leads_to_a_file_and_to_a_heading_in_it(page: Path)
     assert not broken
 
 
-TOOLS = ("TRAIN_", "HF_", "WANDB_", "ACCELERATE_")
-"""How the variables of the training script and of others' tools begin."""
-FOREIGN = frozenset(
-    [
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "WORLD_SIZE",
-        "NET_RAW",
-        "AF_INET6",
-        "SLURM_NODEID",
-        "SLURM_JOB_NODELIST",
-        "JOB_COMPLETION_INDEX",
-        "OMPI_COMM_WORLD_RANK",
-        "CLUSTER_TESTS",
-        "HEALTHY_RUNS",
-        "NCLL_DEBUG",
-    ]
-)
-"""Names of torchrun, of schedulers, of the kernel and of the tests, and a misspelt one as an example."""
+FOREIGN = {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "NET_RAW", "AF_INET6", "OMPI_COMM_WORLD_RANK"}
+FOREIGN |= {"ROCM_TORCH", "ROCM_INDEX", "CLUSTER_TESTS", "HEALTHY_RUNS", "TORCHRUN_COMPOSE_UPDATE", "NCLL_DEBUG"}
+"""Names of the build, of torchrun, of the kernel and of the tests, and a misspelt one as an example."""
+SCRIPTS = ("TRAIN_", "HF_", "WANDB_", "ACCELERATE_")
+"""How the variables of training scripts and of what they use begin."""
+CODE = "".join(file.read_text() for file in (PROJECT / "app/plan").glob("*.py"))
+"""Has the variables of schedulers and of other launchers."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
 def test_every_variable_that_a_page_names_is_a_setting_or_a_librarys(page: Path) -> None:
     named = set(re.findall(r"`([A-Z][A-Z0-9]*_[A-Z0-9_]+)(?:=[^`]*)?`", page.read_text()))
-    ours = {name for name in named if not name.startswith(TOOLS) or name in BY_NAME}
+    ours = {name for name in named if not name.startswith(SCRIPTS) and name not in CODE}
     assert not ours - BY_NAME.keys() - known_variables() - FOREIGN

@@ -35,12 +35,15 @@ EXPECTED: dict[str, tuple[int, str, str, int, str, dict[str, str]]] = {
     "ipv6_only": (1, "enp65s0np0", "2001:db8:7::2", 1, "nccl", {"NCCL_IB_ADDR_FAMILY": "AF_INET6"}),
     "many_bridges": (1, "enp1s0", "172.18.5.11", 1, "gloo", {"NCCL_IB_DISABLE": "1"}),
     "hgx_b200": (0, "eno1", "10.30.0.3", 8, "nccl", {"NCCL_IB_HCA": B200}),
+    "aws_p5": (0, "enp71s0", "10.1.0.11", 2, "nccl", {"NCCL_IB_DISABLE": "1"}),
+    "mi300x": (1, "ens3np0", "10.7.0.2", 2, "nccl", {}),
 }
 
 WARNED = {
     "bond": "network.twin-mtu",
     "ib_without_subnet_manager": "rdma.no-usable-port",
     "ib_without_device_nodes": "rdma.no-device-nodes",
+    "aws_p5": "rdma.efa-without-plugin",
 }
 
 

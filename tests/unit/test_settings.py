@@ -91,7 +91,6 @@ def test_a_line_that_is_no_assignment_is_named_without_its_text(tmp_path: Path) 
             "NPROC_PER_NODE=0",
             "NPROC_PER_NODE=0 (.env:1) is neither a number of at least 1 nor auto, gpu or cpu. Write one of these.",
         ),
-        ("HARDWARE=gpu", "HARDWARE=gpu (.env:1) is unknown. Write one of cpu, nvidia, nvidia-ib, cdi."),
         ("BACKEND=mpi", "BACKEND=mpi (.env:1) is unknown. Write one of auto, gloo, nccl."),
         # NCCL and CUDA read a number: to them "yes" is 0.
         ("NCCL_IB_DISABLE=yes", "NCCL_IB_DISABLE=yes (.env:1) is unknown. Write one of 0, 1."),
@@ -144,6 +143,13 @@ def test_a_wrong_value_has_an_id_of_the_check_that_it_concerns(tmp_path: Path) -
         ("gpus.unknown-word", "BACKEND", "error"),
         ("settings.not-seconds", "STOP_GRACE", "error"),
     ]
+
+
+def test_a_kind_of_machine_is_a_file_of_the_folder_hardware(tmp_path: Path) -> None:
+    kinds = {file.stem for file in (PROJECT / "hardware").glob("*.yaml")} - {"shell"}
+    (problem,) = read(tmp_path, "HARDWARE=gpu").problems
+    assert problem.id == "gpus.unknown-word"
+    assert set(problem.remedy.removeprefix("Write one of ").split(", ")) == kinds
 
 
 def test_a_missing_default_file_is_no_file(tmp_path: Path) -> None:

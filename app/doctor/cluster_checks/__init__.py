@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from app.doctor.cluster_checks.mtu import judge_mtu
-from app.doctor.findings import Finding, Row, Severity, green, red, skipped, told, yellow
+from app.doctor.findings import Finding, Row, Severity, from_sentence, green, red, skipped, yellow
 from app.doctor.results import Found, Measured
 from app.gang.agreement import differences, told_nodes
 from app.gang.probes import allow
@@ -47,7 +47,7 @@ def judge_present(measured: Measured) -> Found:
         else:
             yield rank, green("present", "host {host}", host=node.host)
     for sentence in measured.doubles:
-        yield min(measured.nodes), told("rank-claimed-twice", "rank", Severity.RED, sentence)
+        yield min(measured.nodes), from_sentence("rank-claimed-twice", "rank", Severity.RED, sentence)
 
 
 def judge_agree(measured: Measured) -> Found:

@@ -124,7 +124,7 @@ def _nccl_fallback(found: Collective) -> Finding | None:
 
 
 def _named(log: NcclLog) -> str:
-    return ", ".join(log.devices) or "devices not told"
+    return ", ".join(log.devices) or "devices unknown"
 
 
 def _used(found: Collective) -> str:

@@ -14,7 +14,7 @@ PATIENCE = 5.0
 """Seconds for each answer: an engine that hangs must not stop doctor."""
 
 
-def look_at_engine() -> dict[str, str]:
+def engine_versions() -> dict[str, str]:
     """Versions by name; "" for what is here and gives none. Empty in a container, which has none of the commands."""
     return {name: _version(command) for name, command in COMMANDS.items() if shutil.which(command[0])}
 

@@ -7,7 +7,7 @@ from app.doctor.collect.engine import COMMANDS
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Severity, green, red, skipped, yellow
 from app.host.accelerators import vendor_of
-from app.host.accelerators.gpu import GpuFault, GpuHealth, GpuLook
+from app.host.accelerators.gpu import GpuFault, GpuHealth, GpuState
 
 FREE_RED, FREE_YELLOW = 1 << 30, 10 << 30
 FEW_INODES = 1000
@@ -23,7 +23,7 @@ SLOW_CLOCKS = ("hpet", "acpi_pm", "jiffies")
 
 def check_gpus(facts: Facts) -> tuple[Finding, ...]:
     """Their health, and how they reach each other."""
-    gpus, seen = facts.host.gpus, facts.look.gpus
+    gpus, seen = facts.host.gpus, facts.live.gpus
     if not gpus.visible:
         return (skipped("gpus", "no GPU here: workers run on the CPU"),)
     fixes = vendor_of(gpus).fixes
@@ -59,7 +59,7 @@ def _gpu_health(gpu: GpuHealth, fixes: Mapping[str, str]) -> Iterator[Finding]:
         yield yellow(id_, "gpus", text, fix(id_), gpu=gpu.index)
 
 
-def _gpu_peers(seen: GpuLook, fixes: Mapping[str, str]) -> Iterator[Finding]:
+def _gpu_peers(seen: GpuState, fixes: Mapping[str, str]) -> Iterator[Finding]:
     """What is in the way between GPUs, and from network cards into them."""
     translated = sorted({kind for kind in seen.iommu.values() if kind.startswith("DMA")})
     if translated:
@@ -107,7 +107,7 @@ def check_limits(facts: Facts) -> tuple[Finding, ...]:
 
 def check_disk(facts: Facts) -> tuple[Finding, ...]:
     """The file system below the checkpoint folder: room, writable, how fast."""
-    disk = facts.look.disk
+    disk = facts.live.disk
     if disk is None:
         return (skipped("disk", "the checkpoint folder is not decided"),)
     folder = disk.folder
@@ -136,7 +136,7 @@ def check_disk(facts: Facts) -> tuple[Finding, ...]:
 
 
 def check_clock(facts: Facts) -> tuple[Finding, ...]:
-    source = facts.look.clock_source
+    source = facts.live.clock_source
     if source in SLOW_CLOCKS:
         text = "The kernel's clock source is {source}: reading the time is slow, and torch reads it often."
         fix = "dmesg | grep -i tsc   # why the kernel gave up the processor's own clock"
@@ -148,10 +148,10 @@ def check_clock(facts: Facts) -> tuple[Finding, ...]:
 
 def check_engine(facts: Facts) -> tuple[Finding, ...]:
     """Versions, where doctor runs beside the engine and not inside it."""
-    versions = {name: version for name, version in facts.look.engine.items() if version}
+    versions = {name: version for name, version in facts.live.engine.items() if version}
     if not versions:
         asked = "; ".join(" ".join(command) for command in COMMANDS.values())
-        where = "does not answer here" if facts.look.engine else "not visible from inside a container"
+        where = "does not answer here" if facts.live.engine else "not visible from inside a container"
         return (skipped("engine", "{where}; on the machine itself: {commands}", where=where, commands=asked),)
     compose = versions.get("Compose")
     if compose and tuple(map(int, compose.split(".")[:2])) < OLDEST_COMPOSE:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from app.doctor.collect.look import Look
+from app.doctor.collect.live import LiveFacts
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Value, green, red, skipped, yellow
 from app.host.addresses import is_loopback
@@ -31,13 +31,13 @@ def check_network(facts: Facts) -> tuple[Finding, ...]:
     if not nic:
         return (skipped("network", "no interface chosen, see the other findings"),)
     parts = [nic, *(below for below in facts.host.nics if below.name in nic.lower)]
-    found = tuple(finding for part in parts for finding in _nic_health(part, facts.look))
+    found = tuple(finding for part in parts for finding in _nic_health(part, facts.live))
     description = ", ".join(describe(nic, facts.host))
     return found or (green("network", "{nic}: {description}, no errors", nic=nic.name, description=description),)
 
 
-def _nic_health(nic: Nic, look: Look) -> Iterator[Finding]:
-    health = look.nics.get(nic.name)
+def _nic_health(nic: Nic, live: LiveFacts) -> Iterator[Finding]:
+    health = live.nics.get(nic.name)
     if health is None:
         return
     if health.duplex == "half":
@@ -86,7 +86,7 @@ def check_ports(facts: Facts) -> tuple[Finding, ...]:
         wanted["CONTROL_PORT"] = control
     found = []
     for name, port in wanted.items():
-        takers = {address for address, taken in facts.look.listening if taken == port}
+        takers = {address for address, taken in facts.live.listening if taken == port}
         if any(_in_the_way(name, taker, plan) for taker in takers):
             text = "{name} {port} is taken on {addresses} by another job or service."
             fix = f"sudo ss -ltnp 'sport = :{port}'   # then stop it, or set another MASTER_PORT on all nodes"
@@ -110,7 +110,7 @@ def check_rdma(facts: Facts) -> tuple[Finding, ...]:
     ports = facts.host.rdma_ports
     if not ports:
         return (skipped("rdma", "no InfiniBand or RoCE device"),)
-    found = tuple(finding for port in ports for finding in _rdma_health(port.name, facts.look))
+    found = tuple(finding for port in ports for finding in _rdma_health(port.name, facts.live))
     if found:
         return found
     chosen = facts.decision("RDMA ports")
@@ -119,8 +119,8 @@ def check_rdma(facts: Facts) -> tuple[Finding, ...]:
     return (green("rdma", "{ports}: {reason}", ports=chosen.value, reason=chosen.reason),)
 
 
-def _rdma_health(port: str, look: Look) -> Iterator[Finding]:
-    counts = look.rdma.get(port, {})
+def _rdma_health(port: str, live: LiveFacts) -> Iterator[Finding]:
+    counts = live.rdma.get(port, {})
     high = {name: counts[name] for name, (limit, _) in RDMA_LIMITS.items() if counts.get(name, 0) >= limit}
     if high:
         text = "{port} counts errors since its driver was loaded: {counters}."

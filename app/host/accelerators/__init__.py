@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from app.host.accelerators import amd, nvidia
-from app.host.accelerators.gpu import GpuFault, GpuLook, Gpus, Vendor
+from app.host.accelerators.gpu import GpuFault, Gpus, GpuState, Vendor
 from app.host.accelerators.kernel_log import kernel_log
 from app.host.files import text
 
@@ -30,14 +30,14 @@ def read_gpus(root: Path) -> Gpus:
     return next((gpus for gpus in found if gpus.visible), next((gpus for gpus in found if gpus.on_bus), found[0]))
 
 
-def look_at_gpus(root: Path, gpus: Gpus) -> GpuLook:
+def read_state(root: Path, gpus: Gpus) -> GpuState:
     """Their state. Never raises."""
     if not gpus.visible:
-        return GpuLook()
+        return GpuState()
     vendor = vendor_of(gpus)
     state = vendor.state(root, gpus)
     bridges = {bridge for gpu in gpus.visible for bridge in gpu.pci[:-1]}
-    return GpuLook(
+    return GpuState(
         health=state.health,
         failure=state.failure,
         iommu=_iommu(root, [gpu.bus for gpu in gpus.visible if gpu.bus]),

@@ -58,7 +58,7 @@ class GpuFault:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GpuLook:
+class GpuState:
     """Live facts of this node's GPUs."""
 
     health: tuple[GpuHealth, ...] = ()

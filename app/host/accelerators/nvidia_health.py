@@ -23,6 +23,8 @@ REASONS = {
     "U": "unknown",
 }
 """Legend of `nvidia-smi topo -p2p`, in the order of NVML's nvmlGpuP2PStatus_t from 1 on."""
+P2P_READ = 0
+"""NVML_P2P_CAPS_INDEX_READ, which nvidia-ml-py has as the tuple (0,) by mistake (13.615)."""
 DEAD_XIDS = frozenset({48, 64, 74, 79, 95, 119, 120, 140})
 """Memory that could not be remapped, NVLink, fallen off the bus, uncontained memory error, firmware that hangs
 (NVIDIA: XID errors, the catalogue)."""
@@ -49,7 +51,7 @@ def ask_nvml() -> LiveState | None:
         health = tuple(_health(nvml, index, handle) for index, handle in enumerate(handles))
         apart = []
         for (one, first), (other, second) in combinations(enumerate(handles), 2):
-            status = _asked(nvml, "nvmlDeviceGetP2PStatus", first, second, nvml.NVML_P2P_CAPS_INDEX_READ)
+            status = _asked(nvml, "nvmlDeviceGetP2PStatus", first, second, P2P_READ)
             if 0 < status <= len(REASONS):
                 apart.append((one, other, [*REASONS.values()][status - 1]))
         return LiveState(health=health, apart=tuple(apart))

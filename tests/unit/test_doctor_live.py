@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.doctor.collect.look import Disk, look, look_at_disk
+from app.doctor.collect.live import Disk, collect, probe_disk
 from app.host import Host, probe
 from app.host.accelerators import ACS
 from app.host.accelerators.gpu import GpuFault, GpuHealth
@@ -39,7 +39,7 @@ def test_counters_are_read_and_zeros_left_out(tmp_path: Path) -> None:
     write(port / "counters/symbol_error", "99\n")
     write(port / "counters/link_downed", "0\n")
     write(port / "hw_counters/local_ack_timeout_err", "5\n")
-    found = look(tmp_path, probe(tmp_path), None)
+    found = collect(tmp_path, probe(tmp_path), None)
     health = found.nics["ens6f0np0"]
     assert (health.duplex, health.packets, health.errors, health.flaps) == ("full", 110, {"rx_crc_errors": 7}, 12)
     assert found.rdma["mlx5_4:1"] == {"symbol_error": 99, "local_ack_timeout_err": 5}
@@ -49,7 +49,7 @@ def test_counters_are_read_and_zeros_left_out(tmp_path: Path) -> None:
 def test_only_listening_sockets_count_and_addresses_are_read_in_the_kernels_byte_order(tmp_path: Path) -> None:
     write(tmp_path / "proc/net/tcp", TCP)
     write(tmp_path / "proc/net/tcp6", TCP6)
-    assert look(tmp_path, Host(), None).listening == {
+    assert collect(tmp_path, Host(), None).listening == {
         ("127.0.0.1", 29400),
         ("0.0.0.0", 22),
         ("::", 29401),
@@ -59,16 +59,16 @@ def test_only_listening_sockets_count_and_addresses_are_read_in_the_kernels_byte
 
 def test_a_listener_of_this_machine_is_seen() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        assert ("127.0.0.1", server.getsockname()[1]) in look(Path("/"), Host(), None).listening
+        assert ("127.0.0.1", server.getsockname()[1]) in collect(Path("/"), Host(), None).listening
 
 
 def test_an_empty_machine_tells_nothing_and_raises_nothing(tmp_path: Path) -> None:
-    found = look(tmp_path, Host(), None)
+    found = collect(tmp_path, Host(), None)
     assert (found.nics, found.rdma, found.disk, found.listening, found.clock_source) == ({}, {}, None, frozenset(), "")
 
 
 def test_the_disk_below_a_folder_that_is_not_made_yet_is_measured_and_left_clean(tmp_path: Path) -> None:
-    disk = look_at_disk(tmp_path / "runs/default/checkpoints")
+    disk = probe_disk(tmp_path / "runs/default/checkpoints")
     assert (disk.folder, disk.failure) == (str(tmp_path), "")
     assert disk.speed
     assert 0 < disk.free <= disk.total
@@ -79,8 +79,8 @@ def test_a_disk_that_refuses_to_be_written_says_why(monkeypatch: pytest.MonkeyPa
     def refuse(**_where: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("app.doctor.collect.look.tempfile.TemporaryFile", refuse)
-    disk = look_at_disk(tmp_path)
+    monkeypatch.setattr("app.doctor.collect.live.tempfile.TemporaryFile", refuse)
+    disk = probe_disk(tmp_path)
     assert disk == Disk(
         folder=str(tmp_path),
         free=disk.free,
@@ -100,27 +100,27 @@ def test_a_checkpoint_folder_below_one_that_may_not_be_entered_is_told_and_raise
 
     monkeypatch.setattr(Path, "is_dir", refuse)
     folder = tmp_path / "of another user/checkpoints"
-    assert look_at_disk(folder) == Disk(folder=str(folder), failure="Permission denied")
+    assert probe_disk(folder) == Disk(folder=str(folder), failure="Permission denied")
 
 
 def test_a_file_system_that_does_not_answer_does_not_hold_up_doctor(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     never = threading.Event()
-    monkeypatch.setattr("app.doctor.collect.look.STAT_LIMIT", 0.05)
-    monkeypatch.setattr("app.doctor.collect.look.os.statvfs", lambda _place: never.wait(20))
+    monkeypatch.setattr("app.doctor.collect.live.STAT_LIMIT", 0.05)
+    monkeypatch.setattr("app.doctor.collect.live.os.statvfs", lambda _place: never.wait(20))
     try:
-        assert look_at_disk(tmp_path).failure.startswith("no answer within")
+        assert probe_disk(tmp_path).failure.startswith("no answer within")
     finally:
         never.set()
 
 
 def test_a_write_that_hangs_does_not_hold_up_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     never = threading.Event()
-    monkeypatch.setattr("app.doctor.collect.look.PROBE_LIMIT", 0.05)
-    monkeypatch.setattr("app.doctor.collect.look.os.fsync", lambda _descriptor: never.wait(20))
+    monkeypatch.setattr("app.doctor.collect.live.PROBE_LIMIT", 0.05)
+    monkeypatch.setattr("app.doctor.collect.live.os.fsync", lambda _descriptor: never.wait(20))
     try:
-        assert look_at_disk(tmp_path).speed is None
+        assert probe_disk(tmp_path).speed is None
     finally:
         never.set()
 
@@ -138,7 +138,7 @@ def test_how_the_iommu_treats_a_gpu_is_read(tmp_path: Path) -> None:
     MACHINES["classic_a"](tmp_path)
     host = probe(tmp_path)
     write(tmp_path / "sys/bus/pci/devices/0000:43:00.0/iommu_group/type", "DMA-FQ\n")
-    assert look(tmp_path, host, None).gpus.iommu == {"0000:43:00.0": "DMA-FQ"}
+    assert collect(tmp_path, host, None).gpus.iommu == {"0000:43:00.0": "DMA-FQ"}
 
 
 def test_pairs_of_gpus_that_do_not_reach_each_other_are_read() -> None:
@@ -170,7 +170,7 @@ def test_errors_of_the_driver_are_read_from_the_kernels_log(tmp_path: Path) -> N
     )
     write(tmp_path / "dev/kmsg", log)
     dead = GpuFault(bus="0000:43:00", name="Xid 79", dead=True)
-    assert look(tmp_path, probe(tmp_path), None).gpus.faults == (dead,)
+    assert collect(tmp_path, probe(tmp_path), None).gpus.faults == (dead,)
     assert read_xids("", since=0.0) == ()
     assert read_xids(log, since=74889.0) == (dead,)
     assert read_xids(log, since=74890.0) == ()
@@ -187,4 +187,4 @@ def test_a_bridge_above_a_gpu_that_redirects_traffic_is_found(tmp_path: Path, co
     config[0x14E:0x150] = control.to_bytes(2, "little")
     (tmp_path / "sys/bus/pci/devices" / bridge).mkdir(parents=True, exist_ok=True)
     (tmp_path / "sys/bus/pci/devices" / bridge / "config").write_bytes(config)
-    assert look(tmp_path, host, None).gpus.redirecting == ((bridge,) if redirects else ())
+    assert collect(tmp_path, host, None).gpus.redirecting == ((bridge,) if redirects else ())

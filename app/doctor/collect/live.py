@@ -11,10 +11,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
 
-from app.doctor.collect.engine import look_at_engine
+from app.doctor.collect.engine import engine_versions
 from app.host import Host
-from app.host.accelerators import look_at_gpus
-from app.host.accelerators.gpu import GpuLook
+from app.host.accelerators import read_state
+from app.host.accelerators.gpu import GpuState
 from app.host.addresses import canonical
 from app.host.files import entries, number, text
 
@@ -61,7 +61,7 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
+class LiveFacts:
     """Live facts of this node."""
 
     nics: Mapping[str, NicHealth] = field(default_factory=dict)
@@ -71,24 +71,24 @@ class Look:
     listening: frozenset[tuple[str, int]] = frozenset()
     """(address, port) of every listening TCP socket of this network namespace."""
     clock_source: str = ""
-    gpus: GpuLook = field(default_factory=GpuLook)
+    gpus: GpuState = field(default_factory=GpuState)
     engine: Mapping[str, str] = field(default_factory=dict)
     """Versions of the container engine and its parts, by name; "" for one that gives none."""
 
 
-def look(root: Path, host: Host, folder: Path | None) -> Look:
-    """Looks below `root`; `folder` is where checkpoints go, None to leave the disk alone. Takes about a second."""
-    return Look(
+def collect(root: Path, host: Host, folder: Path | None) -> LiveFacts:
+    """Reads below `root`; `folder` is where checkpoints go, None to leave the disk alone. Takes about a second."""
+    return LiveFacts(
         nics={nic.name: _nic(root / "sys/class/net" / nic.name) for nic in host.nics if nic.kind != "loopback"},
         rdma={
             port.name: _rdma(root / "sys/class/infiniband" / port.device / "ports" / str(port.port))
             for port in host.rdma_ports
         },
-        disk=None if folder is None else look_at_disk(folder),
+        disk=None if folder is None else probe_disk(folder),
         listening=frozenset(_listening(root)),
         clock_source=text(root / "sys/devices/system/clocksource/clocksource0/current_clocksource") or "",
-        gpus=look_at_gpus(root, host.gpus),
-        engine=look_at_engine() if root == Path("/") else {},
+        gpus=read_state(root, host.gpus),
+        engine=engine_versions() if root == Path("/") else {},
     )
 
 
@@ -125,7 +125,7 @@ def _unhex(digits: str) -> str:
     return canonical(str(ip_address(raw)))
 
 
-def look_at_disk(folder: Path) -> Disk:
+def probe_disk(folder: Path) -> Disk:
     """Free space, and a short write, at the nearest folder that exists. Leaves nothing behind; never raises."""
     try:
         place, found = within(STAT_LIMIT, lambda: _file_system(folder))
