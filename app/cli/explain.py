@@ -12,12 +12,13 @@ from typing import TextIO
 from app.config.envfile import SECRETS
 from app.config.errors import printable
 from app.config.options import Parser, script_line
-from app.config.problems import count
+from app.config.problems import Problem, count
 from app.config.settings import BY_NAME, read_settings
 from app.config.table import LEAST_WIDTH, PLAIN, wrapped
 from app.plan import Draft, Plan, draft, probe_for
 from app.plan.decisions import Decision
 from app.plan.places import results
+from app.report.redaction import redact, redact_data, settings_secrets
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Node", ("rank", "names", "ports")),
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -
     own, script = script_line(arguments)
     wanted = options(own)
     settings = read_settings(environ, env_file, script)
-    return explain(draft(settings, probe_for(settings)), as_json=wanted.json)
+    found = draft(settings, probe_for(settings))
+    return explain(found, as_json=wanted.json, secrets=settings_secrets(settings, found.plan))
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -53,11 +55,12 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.read(arguments)
 
 
-def explain(found: Draft, *, as_json: bool = False, out: TextIO | None = None) -> int:
-    """Prints what a launch would use. Exit code 0, or 2 if settings are wrong."""
+def explain(found: Draft, *, as_json: bool = False, out: TextIO | None = None, secrets: Sequence[str] = ()) -> int:
+    """Prints what a launch would use, without secrets. Exit code 0, or 2 if settings are wrong."""
+    found = _without(found, secrets)
     target = sys.stdout if out is None else out
     if as_json:
-        text = to_json(found)
+        text = to_json(found, secrets)
     elif target.isatty():
         import shutil
 
@@ -148,7 +151,34 @@ def to_table(found: Draft, width: int, *, colour: bool) -> str:
     return "\n".join(lines).rstrip()
 
 
-def to_json(found: Draft) -> str:
+def _without(found: Draft, secrets: Sequence[str]) -> Draft:
+    """The draft without secrets in what it tells; before lines are wrapped, which would tear them."""
+
+    def clean(text: str) -> str:
+        return redact(text, secrets)
+
+    def told(problem: Problem) -> Problem:
+        values = {name: clean(value) if isinstance(value, str) else value for name, value in problem.values.items()}
+        return replace(problem, values=values, details=tuple(map(clean, problem.details)))
+
+    decisions = [
+        replace(
+            each,
+            value=clean(each.value),
+            reason=clean(each.reason),
+            rejected=tuple(clean(text) for text in each.rejected),
+        )
+        for each in found.decisions
+    ]
+    return replace(
+        found,
+        decisions=tuple(decisions),
+        warnings=tuple(map(told, found.warnings)),
+        problems=tuple(map(told, found.problems)),
+    )
+
+
+def to_json(found: Draft, secrets: Sequence[str] = ()) -> str:
     """The same for machines: `plan` (null if something is wrong), `decisions`, `warnings`, `problems`."""
     import json
 
@@ -164,7 +194,7 @@ def to_json(found: Draft) -> str:
         "warnings": [each.to_dict() for each in found.warnings],
         "problems": [each.to_dict() for each in found.problems],
     }
-    return json.dumps(content, indent=2, default=str)
+    return json.dumps(redact_data(content, secrets), indent=2, default=str)
 
 
 def _public(plan: Plan) -> dict[str, str]:

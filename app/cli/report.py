@@ -2,53 +2,20 @@
 
 import argparse
 import io
-import json
-import re
 import sys
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import quote
 
 from app.cli.explain import to_lines
 from app.config.errors import UserError
 from app.config.options import Parser
-from app.config.settings import Settings, read_settings
+from app.config.settings import read_settings
 from app.plan import Draft, draft, probe_for
 from app.report.node_report import READ_BYTES, stored
+from app.report.redaction import redact, settings_secrets
 
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE|CREDENTIAL|AUTH", re.IGNORECASE)
-SHORTEST_SECRET = 6
-"""Characters: shorter values ("1", "true") would blot out half of every log."""
-KEY = r"(?:api|access|account|auth|encryption|license|master|private|secret|signing|storage|wandb)[-_]?key"
-PATTERNS = (
-    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.{0,8192}?-----END [A-Z ]*PRIVATE KEY-----|.{0,8192})"),
-    # The file's end may begin within one.
-    re.compile(r"\A(?s:.{0,8192}?)-----END [A-Z ]*PRIVATE KEY-----"),
-    re.compile(r"(?<=://)[^/\s:@]+:[^/\s\"']+(?=@)"),
-    re.compile(r"(?<=://)[A-Za-z0-9_-]{16,}(?=@)"),
-    re.compile(
-        r"(?i)[?&;](?:sig|signature|x-amz-signature|x-amz-credential|x-goog-signature)=(?P<secret>[^&\s\"']{6,})"
-    ),
-    re.compile(r"(?i)(?<=bearer )[A-Za-z0-9._~+/=-]{8,}"),
-    re.compile(r"(?i)authorization[\"']?\s*[=:]\s*[\"']?basic\s+(?P<secret>[A-Za-z0-9+/=]{8,})"),
-    re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+"),
-    re.compile(r"\b(?:hf_|ghp_|gho_|github_pat_|glpat-|sk-|xox[abp]-|AKIA|ASIA|AIza)[A-Za-z0-9_-]{12,}"),
-    re.compile(
-        r"(?i)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API[_-]?KEY|ACCESS[_-]?KEY|CREDENTIALS?)[\"']?\s*[=:]\s*"
-        r"[\"']?(?P<secret>[^\s\"',;}<\[][^\s\"',;}]{5,})"
-    ),
-    re.compile(
-        rf"(?i)(?<![\w-])--?(?!(?:bos|cls|eos|image|mask|pad|sep|unk)[-_])(?:[a-z0-9]+[-_]){{0,6}}"
-        rf"(?:token|secret|passw(?:or)?d|passphrase|{KEY}|credentials?)"
-        rf"(?:\s+|[\"']\s*,\s*[\"'])[\"']?(?P<secret>[^\s\"',;}}<\[-][^\s\"',;}}]{{5,}})"
-    ),
-)
-"""What looks like a secret wherever it stands: private keys, user and password in an address, signed addresses,
-headers, known forms of keys, NAME=value, `--name value`. Repetitions are bounded: a log may be one line of a megabyte.
-"""
-REMOVED = "[removed]"
 TEXTS = ("report/*/report.*", "report/*/stalls/*.json", "logs/*/*.error.json", "logs/*/rounds.jsonl", "logs/*/*/*/*/*")
 RECORDS = "logs/*/flight_recorder_rank_*"
 LARGEST_RECORD = 16 << 20
@@ -62,11 +29,12 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
     settings = read_settings(environ, env_file)
     found = draft(settings, probe_for(settings))
     run_dir = found.run_dir
+    secrets = settings_secrets(settings, found.plan)
     try:
         if not wanted.bundle:
-            print(told(run_dir))
+            print(redact(told(run_dir), secrets))
             return 0
-        packed = bundle(run_dir, found, secrets_of(settings, found))
+        packed = bundle(run_dir, found, secrets)
     except OSError as error:
         raise UserError(f"{error.filename or run_dir} cannot be read: {error.strerror}.") from None
     if wanted.bundle == "-":
@@ -125,7 +93,14 @@ def bundle(run_dir: Path, found: Draft, secrets: Iterable[str]) -> bytes:
 
 
 def _files(run_dir: Path, patterns: Iterable[str]) -> list[Path]:
-    return sorted(file for pattern in patterns for file in run_dir.glob(pattern) if file.is_file())
+    """Files of this folder: what links lead to is not the run's, and may be anybody's."""
+    found = sorted(file for pattern in patterns for file in run_dir.glob(pattern))
+    return [file for file in found if file.is_file() and not _linked(file, run_dir)]
+
+
+def _linked(file: Path, run_dir: Path) -> bool:
+    inner = file.relative_to(run_dir)
+    return any((run_dir / part).is_symlink() for part in (inner, *inner.parents[:-1]))
 
 
 def _end_of(file: Path) -> str:
@@ -152,38 +127,3 @@ def _record(file: Path, secrets: Sequence[str]) -> bytes:
         raw = secret.encode(errors="surrogateescape")
         content = content.replace(raw, b"*" * len(raw))
     return content
-
-
-def secrets_of(settings: Settings, found: Draft) -> tuple[str, ...]:
-    """Values that must not leave this machine: variables with a telling name, and the cluster token."""
-    values = [value.text for name, value in settings.values.items() if value.secret or SECRET_NAME.search(name)]
-    token = settings.text("CLUSTER_TOKEN_FILE")
-    paths = {token, *(str(found.plan.token_file) for _ in [0] if found.plan and found.plan.token_file)}
-    for path in filter(None, paths):
-        try:
-            values.append(Path(path).read_text(encoding="utf-8", errors="replace").strip())
-        except OSError:
-            continue
-    # A path to a secret is none, and explains much.
-    secrets = {value for value in values if len(value) >= SHORTEST_SECRET and value not in paths}
-    return tuple({form for value in secrets for form in _forms(value)})
-
-
-def _forms(value: str) -> tuple[str, ...]:
-    """A value as it may stand in a file: as it is, in JSON, in Python's notation, in a shell's and in an address."""
-    escaped = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
-    return (value, *escaped, value.replace("'", "'\"'\"'"), quote(value, safe="", errors="replace"))
-
-
-def redact(content: str, secrets: Iterable[str]) -> str:
-    """`content` without the `secrets`, longest first, and without what looks like one."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        content = content.replace(secret, REMOVED)
-    for pattern in PATTERNS:
-        content = pattern.sub(_blot, content)
-    return content
-
-
-def _blot(found: re.Match[str]) -> str:
-    secret = found.groupdict().get("secret")
-    return REMOVED if secret is None else found[0].replace(secret, REMOVED)

@@ -11,6 +11,7 @@ from app.config.options import Parser, script_line
 from app.config.problems import refusal
 from app.config.settings import Settings, read_settings
 from app.plan import Plan, make_plan, probe_for
+from app.report.redaction import redact, settings_secrets
 from app.supervise.node import supervise
 from app.supervise.restart_guard import read_final, write_final
 from app.supervise.unfit import tell_node_0
@@ -57,7 +58,8 @@ def carry_out(settings: Settings) -> int:
     plan = make_plan(settings, probe_for(settings))
     if not isinstance(plan, Plan):
         raise refusal(plan)
-    show(f"{short(plan)}\n", sys.stdout)
+    secrets = settings_secrets(settings, plan)
+    show(f"{redact(short(plan), secrets)}\n", sys.stdout)
     for warning in plan.warnings:
-        show(f"warning: {warning.message}\n", sys.stderr)
+        show(f"warning: {redact(warning.message, secrets)}\n", sys.stderr)
     return supervise(plan)

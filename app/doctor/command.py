@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from app.config.errors import UserError
@@ -22,6 +23,7 @@ from app.host import probe
 from app.plan import Plan, draft
 from app.plan.node_list import names_to_resolve
 from app.plan.script import files_to_look_at
+from app.report.redaction import plan_secrets, redact
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | None) -> int:
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
     # A node alone with several workers has a collective to try, and nobody to meet.
     if facts.plan and facts.plan.world_size > 1 and not wanted.alone:
         rows = with_others(facts, facts.plan, rows[0], wanted.wait)
-    print(shown(rows, as_json=wanted.json))
+    print(shown([without_secrets(row, facts) for row in rows], as_json=wanted.json))
     return exit_code(rows)
 
 
@@ -118,11 +120,22 @@ def gather_facts(settings: Settings, root: Path = Path("/")) -> Facts:
 
 
 def own_row(facts: Facts) -> Row:
+    """Without secrets: the other nodes get it."""
     plan = facts.plan
-    findings = check_node(facts)
-    if plan is None:
-        return Row(rank=-1, address=facts.host.hostname, findings=findings)
-    return Row(rank=plan.nodes.rank, address=plan.network.address, findings=findings)
+    rank, address = (plan.nodes.rank, plan.network.address) if plan else (-1, facts.host.hostname)
+    return without_secrets(Row(rank=rank, address=address, findings=check_node(facts)), facts)
+
+
+def without_secrets(row: Row, facts: Facts) -> Row:
+    secrets = plan_secrets(facts.plan, os.environ)
+
+    def clean(finding: Finding) -> Finding:
+        told = {
+            name: redact(value, secrets) if isinstance(value, str) else value for name, value in finding.values.items()
+        }
+        return replace(finding, values=told, fix=redact(finding.fix, secrets))
+
+    return replace(row, findings=tuple(map(clean, row.findings)))
 
 
 def shown(rows: Sequence[Row], *, as_json: bool) -> str:

@@ -31,6 +31,8 @@ from app.engine.output import in_pipes
 Tell = Callable[[dict[str, object]], None]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Those that torch handles."""
+LONGEST = 4096
+"""Characters of an error that are told: the missing keys of a checkpoint may be megabytes."""
 SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - as in worker.py
 
 
@@ -53,7 +55,7 @@ def run(arguments: list[str], grace: int | None, tell: Tell) -> int:
     except Exception as error:
         # torchrun itself, such as on a full disk.
         signals.ignore()
-        itself = {"rank": -1, "exitcode": 1, "text": f"{type(error).__name__}: {error}", "time": time.time()}
+        itself = {"rank": -1, "exitcode": 1, "text": f"{type(error).__name__}: {error}"[:LONGEST], "time": time.time()}
         tell({"event": "failed", "failures": [itself]})
         raise
     finally:
@@ -157,7 +159,7 @@ def facts(rank: int, failure: ProcessFailure) -> dict[str, object]:
         "local_rank": failure.local_rank,
         "pid": failure.pid,
         "exitcode": failure.exitcode,
-        "text": str(text) or spare(failure.pid),
+        "text": (str(text) or spare(failure.pid))[:LONGEST],
         "time": failure.timestamp,
     }
 

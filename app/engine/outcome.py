@@ -18,6 +18,21 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What its own node knows of a failure."""
+
+    words: str = ""
+    """The exception, or where it left none the last error in its log."""
+    note: str = ""
+    """What is known of a signal: that the kernel killed for memory."""
+    place: str = ""
+    """`File "train.py", line 5, in step`."""
+    cause: str = ""
+    fix: str = ""
+    """Of a known error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How one torchrun ended. `failures` is empty when its workers ended well or were told to end."""
 

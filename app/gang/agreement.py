@@ -15,7 +15,7 @@ TOLERATED = {"cuda driver", "gpus", "hcas", "link layer", "mtu", "python", "torc
 """Facts that may differ for a good reason: said, not refused. So may times, whatever tunes NCCL, and packages."""
 MOST_LINES, MOST_VALUES = 12, 8
 """Of a table: two images can differ in hundreds of packages, 1,000 nodes in as many values of one fact."""
-CURES = {
+FIXES = {
     "NODES": "Copy one .env to all nodes.",
     "NNODES": "Copy one .env to all nodes.",
     "NPROC_PER_NODE": "Set NPROC_PER_NODE to one number on all nodes.",
@@ -96,8 +96,8 @@ def _table(facts: Mapping[int, Facts], names: Sequence[str]) -> str:
     width = max((len(name) for name in shown), default=0)
     lines = [f"  {name:{width}}  {'   '.join(_by_value(facts, name))}" for name in shown]
     lines += [f"  and {len(names) - len(shown)} more"] if len(names) > len(shown) else []
-    cures = dict.fromkeys(CURES[key] for name in names for key in CURES if name.partition(" ")[0] == key)
-    return "\n".join([*lines, *(f"  {text}" for text in cures)])
+    fixes = dict.fromkeys(FIXES[key] for name in names for key in FIXES if name.partition(" ")[0] == key)
+    return "\n".join([*lines, *(f"  {text}" for text in fixes)])
 
 
 def _by_value(facts: Mapping[int, Facts], name: str) -> list[str]:

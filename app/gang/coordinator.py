@@ -247,13 +247,13 @@ class Coordinator(Session):
         self._cause = told = summarize(failures)
         if cause.not_retryable and not self._has_progressed:
             end = "Not started again, since it would end the same way."
-            raise JobEnded(cause.code, f"{told}. {cause.not_retryable}. {end}", cause.cause, cause.fix)
+            raise JobEnded(cause.code, f"{told}. {cause.not_retryable}. {end}", cause.found.cause, cause.found.fix)
         if self.failures > most:
             tries = f"{self.failures} failures in a row without a new checkpoint (MAX_RESTARTS={most})"
-            raise JobEnded(cause.code, f"{told}. {tries}" if most else told, cause.cause, cause.fix)
+            raise JobEnded(cause.code, f"{told}. {tries}" if most else told, cause.found.cause, cause.found.fix)
         if any(cause.signature) and cause.signature == self._signature:
             twice = "The same error at the same place twice, without a new checkpoint between: not started again."
-            raise JobEnded(cause.code, f"{told}. {twice}", cause.cause, cause.fix)
+            raise JobEnded(cause.code, f"{told}. {twice}", cause.found.cause, cause.found.fix)
         self._signature = cause.signature
         pause = min(2.0 ** (self.failures - 2), LONGEST_PAUSE) if self.failures > 1 else 0.0
         when = f" in {pause:.0f} s" if pause else ""

@@ -62,9 +62,12 @@ async def accept(connection: Connection, token: bytes) -> Message:
     if version != VERSION:
         raise ProtocolError(f"it speaks version {version} of the protocol, this node version {VERSION}: use one image")
     keys = _Keys.make(token, connection.there, connection.here, nonce, mine)
-    told = text(await connection.expect("proof"), "proof", 64)
-    if not hmac.compare_digest(told.encode(), keys.client_proof.encode()):
+    told = await connection.expect("proof")
+    own = text(told, "here", 64)
+    if not hmac.compare_digest(text(told, "proof", 64).encode(), keys.client_proof.encode()):
         connection.send("refuse")
+        if own != connection.there:
+            raise UntrustedError(_translated(own, connection.there))
         raise UntrustedError("its CLUSTER_TOKEN_FILE is not that of node 0")
     connection.send("welcome", proof=keys.server_proof)
     connection.authenticate(send_key=keys.to_client, receive_key=keys.to_server)
@@ -82,7 +85,7 @@ async def introduce(connection: Connection, token: bytes, hello: Mapping[str, ob
     has_token, seen = answer.get("token") is True, text(answer, "seen", 64)
     keys = _Keys.make(token, connection.here, connection.there, nonce, theirs)
     # Also a proof that cannot fit is sent, so that node 0 can name this node at once.
-    connection.send("proof", proof=keys.client_proof)
+    connection.send("proof", proof=keys.client_proof, here=connection.here)
     welcome = await connection.receive()
     if welcome["kind"] != "welcome" or not hmac.compare_digest(
         text(welcome, "proof", 64).encode(), keys.server_proof.encode()
@@ -98,8 +101,12 @@ def _untrusted(token: bytes, *, has_token: bool, seen: str, own: str) -> str:
     if has_token and not token:
         return "node 0 asks for a cluster token. Set CLUSTER_TOKEN_FILE to the file that node 0 has."
     if seen != own:
-        return f"this node's address {own} arrives at node 0 as {seen}: no NAT or proxy may be between the nodes."
+        return _translated(own, seen)
     return "CLUSTER_TOKEN_FILE differs from that of node 0. Copy the same file to all nodes."
+
+
+def _translated(own: str, seen: str) -> str:
+    return f"its address {own} arrives at node 0 as {seen}: no NAT or proxy may be between the nodes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

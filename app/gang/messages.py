@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from app.engine.outcome import Collective, Stall
+from app.engine.outcome import Collective, Explanation, Stall
 from app.gang.connection import Message, ProtocolError, integer, items, printable, text
 
 MOST_RANKS = 64
@@ -46,20 +46,13 @@ class WorkerReport:
 
     rank: int
     exitcode: int
-    text: str
     time: float
     """Seconds since the epoch, on the clock of its node."""
     halted: bool
     """It had been told to end before it failed."""
+    found: Explanation
     alike: int = 0
     """Other ranks of the node that the same signal has ended at the same moment."""
-    note: str = ""
-    """What this node knows of a signal: that the kernel killed for memory."""
-    place: str = ""
-    """The script's own line, where an exception tells it."""
-    cause: str = ""
-    fix: str = ""
-    """Of a known error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,12 +150,14 @@ def _read_report(message: Message) -> WorkerReport:
     return WorkerReport(
         rank=integer(message, "rank", -1, 1 << 20),
         exitcode=integer(message, "exitcode", -64, 255),
-        text=text(message, "text"),
         time=integer(message, "time", 0, YEAR_2100) / 1000,
         halted=message.get("halted") is True,
         alike=integer(message, "alike", 0, 1 << 20),
-        note=text(message, "note", 100),
-        place=text(message, "place"),
-        cause=text(message, "cause", 1000),
-        fix=text(message, "fix", 1000),
+        found=Explanation(
+            words=text(message, "words"),
+            note=text(message, "note", 100),
+            place=text(message, "place"),
+            cause=text(message, "cause", 1000),
+            fix=text(message, "fix", 1000),
+        ),
     )

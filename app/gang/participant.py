@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import secrets
 import signal
 import time
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from app.config.exitcodes import ExitCode
-from app.engine.outcome import Collective, Failure, Outcome, Stall
+from app.engine.outcome import Collective, Explanation, Failure, Outcome, Stall
 from app.gang import probes
 from app.gang.agreement import host_id
 from app.gang.connect import RETRY, BusyError, NoAnswerError, Waiting, connect
@@ -53,17 +54,6 @@ does not know."""
 
 async def _nothing() -> None:
     """There is nothing to bring up to date."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """What this node knows of the failure of one of its workers."""
-
-    words: str = ""
-    note: str = ""
-    place: str = ""
-    cause: str = ""
-    fix: str = ""
 
 
 async def _no_stalls() -> Sequence[Stall]:
@@ -396,10 +386,13 @@ class Participant:
     def _go(self, message: Message) -> None:
         if self.services.launch is None:
             raise ProtocolError("a round of training, which this node did not come for")
-        size = integer(message, "nnodes", 1, self.plan.nodes.count)
+        size, run_id = integer(message, "nnodes", 1, self.plan.nodes.count), text(message, "run_id", 200)
+        # It names files.
+        if not re.fullmatch(r"\w[\w.-]*", run_id, re.ASCII):
+            raise ProtocolError(f"run_id {run_id!r} is not a name")
         place = RoundAssignment(
             round=integer(message, "round", 1, 1 << 30),
-            run_id=text(message, "run_id", 200),
+            run_id=run_id,
             node_rank=integer(message, "node_rank", 0, size - 1),
             nnodes=size,
         )
@@ -466,20 +459,16 @@ class Participant:
         if not outcome.code or (outcome.halted and first is itself):
             return []
         at = max(0, min(YEAR_2100, round(first.time * 1000)))
-        found = await self.services.explain(self._run_id, first)
+        found = asdict(await self.services.explain(self._run_id, first))
         alike = [each for each in outcome.failures if _ended_with(first, each)]
         return [
             {
                 "rank": first.rank,
                 "exitcode": _clamp(first.exitcode),
-                "text": found.words,
                 "time": at,
                 "halted": outcome.halted,
                 "alike": max(0, len(alike) - 1),
-                "note": found.note,
-                "place": found.place,
-                "cause": found.cause,
-                "fix": found.fix,
+                **found,
             }
         ]
 

@@ -17,6 +17,6 @@ def read_token(plan: Plan) -> bytes:
     except OSError as error:
         raise UserError(f"CLUSTER_TOKEN_FILE={plan.token_file} cannot be read: {error.strerror}.") from None
     if len(token) < SHORTEST_TOKEN:
-        cure = "Make one with `openssl rand -hex 32` and copy it to all nodes."
-        raise UserError(f"CLUSTER_TOKEN_FILE={plan.token_file} holds only {len(token)} bytes. {cure}")
+        fix = "Make one with `openssl rand -hex 32` and copy it to all nodes."
+        raise UserError(f"CLUSTER_TOKEN_FILE={plan.token_file} holds only {len(token)} bytes. {fix}")
     return token

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import IntEnum
 from signal import SIGABRT, SIGKILL, SIGTERM, Signals
 
 from app.config.exitcodes import ExitCode
+from app.engine.outcome import Explanation
 from app.gang.messages import WorkerReport
 from app.known_errors.consequences import is_consequence
 
@@ -74,23 +75,18 @@ class NodeFailure:
     """A lost node or a signal, which may be noticed later than what it caused."""
     silent: bool = False
     """Lost because it was not heard any more, on an open connection."""
-    words: str = ""
-    """The exception."""
     how: str = ""
-    """The words, or how it ended without any: other ranks that failed alike are no rivals."""
-    place: str = ""
-    """The script's own line."""
-    cause: str = ""
-    fix: str = ""
-    """Of a known error."""
+    """Its words, or how it ended without any: other ranks that failed alike are no rivals."""
+    found: Explanation = field(default_factory=Explanation)
     not_retryable: str = ""
     """What the user must change, where another try would end the same way."""
 
     @property
     def signature(self) -> tuple[str, str]:
         """Type and place of an error in its own words: twice the same without progress is not worth a third try."""
-        kind = self.words.partition(":")[0] if self.place else self.words
-        return (kind, self.place) if self.words and self.weight == Weight.CAUSE else ("", "")
+        words, place = self.found.words, self.found.place
+        kind = words.partition(":")[0] if place else words
+        return (kind, place) if words and self.weight == Weight.CAUSE else ("", "")
 
     @property
     def noticed(self) -> float:
@@ -133,12 +129,12 @@ def worker_failure(node: str, report: WorkerReport, seen: float) -> NodeFailure:
         who += f" and {report.alike} other rank{'s' if report.alike > 1 else ''} of the node"
     if code < 0:
         name = Signals(-code).name if -code in {*Signals} else f"signal {-code}"
-        hint = f" ({report.note or 'out of memory, or killed by hand'})" if code == -SIGKILL else ""
+        hint = f" ({report.found.note or 'out of memory, or killed by hand'})" if code == -SIGKILL else ""
         how, silent = name, f"{'were' if report.alike else 'was'} ended by {name}{hint}"
     else:
         how, silent = f"exit code {code}", f"ended with exit code {code}"
     # An exception comes first, whatever the interpreter died of on its way out (gloo's threads: SIGABRT).
-    what = f"failed with {report.text} ({how})" if report.text else silent
+    what = f"failed with {report.found.words} ({how})" if report.found.words else silent
     return NodeFailure(
         node=node,
         what=f"- {who} {what}",
@@ -146,13 +142,10 @@ def worker_failure(node: str, report: WorkerReport, seen: float) -> NodeFailure:
         clock=report.time,
         weight=_weight(report),
         # SIGABRT is how NCCL's watchdog ends a healthy worker whose peer has gone.
-        abrupt=code < 0 and code != -SIGABRT and not report.text and not report.halted,
-        words=report.text,
-        how=report.text or how,
-        place=report.place,
-        cause=report.cause,
-        fix=report.fix,
-        not_retryable=REFUSED if code == USAGE else UNFIT if BROKEN.match(report.text) else "",
+        abrupt=code < 0 and code != -SIGABRT and not report.found.words and not report.halted,
+        how=report.found.words or how,
+        found=report.found,
+        not_retryable=REFUSED if code == USAGE else UNFIT if BROKEN.match(report.found.words) else "",
     )
 
 
@@ -189,8 +182,8 @@ def suspect_self(failures: Sequence[NodeFailure], own: str, others: int, link: s
 
 
 def _weight(report: WorkerReport) -> Weight:
-    if report.text:
-        return Weight.CONSEQUENCE if is_consequence(report.text) else Weight.CAUSE
+    if report.found.words:
+        return Weight.CONSEQUENCE if is_consequence(report.found.words) else Weight.CAUSE
     if report.halted and report.exitcode in {-SIGTERM, -SIGKILL, 1, 128 + SIGTERM}:
         return Weight.FOLLOWED
     if report.exitcode == -SIGABRT:

@@ -3,9 +3,8 @@
 import glob
 import re
 import signal
-from dataclasses import dataclass
 
-from app.engine.outcome import Failure
+from app.engine.outcome import Explanation, Failure
 from app.plan import Plan
 from app.report.history import read_error_file
 from app.report.node_report import end_of, own_line
@@ -17,19 +16,7 @@ ERROR = re.compile(r"^(?:\[[^\]]*\]:? ?)*((?:[\w.]*(?:Error|Exception)|[Ee]rror|
 LONGEST = 500
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Culprit:
-    note: str = ""
-    """What is known of a signal."""
-    words: str = ""
-    """The exception, or where it left none the last error in its log."""
-    place: str = ""
-    """`File "train.py", line 5, in step`."""
-    cause: str = ""
-    fix: str = ""
-
-
-def examine(plan: Plan, run_id: str, failure: Failure, *, memory_kills: bool) -> Culprit:
+def examine(plan: Plan, run_id: str, failure: Failure, *, memory_kills: bool) -> Explanation:
     """Reads the worker's error file and the ends of its logs. `memory_kills`: the control group has killed for memory
     since the start. Never raises OSError."""
     from app.known_errors.catalog import CONSEQUENCE, all_errors
@@ -37,7 +24,7 @@ def examine(plan: Plan, run_id: str, failure: Failure, *, memory_kills: bool) ->
 
     if failure.exitcode == -signal.SIGKILL and memory_kills:
         oom = next(each for each in all_errors() if each.id == "oom-kernel")
-        return Culprit(note="the kernel killed it: out of memory", cause=oom.cause, fix=oom.fix)
+        return Explanation(note="the kernel killed it: out of memory", cause=oom.cause, fix=oom.fix)
     pattern = f"{glob.escape(run_id)}_*/attempt_0/{failure.local_rank}"
     folder = next(iter(plan.log_dir.glob(pattern)), plan.log_dir / "none")
     recorded = read_error_file(folder / "error.json", run_id)
@@ -52,7 +39,7 @@ def examine(plan: Plan, run_id: str, failure: Failure, *, memory_kills: bool) ->
     else:
         found = diagnose(f"{traceback}\n{words}") if words else None
     known = found if found and found.error.rank > CONSEQUENCE else None
-    return Culprit(
+    return Explanation(
         words=words,
         place=own_line(traceback),
         cause=known.error.cause if known else "",

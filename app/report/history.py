@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 from app.engine.outcome import Failure, Outcome
 from app.plan import Plan
+from app.report.redaction import plan_secrets, redact_data
 
 ROUNDS = "rounds.jsonl"
 
@@ -55,9 +57,15 @@ def ending(failure: Failure) -> str:
 
 def keep_round(plan: Plan, run_id: str, outcome: Outcome) -> None:
     """Adds a line to this node's history; best effort, since a full disk must not end a job that could go on."""
-    line = json.dumps({"run_id": run_id, "time": time.time(), **asdict(outcome)})
-    with contextlib.suppress(OSError), (plan.log_dir / ROUNDS).open("a", encoding="utf-8") as file:
+    fields = {"run_id": run_id, "time": time.time(), **asdict(outcome)}
+    line = json.dumps(redact_data(fields, plan_secrets(plan, os.environ)))
+    with contextlib.suppress(OSError), open(plan.log_dir / ROUNDS, "a", encoding="utf-8", opener=private) as file:
         file.write(line + "\n")
+
+
+def private(path: str, flags: int) -> int:
+    """Opens a file that only its owner may read: exceptions quote what nobody has foreseen."""
+    return os.open(path, flags, 0o600)
 
 
 def read_rounds(folder: Path, started: float) -> tuple[RoundRecord, ...]:

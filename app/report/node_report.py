@@ -18,7 +18,8 @@ from app.host.accelerators import recent_faults
 from app.host.files import entries, number, text
 from app.host.limits import control_groups
 from app.plan import Plan
-from app.report.history import RoundRecord, read_rounds
+from app.report.history import RoundRecord, private, read_rounds
+from app.report.redaction import plan_secrets, redact, redact_data
 
 LAST_LINES = 40
 READ_BYTES = 1 << 20
@@ -188,13 +189,17 @@ def own_line(traceback: str) -> str:
 
 
 def write_report(plan: Plan, report: NodeReport) -> Path:
-    """Writes both files, whole or not at all; returns their folder. Raises OSError."""
+    """Writes both files, whole or not at all, without secrets; returns their folder. Raises OSError."""
     folder = plan.report_dir
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"report.json": json.dumps(asdict(report), indent=1), "report.txt": summary(report, folder) + "\n"}
+    secrets = plan_secrets(plan, os.environ)
+    told = redact(summary(report, folder), secrets) + "\n"
+    content = {"report.json": json.dumps(redact_data(asdict(report), secrets), indent=1), "report.txt": told}
     for name, written in content.items():
         part = folder / f".{name}.{os.getpid()}"
-        part.write_text(written, encoding="utf-8", errors="backslashreplace")
+        part.unlink(missing_ok=True)
+        with open(part, "x", encoding="utf-8", errors="backslashreplace", opener=private) as file:
+            file.write(written)
         part.replace(folder / name)
     return folder
 

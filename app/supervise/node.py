@@ -16,18 +16,18 @@ from app.config.console import say
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
 from app.engine import torchrun
-from app.engine.outcome import Failure, Outcome, Stall
+from app.engine.outcome import Explanation, Failure, Outcome, Stall
 from app.gang.agreement import gather
 from app.gang.connection import Connection, Message, ProtocolError, dial, dial_inside, listen
 from app.gang.coordinator import LAST_WORD, LINGER, Coordinator
 from app.gang.mirror.step import QUESTION, Checkpoints
-from app.gang.participant import Explanation, NodeServices, Participant, RoundAssignment
+from app.gang.participant import NodeServices, Participant, RoundAssignment
 from app.gang.token import read_token
 from app.gang.verdict import Verdict
 from app.host.ports import holder
 from app.plan import Plan
 from app.plan.places import results
-from app.report.culprit import Culprit, examine
+from app.report.culprit import examine
 from app.report.history import keep_round
 from app.report.node_report import MEMORY_KILLS, forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
@@ -266,13 +266,11 @@ class Node:
         return ()
 
     async def explain(self, run_id: str, failure: Failure) -> Explanation:
-        try:
-            found = await off_loop(functools.partial(self._examine, run_id, failure), EXAMINE)
-        except (OSError, TimeoutError):
-            return Explanation(words=failure.text)
-        return Explanation(words=found.words, note=found.note, place=found.place, cause=found.cause, fix=found.fix)
+        with contextlib.suppress(OSError, TimeoutError):
+            return await off_loop(functools.partial(self._examine, run_id, failure), EXAMINE)
+        return Explanation(words=failure.text)
 
-    def _examine(self, run_id: str, failure: Failure) -> Culprit:
+    def _examine(self, run_id: str, failure: Failure) -> Explanation:
         kills = read_counters().get(MEMORY_KILLS, 0) > self.before.get(MEMORY_KILLS, 0)
         return examine(self.plan, run_id, failure, memory_kills=kills)
 

@@ -124,8 +124,9 @@ def test_random_ports_closed_on_one_node_are_found_one_way_with_the_rule_that_op
 def test_a_link_slowed_ten_times_is_red(cluster2: Cluster) -> None:
     cluster2.nodes[1].slow("1gbit")
     told = doctors(cluster2.nodes)[0]
+    # The shaper lets a burst pass at full speed, and bench counts the best message.
     assert re.match(
-        r"FAIL: (Sends (?:0\.\d|1\.0) Gb/s to|Receives (?:0\.\d|1\.0) Gb/s from) node 0, \d+ % of the link's 10.0 Gb/s",
+        r"FAIL: (Sends|Receives) (?:0\.\d|1\.[0-2]) Gb/s (to|from) node 0, \d+ % of the link's 10.0 Gb/s",
         told.bad()["1", "speed"],
     )
     assert {check for _, check in told.bad()} == {"speed"}

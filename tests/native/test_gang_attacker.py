@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,46 @@ def test_garbage_silence_and_floods_do_not_stop_a_job_from_starting(tmp_path: Pa
             second = job.start(1, "10")
             assert [first.end(60), second.end(60)] == [0, 0]
     assert "Traceback" not in first.text
+
+
+@contextlib.contextmanager
+def relay(listen: str, target: str, port: int) -> Iterator[None]:
+    """A man at the address `listen` who has no token, and hands every byte on, both ways."""
+    with socket.create_server((listen, port)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    victim, _ = server.accept()
+                    out = socket.create_connection((target, port), timeout=5, source_address=(listen, 0))
+                    for pair in ((victim, out), (out, victim)):
+                        threading.Thread(target=copy, args=pair, daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield
+
+
+def copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(4096):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_proof_that_is_relayed_from_another_job_makes_nobody_a_member_and_stops_nothing(tmp_path: Path) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("0123456789abcdef0123456789abcdef")
+    with nodes(tmp_path, 2, ALL_REDUCE, CLUSTER_TOKEN_FILE=str(secret)) as job:
+        first = job.start(0, "10")
+        first.wait_for(r"waiting \d+ s for node 1")
+        with relay("127.0.0.9", "127.0.0.1", int(job.settings["MASTER_PORT"]) + 1):
+            victim = job.start(1, "10", NODES="127.0.0.9,127.0.0.2")
+            assert victim.end() == 7
+        assert "no NAT or proxy may be between the nodes" in victim.said[-1]
+        second = job.start(1, "10")
+        assert [first.end(60), second.end(60)] == [0, 0]
+    assert "no NAT or proxy may be between the nodes" in first.text
 
 
 def test_nobody_listens_wider_than_the_fabric_address(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ FORMS: dict[str, Callable[[str], str]] = {
     "an exception in a record": lambda text: json.dumps({"record": {"message": "failed", "exception": f"T:\n{text}"}}),
 }
 FORMED = (
+    # Known only at the beginning of a line.
+    ("host-memory", "MemoryError"),
     ("open-files", OPEN_FILES),
     ("gpu-no-driver", "RuntimeError: Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"),
     (

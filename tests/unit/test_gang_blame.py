@@ -3,6 +3,7 @@
 import pytest
 
 from app.config.exitcodes import ExitCode
+from app.engine.outcome import Explanation
 from app.gang.messages import WorkerReport
 from app.gang.verdict import (
     NodeFailure,
@@ -19,8 +20,11 @@ CLOSED = "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by pe
 
 
 def failure(node: int, exitcode: int, text: str = "", *, seen: float = 1.0, **more: object) -> NodeFailure:
-    fields = {"rank": node, "exitcode": exitcode, "text": text, "time": 0.0, "halted": False, **more}
-    return worker_failure(f"node {node}", WorkerReport(**fields), seen)  # type: ignore[arg-type]  # by name
+    found = {name: more.pop(name) for name in ("note", "place") if name in more}
+    fields = {"rank": node, "exitcode": exitcode, "time": 0.0, "halted": False, **more}
+    explanation = Explanation(words=text, **found)  # type: ignore[arg-type]  # by name
+    report = WorkerReport(**fields, found=explanation)  # type: ignore[arg-type]  # by name
+    return worker_failure(f"node {node}", report, seen)
 
 
 def blamed(*failures: NodeFailure) -> tuple[list[str], bool]:

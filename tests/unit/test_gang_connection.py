@@ -179,7 +179,7 @@ def test_no_proof_is_given_to_a_peer_that_has_not_proven_itself() -> None:
             here.send("open", v=VERSION, nonce="n")
             heard = [await here.receive()]
             # Whatever it got it may send back: our own words are no proof either.
-            here.send("proof", proof=str(heard[0]["nonce"]))
+            here.send("proof", proof=str(heard[0]["nonce"]), here=here.here)
             with pytest.raises(UntrustedError):
                 await listening
             heard.append(await here.receive())
@@ -256,11 +256,13 @@ def test_a_line_that_a_man_in_the_middle_adds_repeats_sends_back_or_changes_ends
             await asyncio.gather(accept(there, TOKEN), introduce(here, TOKEN, {"run": "r"}))
             from_here, from_there = seen_lines(here), seen_lines(there)
             here.send("beat")
-            there.send("beat")
+            # The last of these has the number that is due on the other side, which has also said hello.
+            for _ in range(3):
+                there.send("beat")
             assert await there.receive() == await here.receive() == {"kind": "beat"}
             here._writer.write = from_here.append  # type: ignore[method-assign, assignment]
             here.send("beat")
-            lines = {"ours": from_here[0], "theirs": from_there[0], "next": from_here[-1]}
+            lines = {"ours": from_here[0], "theirs": from_there[-1], "next": from_here[-1]}
             here._writer.transport.write(FORGED[forgery](lines))
             with pytest.raises(UntrustedError):
                 await asyncio.wait_for(there.receive(), 5)

@@ -5,12 +5,14 @@ import socket
 import time
 from dataclasses import replace
 
+import pytest
+
 from app.config.exitcodes import ExitCode
 from app.doctor.coordinator import DoctorCoordinator
-from app.gang.connection import Connection, dial
+from app.gang.connection import Connection, ProtocolError, dial
 from app.gang.handshake import introduce
-from app.gang.participant import NodeServices, Participant
-from tests.unit.test_gang_coordinator import Job, a_plan, lead, running
+from app.gang.participant import NodeServices, Participant, RoundAssignment
+from tests.unit.test_gang_coordinator import Engine, Job, a_plan, lead, running
 
 
 async def says(job: Job, kind: str = "training", **fields: object) -> Connection:
@@ -109,7 +111,7 @@ def test_a_number_out_of_range_ends_one_connection_and_not_node_0() -> None:
         report = {
             "rank": 1,
             "exitcode": 1,
-            "text": "x",
+            "words": "x",
             "halted": False,
             "alike": 0,
             "place": "",
@@ -140,3 +142,21 @@ def test_a_connection_from_another_address_of_this_machine_is_told_by_both_sides
 
     ours, theirs = asyncio.run(ends())
     assert ours == theirs
+
+
+@pytest.mark.parametrize("run_id", ["../../etc/x", "/tmp/x", ".hidden", "a b", ""])
+def test_a_run_id_that_is_no_plain_name_starts_nothing(run_id: str) -> None:
+    async def story(job: Job) -> None:
+        launched = list[RoundAssignment]()
+
+        def launch(assignment: RoundAssignment) -> Engine:
+            launched.append(assignment)
+            return Engine()
+
+        services = NodeServices(dial=job.connect, say=lambda _: None, launch=launch)
+        participant = Participant(a_plan(2, 1), b"", {}, services)
+        with pytest.raises(ProtocolError):
+            participant._go({"kind": "go", "round": 1, "node_rank": 1, "nnodes": 2, "failures": 0, "run_id": run_id})
+        assert launched == []
+
+    lead(a_plan(2), story)

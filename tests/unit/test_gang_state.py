@@ -17,6 +17,7 @@ from app.config.errors import UserError
 from app.plan import Plan
 from app.supervise import health, progress
 from app.supervise.files import in_time
+from app.supervise.node import down_link
 from app.supervise.progress import Gained, first_line
 from app.supervise.restart_guard import RETRY_WINDOW, read_final, write_final
 from app.supervise.runtime_dir import one_job, running, runtime_dir
@@ -282,3 +283,13 @@ def test_outside_a_container_nothing_is_left(tmp_path: Path) -> None:
     write_final(4, "the nodes do not agree", tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert read_final(tmp_path) is None
+
+
+@pytest.mark.parametrize(("carrier", "down"), [("0", True), ("1", False), (None, False)])
+def test_a_link_without_a_carrier_is_down_and_an_unknown_one_is_not(
+    tmp_path: Path, carrier: str | None, *, down: bool
+) -> None:
+    if carrier is not None:
+        (tmp_path / "sys/class/net/eth0").mkdir(parents=True)
+        (tmp_path / "sys/class/net/eth0/carrier").write_text(f"{carrier}\n")
+    assert bool(down_link("eth0", tmp_path)) == down

@@ -1,6 +1,7 @@
 """Who is to blame: the first cause among many failures, in one line."""
 
 from app.config.exitcodes import ExitCode
+from app.engine.outcome import Explanation
 from app.gang.messages import Event, WorkerReport
 from app.gang.round import RoundState
 from app.gang.verdict import JobEnded, NodeFailure, Weight, first_causes, summarize, worker_failure
@@ -9,7 +10,7 @@ CLOSED = "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by pe
 
 
 def report(rank: int, exitcode: int, text: str = "", *, halted: bool = False) -> WorkerReport:
-    return WorkerReport(rank=rank, exitcode=exitcode, text=text, time=1_700_000_000, halted=halted)
+    return WorkerReport(rank=rank, exitcode=exitcode, time=1_700_000_000, halted=halted, found=Explanation(words=text))
 
 
 def ended(rank: int, code: int, found: WorkerReport | None = None) -> Event:

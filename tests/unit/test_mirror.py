@@ -68,6 +68,21 @@ def test_of_two_versions_the_newest_is_taken_and_the_older_is_kept_for_one_gener
     assert (bed.folder(0).parent / ".checkpoints.mirror/previous/last.pt").read_bytes() == saved("old")
 
 
+def test_generations_of_what_a_script_deletes_go_too(bed: Bed) -> None:
+    for node, at in ((0, 1), (1, 2)):
+        bed.write(node, "step-1/model.pt", saved(str(node)), at=at)
+    bed.level()
+    kept = bed.folder(0).parent / ".checkpoints.mirror/previous/step-1/model.pt"
+    assert kept.exists()
+    for node in (0, 1):
+        shutil.rmtree(bed.folder(node) / "step-1")
+        bed.write(node, "step-2/model.pt", saved(str(node)), at=5 + node)
+    bed.level()
+    bed.level()
+    assert not kept.exists()
+    assert not kept.parent.exists()
+
+
 def test_clocks_are_corrected_before_times_are_compared(bed: Bed) -> None:
     bed.clocks[1] = 60 * 10**9
     bed.write(0, "last.pt", saved("newest"), at=10)

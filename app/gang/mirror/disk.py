@@ -292,6 +292,13 @@ class Disk:
             with contextlib.suppress(OSError), self._parent(self._work, f"{kept}/{path}") as (parent, base):
                 os.unlink(base, dir_fd=parent)
 
+    def forget_old(self, manifest: Manifest) -> None:
+        """Removes generations of what a script has deleted meanwhile; not those of an emptied disk."""
+        if manifest.entries and not manifest.left_out:
+            for path in manifest.previous.keys() - manifest.entries.keys() - manifest.gone.keys():
+                self._forget_previous(path)
+                self._remove_empty(self._work, f"previous/{path}")
+
     def _remove_empty(self, root: int, path: str) -> None:
         with contextlib.suppress(OSError):
             while "/" in path:

@@ -134,6 +134,8 @@ class MirrorNode:
             return {}
         manifest = disk.scan()
         disk.write_state()
+        if not background:
+            disk.forget_old(manifest)
         return pack_manifest(_settled(manifest, time.time_ns()) if background else manifest)
 
     async def _fetch(self, disk: Disk, told: Mapping[str, Any]) -> dict[str, object]:
