@@ -27,9 +27,10 @@ from app.gang import connect, connection, connectivity, handshake, probes
 from app.gang.agreement import gather
 from app.gang.coordinator import Coordinator
 from app.gang.mirror.pages import pages
-from app.gang.participant import NodeServices, Participant, RoundAssignment
+from app.gang.participant import Participant
+from app.gang.services import NodeServices, RoundAssignment
 from app.plan import Plan
-from app.plan.parts import Checkpoints, Network, Nodes, Script, Timeouts, Workers
+from app.plan.parts import Checkpoints, LocalWorkers, Network, Nodes, Script, Timeouts
 from app.supervise import node as supervise
 
 SHARE = 250
@@ -63,7 +64,7 @@ def make_plan(count: int, rank: int, port: int) -> Plan:
             master_port=port,
             control_port=port + 1,
         ),
-        workers=Workers(nproc=8, backend="gloo", gpus=0),
+        workers=LocalWorkers(nproc=8, backend="gloo", gpus=0),
         script=Script(
             command=("train.py",), run_dir=Path("/nonexistent/run"), checkpoint_dir=Path("/nonexistent/run/checkpoints")
         ),

@@ -1,7 +1,7 @@
 """The `.env` file as values that remember their line, under the process environment."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,12 +94,14 @@ def _parse(text: str, name: str) -> EnvFile:
     return EnvFile(values=values, problems=tuple(problems))
 
 
-def merge(environ: Mapping[str, str], file: EnvFile, path: Path | None = None) -> dict[str, Value[str]]:
+def merge(
+    environ: Mapping[str, str], file: EnvFile, path: Path | None = None, may_be_empty: Collection[str] = ()
+) -> dict[str, Value[str]]:
     """All variables that are set: the environment over the file, without surrounding spaces.
 
     A value that is equal in both is the file's line, since Compose hands `.env` over as environment. An empty value
-    is unset, also when it stands in the environment over a line of the file. Under the `path` that Compose mounts, the
-    environment holds its own values too.
+    is unset, also when it stands in the environment over a line of the file; the names that `may_be_empty` are not
+    unset by it. Under the `path` that Compose mounts, the environment holds its own values too.
     """
     given = FROM_COMPOSE if path == MOUNTED else {}
     merged = dict(file.values)
@@ -108,5 +110,7 @@ def merge(environ: Mapping[str, str], file: EnvFile, path: Path | None = None) -
         source = COMPOSE if given.get(name) == text else "environment"
         merged[name] = line if line is not None and line.text == text else plain(name, text, source)
     return {
-        name: replace(value, text=text, value=text) for name, value in merged.items() if (text := value.text.strip())
+        name: replace(value, text=text, value=text)
+        for name, value in merged.items()
+        if (text := value.text.strip()) or name in may_be_empty
     }

@@ -83,6 +83,15 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def modules(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",")) if text else ()
+    if not all(re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name) for name in names):
+        raise Malformed(
+            "not-modules", "is not a list of modules", "Write names with commas between them, like torch,transformers"
+        )
+    return names
+
+
 def entries(text: str) -> tuple[str, ...]:
     """The entries of NODES: commas, spaces or line ends between them, comments from # on."""
     without_comments = re.sub(r"#[^\n]*", "", text)

@@ -15,6 +15,7 @@ from app.config.parsers import (
     byte_count,
     duration,
     entries,
+    modules,
     number_or_all,
     one_of,
     path,
@@ -43,11 +44,21 @@ class Setting:
     `compose`: only compose.yaml reads it."""
     check: str
     """Where doctor shows a wrong value, as in `app.config.problems`."""
+    may_be_empty: bool = False
+    """An empty value is one, and not the default."""
 
 
-def setting(parse: Callable[[str], T], default: str, scope: Scope = "cluster", check: str = "settings") -> Value[T]:
+def setting(
+    parse: Callable[[str], T],
+    default: str,
+    scope: Scope = "cluster",
+    check: str = "settings",
+    *,
+    may_be_empty: bool = False,
+) -> Value[T]:
     """A line of the table; its name is that of the field in capitals."""
-    found: Any = field(metadata={"setting": Setting(parse=parse, default=default, scope=scope, check=check)})
+    line = Setting(parse=parse, default=default, scope=scope, check=check, may_be_empty=may_be_empty)
+    found: Any = field(metadata={"setting": line})
     return found  # type: ignore[no-any-return]  # a field stands for what it will hold, as in dataclasses.field
 
 
@@ -79,6 +90,7 @@ class Settings:
     backend: Value[str] = setting(one_of("auto", "gloo", "nccl"), "auto", check="gpus")
     train_script: Value[tuple[str, ...]] = setting(shell_words, "-m app.train")
     train_args: Value[tuple[str, ...]] | None = optional(shell_words)
+    preload: Value[tuple[str, ...]] = setting(modules, "torch", scope="node", may_be_empty=True)
     runs_root: Value[Path] = setting(path, "runs", scope="node")
     run_dir: Value[Path] | None = optional(path, scope="node")
     checkpoint_dir: Value[Path] | None = optional(path, scope="node")
@@ -159,7 +171,7 @@ def read_settings(environ: Mapping[str, str], env_file: Path | None, argv: Seque
     Never raises for a user's mistake: everything that is wrong is in `Settings.problems`.
     """
     file = read_env_file(env_file)
-    merged = merge(environ, file, env_file)
+    merged = merge(environ, file, env_file, [each.name for each in TABLE if each.may_be_empty])
     problems = [*file.problems, *_missing_file(environ, env_file)]
     parsed: dict[str, Any] = {}
     for each in TABLE:

@@ -23,7 +23,8 @@ from app.gang.agreement import gather
 from app.gang.connect import NoAnswerError
 from app.gang.connection import Connection, Message, ProtocolError, dial, dial_inside, integer, items, listen, text
 from app.gang.messages import Say
-from app.gang.participant import NodeServices, Participant
+from app.gang.participant import Participant
+from app.gang.services import NodeServices
 from app.gang.verdict import JobEnded
 from app.plan import Plan
 

@@ -17,13 +17,13 @@ PIPE = "TORCHRUN_COMPOSE_PIPE"
 GRACE = "--shutdown-timeout="
 
 
-def main(arguments: list[str]) -> int:
-    """Runs torchrun's own main; 0, 1, or 128 + the signal that stopped it.
+def main(arguments: list[str], pipe: int, server: int | None = None) -> int:
+    """Runs torchrun's own main; 0, 1, or 128 + the signal that stopped it. `server` is the descriptor of a socket to
+    the preloaded process, if this process was forked from it.
 
     Lines on the pipe: {"event": "closing"} when torchrun begins to end its workers or one has failed, and at the end
     {"event": "failed", "failures": [{"rank", "local_rank", "pid", "exitcode", "text", "time"}]}, first failure first.
     """
-    pipe = int(os.environ.pop(PIPE))
     os.set_inheritable(pipe, False)
     # As `python -P` leaves it, with this project before whatever a user's PYTHONPATH calls `app`.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     grace = None
     if arguments[0].startswith(GRACE):
         grace, arguments = int(arguments[0].removeprefix(GRACE)), arguments[1:]
-    return elastic.run(arguments, grace, lambda event: tell(pipe, event))
+    return elastic.run(arguments, grace, lambda event: tell(pipe, event), server)
 
 
 def tell(pipe: int, event: dict[str, object]) -> None:
@@ -59,4 +59,4 @@ def leave(code: int) -> None:
 
 if __name__ == "__main__":
     die_with_parent()
-    leave(main(sys.argv[1:]))
+    leave(main(sys.argv[1:], int(os.environ.pop(PIPE))))

@@ -6,6 +6,8 @@ processes by the classes here, subclasses of torch's.
 
 import contextlib
 import signal
+import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,25 +25,33 @@ from torch.distributed.elastic.multiprocessing import (
     SubprocessContext,
 )
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.subprocess_handler import handlers
+from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 from torch.distributed.run import main as torchrun
 
-from app.engine import torch_private
+from app.engine import torch_private, warm
 from app.engine.output import in_pipes
+from app.engine.warm import Connection
 
 Tell = Callable[[dict[str, object]], None]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Those that torch handles."""
+WORKER = Path(__file__).resolve().with_name("worker.py")
 LONGEST = 4096
 """Characters of an error that are told: the missing keys of a checkpoint may be megabytes."""
 SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - as in worker.py
 
 
-def run(arguments: list[str], grace: int | None, tell: Tell) -> int:
+def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None) -> int:
     """Runs torchrun; 0, 1, or 128 + the signal that stopped it. `grace` is the seconds that its workers get to end."""
     signals = Signals()
     if not torch_private.missing(torch_private.ENGINE):
         context: Any = partial(Workers, signals=signals, grace=grace, tell=tell)
-        multiprocessing.SubprocessContext = context  # type: ignore[misc]  # a class, to whom only calls it
+        # Functions that return what the classes do: they are only called.
+        multiprocessing.SubprocessContext = context  # type: ignore[misc]
+        if server is not None:
+            handler: Any = partial(Handler, preloaded=Connection(socket.socket(fileno=server)))
+            handlers.SubprocessHandler = handler  # type: ignore[attr-defined]
     try:
         torchrun(arguments)
         return 0
@@ -149,6 +159,25 @@ class Workers(SubprocessContext):
             self._tell({"event": "closing"})
         # torchrun takes --shutdown-timeout from torch 2.12 on; here every torch does.
         super()._close(death_sig, timeout if self._grace is None else self._grace)
+
+
+class Handler(SubprocessHandler):
+    """One worker: forked from the preloaded process if it is a script in this Python, and as torch does it if not."""
+
+    def __init__(self, *args: Any, preloaded: Connection, **rest: Any) -> None:  # noqa: ANN401
+        self._preloaded = preloaded
+        super().__init__(*args, **rest)
+
+    def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:  # noqa: ANN401
+        if args[:2] != (sys.executable, "-u") or Path(args[2]).resolve() != WORKER:
+            return super()._popen(args, env)
+        outputs = [each.fileno() if each else number for number, each in ((1, self._stdout), (2, self._stderr))]
+        process = self._preloaded.fork(warm.WORKER, args[3:], env, [0, *outputs])
+        while process.poll() is None and not process.pid:
+            self._preloaded.pause(warm.STEP)
+        if process.error:
+            raise process.error
+        return process
 
 
 def facts(rank: int, failure: ProcessFailure) -> dict[str, object]:

@@ -149,6 +149,8 @@ class Output:
     def _copy(self, rank: int, end: int) -> None:
         lines, prefix = Lines(), self.prefixes.get(rank, f"[rank {rank}] ").encode()
         file = LogFile(self.files[rank], self.limit, lambda text: self._emit(f"torchrun-compose: {text}\n".encode()))
+        # A rank that prints nothing has an empty file: the report tells silence from a loss.
+        file.write(b"")
         with open(end, "rb", buffering=0) as pipe:
             while data := pipe.read(CHUNK):
                 self._keep(lines.feed(data), prefix, file)

@@ -25,10 +25,15 @@ ENGINE = (
     Name(module=f"{ELASTIC}.api", path="SubprocessContext._start", used_for="elastic.py keeps signals away meanwhile"),
     Name(module=f"{ELASTIC}.api", path="SubprocessContext._poll", used_for="elastic.py keeps signals away meanwhile"),
     Name(module=f"{ELASTIC}.api", path="SubprocessContext._close", used_for="elastic.py tells of it, sets the grace"),
+    Name(
+        module=f"{ELASTIC}.subprocess_handler.handlers",
+        path="SubprocessHandler._popen",
+        used_for="elastic.py puts its subclass there, which forks workers from the preloaded process",
+    ),
     Name(module=f"{ELASTIC}.api", path="TailLog", used_for="elastic.py puts its own into SubprocessContext._tail_logs"),
     Name(module=f"{ELASTIC}.api", path="DefaultLogsSpecs", used_for="elastic.py: folders in /tmp on a full disk"),
 )
-"""Without one of these torchrun runs as torch has it: failures are told late."""
+"""Without one of these torchrun runs as torch has it: failures are told late, and workers load torch themselves."""
 
 WORKER = (
     Name(

@@ -2,17 +2,19 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.engine.outcome import Failure, Outcome
+from app.engine.warm import Forked, Preloaded
 from app.known_errors.consequences import is_consequence
 from app.plan import Plan
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 AGENT = Path(__file__).with_name("agent.py")
 WORKER = Path(__file__).with_name("worker.py")
 PIPE = "TORCHRUN_COMPOSE_PIPE"
+LAUNCHER_WORDS = 3
+"""Of `command_line`: the interpreter, -P, and the agent; an agent that is forked needs none of them."""
 KILL_AFTER = 3.0
 """Seconds that torchrun has to end by itself once its workers are killed."""
 SAY_WHY = 8.0
@@ -57,53 +61,57 @@ def command_line(
 def environment(plan: Plan, environ: Mapping[str, str], *, run_id: str) -> dict[str, str]:
     """What torchrun and the workers see: `environ` without the names the plan removes, with those it exports.
 
-    torchrun copies the first failing worker's error, traceback included, to `RUN_ID.error.json`."""
+    torchrun copies the first failing worker's error, traceback included, to `RUN_ID.error.json`. Without a run id:
+    what is the same in all rounds."""
     kept = {name: value for name, value in environ.items() if name not in plan.script.removed}
     prefix = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
     error_file = {"TORCHELASTIC_ERROR_FILE": str(plan.log_dir / f"{run_id}.error.json")}
-    return {**prefix, **kept, **dict(plan.script.env), **error_file}
+    return {**prefix, **kept, **dict(plan.script.env), **(error_file if run_id else {})}
 
 
 class Torchrun:
     """One running torchrun. Start it from the main thread: it is killed when the thread that started it ends."""
 
     def __init__(
-        self, command: list[str], env: Mapping[str, str], keep: Callable[[Outcome], None] = lambda _outcome: None
+        self,
+        command: list[str],
+        env: Mapping[str, str],
+        keep: Callable[[Outcome], None] = lambda _outcome: None,
+        preloaded: Preloaded | None = None,
     ) -> None:
         """`keep` gets the outcome as soon as there is one."""
-        ear, mouth = os.pipe()
-        self.ear, self.keep = ear, keep
+        self.command, self.env, self.keep, self.preloaded = command, env, keep, preloaded
         self.told_to_end = self.killing = self.slow = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self.read_fd, write_fd = os.pipe()
+        forked = None
         try:
-            self.process = subprocess.Popen(
-                command,
-                env={**env, PIPE: str(mouth)},
-                pass_fds=[mouth],
+            if self.preloaded:
+                forked = self.preloaded.fork(self.command[LAUNCHER_WORDS:], self.env, write_fd)
+            self.process: Forked | subprocess.Popen[bytes] = forked or subprocess.Popen(
+                self.command,
+                env={**self.env, PIPE: str(write_fd)},
+                pass_fds=[write_fd],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
         finally:
-            os.close(mouth)
+            os.close(write_fd)
+        self.root = self.preloaded.pid if self.preloaded and forked else self.process.pid
+        """The process below which all of this round is."""
 
     async def watch(self, failing: Callable[[], None]) -> Outcome:
         """Waits for the end. `failing` is called once, as soon as torchrun begins to end its workers."""
-        reader = asyncio.StreamReader(limit=1 << 22)
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(self.ear, "rb", buffering=0)
-        )
         failures: tuple[Failure, ...] = ()
         closing = told_to_end = killing = False
-        # The end of the pipe is the end of torchrun: nobody else holds it open.
-        async for line in reader:
-            event = json.loads(line)
+        async for event in self._events():
             if event["event"] == "failed":
                 failures = first_cause_first([_failure(fields) for fields in event["failures"]])
             if not closing:
                 closing, told_to_end, killing = True, self.told_to_end, self.killing
                 failing()
-        transport.close()
-        while self.process.poll() is None:
-            await asyncio.sleep(0.01)
         if not closing:
             told_to_end, killing = self.told_to_end, self.killing
         if self.slow and not failures and not told_to_end:
@@ -111,9 +119,31 @@ class Torchrun:
             failures = (Failure(rank=-1, exitcode=1, text=text, time=time.time()),)
         # Within the grace a worker may be killed by others than us.
         halted = killing if failures and failures[0].exitcode == -signal.SIGKILL else told_to_end
-        outcome = Outcome(code=self.process.returncode, failures=failures, halted=halted)
+        outcome = Outcome(code=self.process.returncode or 0, failures=failures, halted=halted)
         self.keep(outcome)
         return outcome
+
+    async def _events(self) -> AsyncIterator[Any]:
+        """What the agent says, until it has ended."""
+        while True:
+            if isinstance(self.process, Forked):
+                self.process.follow()
+            reader = asyncio.StreamReader(limit=1 << 22)
+            transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+                functools.partial(asyncio.StreamReaderProtocol, reader), os.fdopen(self.read_fd, "rb", buffering=0)
+            )
+            # The end of the pipe is the end of torchrun: nobody else holds it open.
+            async for line in reader:
+                yield json.loads(line)
+            transport.close()
+            while self.process.poll() is None:
+                await asyncio.sleep(0.01)
+            if isinstance(self.process, subprocess.Popen) or not self.process.stillborn or self.told_to_end:
+                break
+            # A module of PRELOAD has ended the process that was to fork it; the next try goes without that module.
+            self._begin()
+        if isinstance(self.process, Forked) and self.process.error:
+            raise self.process.error
 
     async def end(self, *, gently: bool, grace: float) -> None:
         """Ends the workers: asks, and kills what is left after `grace` seconds; torchrun then ends by itself.
@@ -144,6 +174,9 @@ class Torchrun:
         self._tell(signal.SIGKILL)
 
     def _tell(self, number: signal.Signals) -> None:
+        if self.preloaded and not self.process.pid and self.process.poll() is None:
+            # It is not forked yet, and would be later.
+            self.preloaded.stop()
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
 
@@ -165,7 +198,8 @@ class Torchrun:
         import psutil
 
         with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(self.process.pid).children(recursive=True)
+            below = psutil.Process(self.root).children(recursive=True)
+            return [each for each in below if each.pid != self.process.pid]
         return []
 
 
@@ -185,8 +219,9 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
 
 
-def sweep() -> int:
-    """Kills and reaps every descendant of this process; returns how many were still alive. Needs `adopt_orphans`.
+def sweep(keep: int = 0) -> int:
+    """Kills and reaps every descendant of this process but `keep`; returns how many were still alive. Needs
+    `adopt_orphans`.
 
     For use between rounds: no torchrun may be running."""
     try:
@@ -197,7 +232,7 @@ def sweep() -> int:
         return 0
     import psutil
 
-    left = psutil.Process().children(recursive=True)
+    left = [each for each in psutil.Process().children(recursive=True) if each.pid != keep]
     alive = [process for process in left if _lives(process)]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):

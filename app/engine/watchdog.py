@@ -30,8 +30,8 @@ TREE_BUSY = 0.05
 BYTES = 10_000
 """A second, through files and sockets: a slow download. What monitoring tools send is less."""
 WRITTEN_BACK = 256
-"""Pages that the machine wrote to its disks between two looks: then a thread that waits for a disk does not hang."""
-SLOWEST_LOOK = 5.0
+"""Pages that the machine wrote to its disks between two samples: then a thread that waits for a disk does not hang."""
+LONGEST_PAUSE = 5.0
 STACK_BYTES, LINE_LENGTH, NAME_LENGTH, FRAMES = 20_000, 200, 80, 100
 TCP_BYTES_ACKED = 120
 """Offset in struct tcp_info, with bytes_received after it (linux/tcp.h)."""
@@ -75,8 +75,8 @@ class Activity(NamedTuple):
     """Of their main threads, as in /proc/PID/stat: D waits for a disk, T and t are stopped, Z and X have ended."""
 
 
-class Look(NamedTuple):
-    """What has to change between two looks for a rank that works, when its main thread stays where it is."""
+class Sample(NamedTuple):
+    """What has to change between two samples for a rank that works, when its main thread stays where it is."""
 
     time: float
     seconds: float
@@ -93,19 +93,19 @@ def watch(folder: str, patience: float) -> None:
 
     The file holds `rank`, `seconds`, `at` (the script's own line), the collectives that this rank has `entered` last
     as torch's flight recorders have them, the `stack`, and the `recorder`'s last entries. FOLDER/rankN is written at
-    every look and holds the pid. When it grows old, native code keeps the GIL from this thread. FOLDER/rankN.ended is
-    the same file as the first, of a script that has ended: others may wait for it.
+    every wake-up and holds the pid. When it grows old, native code keeps the GIL from this thread.
+    FOLDER/rankN.ended is the same file as the first, of a script that has ended: others may wait for it.
     """
     heartbeat = os.path.join(folder, f"rank{os.environ['RANK']}")  # noqa: PTH118 - no pathlib at start-up
-    threading.Thread(target=_look_again, args=(heartbeat, patience), name="torchrun-compose", daemon=True).start()
+    threading.Thread(target=_watch, args=(heartbeat, patience), name="torchrun-compose", daemon=True).start()
     atexit.register(_tell_end, f"{heartbeat}.ended", os.getpid())
 
 
-def _look_again(heartbeat: str, patience: float) -> None:
+def _watch(heartbeat: str, patience: float) -> None:
     path = f"{heartbeat}.json"
     main = threading.main_thread().ident or 0
     clock = time.pthread_getcpuclockid(main)
-    pause = min(SLOWEST_LOOK, patience / 4)
+    pause = min(LONGEST_PAUSE, patience / 4)
     place, wanted, before, told = list[object](), 0.0, None, False
     seen = since = time.monotonic()
     while frame := sys._current_frames().get(main):
@@ -119,9 +119,9 @@ def _look_again(heartbeat: str, patience: float) -> None:
         if moved:
             before = None
         else:
-            look = _look(now, uses_gpu)
-            moved = before is not None and has_worked(before, look)
-            before = look
+            sample = _take_sample(now, uses_gpu)
+            moved = before is not None and has_worked(before, sample)
+            before = sample
         if moved:
             since = now
             if told:
@@ -153,11 +153,11 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _is_debugged(frame: FrameType) -> bool:
-    """Whether a person looks at this rank: torch.distributed.breakpoint() keeps the others at a barrier meanwhile."""
+    """Whether a person debugs this rank: torch.distributed.breakpoint() keeps the others at a barrier meanwhile."""
     return any(name in each.f_code.co_filename for each in _outwards(frame) for name in DEBUGGERS)
 
 
-def _look(now: float, uses_gpu: bool) -> Look:
+def _take_sample(now: float, uses_gpu: bool) -> Sample:
     total, threads, own = activity(os.getpid()), _threads(), time.thread_time()
     if uses_gpu:
         # Of this process only what cannot spin counts.
@@ -166,10 +166,10 @@ def _look(now: float, uses_gpu: bool) -> Look:
     states = total.states + "".join(state for _, state, _ in threads)
     moved = total.moved - _bytes("/proc/thread-self/io") + _socket_bytes()
     recorded: list[object] = [(one["record_id"], one["state"]) for one in _recorded()]
-    return Look(now, total.seconds - own, moved, states, _written_back(), _gpu_blocks(), recorded)
+    return Sample(now, total.seconds - own, moved, states, _written_back(), _gpu_blocks(), recorded)
 
 
-def has_worked(before: Look, now: Look) -> bool:
+def has_worked(before: Sample, now: Sample) -> bool:
     # A process that ended takes its figures with it, therefore abs.
     seconds = now.time - before.time
     return (

@@ -18,14 +18,12 @@ SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - agent.py reads it there
 """Takes the error's text, by process id."""
 
 
-def main() -> NoReturn:
-    """Replaces `__main__` by the script's own module and runs it; ends with the script's own exit code."""
-    die_with_parent()
+def main(ended: list[int]) -> NoReturn:
+    """Replaces `__main__` by the script's own module and runs it; leaves its exit code in `ended`, for `leave`."""
     if sys.argv[1] != "-m" and (program := interpreter(sys.argv[1])):
         os.execvp(program[0], [*program, *sys.argv[2:]])  # noqa: S606 - no shell is wanted
-    ended = list[int]()
-    atexit.register(leave, ended)  # registered first, so it runs last
     watch_for_stalls()
+    loaded = frozenset(sys.modules)
     try:
         code = load_module(sys.argv[2]) if sys.argv[1] == "-m" else load_script(sys.argv[1])
         del sys.argv[0]
@@ -46,7 +44,7 @@ def main() -> NoReturn:
         sys.excepthook(type(error), error, error.__traceback__)
         ended.append(1)
         sys.exit(1)
-    tell_of_copies()
+    tell_of_copies(loaded)
     ended.append(0)
     sys.exit(0)
 
@@ -65,11 +63,21 @@ def interpreter(path: str) -> list[str]:
     return ["bash", path] if path.endswith((".sh", ".bash")) else []
 
 
-def tell_of_copies() -> None:
+def uses_torch(loaded: frozenset[str]) -> bool:
+    """Whether the script has imported torch, also where that was among the modules `loaded` before it began."""
+    if "torch" not in loaded:
+        return "torch" in sys.modules
+    own = [module for name, module in [*sys.modules.items()] if name not in loaded or name == "__main__"]
+    held = [value for module in own for value in [*vars(module).values()]]
+    names = [value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "") for value in held]
+    return any(isinstance(name, str) and name.partition(".")[0] == "torch" for name in names)
+
+
+def tell_of_copies(loaded: frozenset[str]) -> None:
     """Ranks that never joined a process group have trained a copy each, and nobody else would notice."""
     c10d, world = sys.modules.get("torch.distributed.distributed_c10d"), os.environ.get("WORLD_SIZE", "1")
     joined = c10d and getattr(c10d, "_default_pg_init_method", "unknown") is not None
-    if "torch" in sys.modules and not joined and world != "1" and os.environ.get("RANK") == "0":
+    if not joined and uses_torch(loaded) and world != "1" and os.environ.get("RANK") == "0":
         told = f"the script never called init_process_group: its {world} ranks ran apart, and share no gradients"
         print(f"torchrun-compose: {told}. If that is not meant, see docs/own-script.md", file=sys.stderr)
 
@@ -142,6 +150,9 @@ def become(module: ModuleType, **attributes: object) -> None:
     """Makes `module` the process's `__main__`: pickle and multiprocessing look their names up there."""
     module.__dict__.update(attributes, __builtins__=__builtins__)
     sys.modules["__main__"] = module
+    if "__mp_main__" in sys.modules:
+        # multiprocessing's other name for it, under which its spawned processes send objects back.
+        sys.modules["__mp_main__"] = module
 
 
 def trim(trace: TracebackType | None) -> TracebackType | None:
@@ -187,4 +198,7 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    die_with_parent()
+    exit_code = list[int]()
+    atexit.register(leave, exit_code)  # registered first, so it runs last
+    main(exit_code)

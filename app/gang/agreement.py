@@ -105,7 +105,7 @@ def _by_value(facts: Mapping[int, Facts], name: str) -> list[str]:
     for rank, known in sorted(facts.items()):
         holders.setdefault(known.get(name, "-")[:80], []).append(rank)
     told = [f"{value} ({told_nodes(ranks)})" for value, ranks in [*holders.items()][:MOST_VALUES]]
-    return told + [f"and {len(holders) - MOST_VALUES} other values"] * (len(holders) > MOST_VALUES)
+    return [*told, f"and {len(holders) - MOST_VALUES} other values"] if len(holders) > MOST_VALUES else told
 
 
 def told_nodes(ranks: Sequence[int]) -> str:

@@ -6,96 +6,25 @@ import re
 import secrets
 import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import asdict, replace
 
 from app.config.exitcodes import ExitCode
-from app.engine.outcome import Collective, Explanation, Failure, Outcome, Stall
+from app.engine.outcome import Collective, Failure, Outcome, Stall
 from app.gang import probes
 from app.gang.agreement import host_id
 from app.gang.connect import RETRY, BusyError, NoAnswerError, Waiting, connect
 from app.gang.connection import PATIENCE, Connection, Message, ProtocolError, UntrustedError, integer, items, text
 from app.gang.handshake import introduce
 from app.gang.membership import BEATS
-from app.gang.messages import LAST_ROUND, MOST_ENTERED, MOST_RANKS, YEAR_2100, Say
+from app.gang.messages import LAST_ROUND, MOST_ENTERED, MOST_RANKS, YEAR_2100
+from app.gang.services import Engine, NodeServices, RoundAssignment
 from app.gang.verdict import JobEnded, Verdict
 from app.plan import Plan
 
 BUSY = 5.0
 """Seconds that node 0 waits for its own ports: an old torchrun may be about to end."""
 STOPPED = Verdict(code=ExitCode.STOPPED, text="stopped before the training was done")
-
-
-class Engine(Protocol):
-    """A running torchrun, as far as the gang cares (app.engine.torchrun.Torchrun)."""
-
-    async def watch(self, failing: Callable[[], None]) -> Outcome: ...
-
-    async def end(self, *, gently: bool, grace: float) -> None: ...
-
-    def kill(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundAssignment:
-    """This node's place in a round."""
-
-    round: int
-    run_id: str
-    node_rank: int
-    nnodes: int
-
-
-Answer = Callable[[str, Message], Awaitable[Mapping[str, object]]]
-"""Answers one question of the coordinator with what goes into a line of JSON. Raises ProtocolError for a question it
-does not know."""
-
-
-async def _nothing() -> None:
-    """There is nothing to bring up to date."""
-
-
-async def _no_stalls() -> Sequence[Stall]:
-    return ()
-
-
-async def _no_explanation(_run_id: str, failure: Failure) -> Explanation:
-    return Explanation(words=failure.text)
-
-
-async def _no_answer(question: str, _fields: Message) -> Mapping[str, object]:
-    raise ProtocolError(f"unknown question {question!r}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeServices:
-    """What a participant needs of its node."""
-
-    dial: Callable[[], Awaitable[Connection]]
-    """Connects to node 0. Raises OSError."""
-    say: Say
-    holder: Callable[[int], str] = lambda _port: ""
-    """Who listens on a TCP port of this machine, for people; "" for nobody."""
-    answer: Answer = _no_answer
-    launch: Callable[[RoundAssignment], Engine] | None = None
-    """None for a job without rounds, as doctor's."""
-    clean: Callable[[], int] = lambda: 0
-    """Ends whatever torchrun left behind; returns how many processes that were."""
-    progress: Callable[[], str] = lambda: ""
-    """A text that changes with every checkpoint, as it was a moment ago."""
-    stalls: Callable[[], Sequence[Stall]] = lambda: ()
-    """All ranks of this node, if none of them made progress a moment ago."""
-    refresh: Callable[[], Awaitable[None]] = _nothing
-    """Brings `progress` and `stalls` up to date, if the file system answers soon."""
-    ended: Callable[[], Awaitable[Sequence[Stall]]] = _no_stalls
-    """The same as `stalls`, read now: whose ranks have all ended by themselves."""
-    explain: Callable[[str, Failure], Awaitable[Explanation]] = _no_explanation
-    """Reads what a worker of the run has left, if the file system answers soon."""
-    link: Callable[[], str] = lambda: ""
-    """Says that this node's own link is down; "" where it is not."""
-    state: Callable[[str, int], None] = lambda _state, _round: None
-    """Told of every change: (waiting, running or stopping; the round)."""
 
 
 class Participant:
@@ -444,7 +373,8 @@ class Participant:
         ended = [stall for stall in stalls if stall.ended and stall.run_id == self._run_id]
         if len(ended) < self.plan.workers.nproc:
             return ""
-        last = max((stall.entered[-1] for stall in ended if stall.entered), key=lambda one: one.sequence, default=None)
+        entered = [one for stall in ended for one in stall.entered[-1:] if one.sequence]
+        last = max(entered, key=lambda one: one.sequence, default=None)
         return f"{last.name} #{last.sequence}" if last else "no collective"
 
     def _fails(self) -> None:

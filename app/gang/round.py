@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from signal import SIGABRT
 
 from app.config.exitcodes import ExitCode
 from app.engine.outcome import Stall
 from app.gang.messages import Event, Say
-from app.gang.stalls import describe
-from app.gang.verdict import JobEnded, NodeFailure, left_alone, worker_failure
+from app.gang.stalls import describe, is_blocked
+from app.gang.verdict import JobEnded, NodeFailure, Weight, left_alone, worker_failure
 
 HALT_GRACE = 2.0
 """Seconds that workers have to end after another node failed; their collectives cannot finish any more."""
@@ -43,6 +44,10 @@ class RoundState:
     _stalls: dict[int, tuple[Stall, ...]] = field(default_factory=dict)
     _stalled_since: float = 0.0
     """Monotonic time since which no rank of any node makes progress; 0 while one does."""
+    _hung: NodeFailure | None = None
+    """No rank made progress when the first worker failed."""
+    _blocked: frozenset[int] = frozenset()
+    """The ranks that were blocked in a collective then."""
 
     def __post_init__(self) -> None:
         self.running = set(self.names)
@@ -57,6 +62,7 @@ class RoundState:
             return
         elif event.kind == "failing":
             self._first_signs.setdefault(event.rank, now)
+            self._remember_hang()
             self._end("failure", HALT_GRACE, f"a worker on {node} failed (details follow)", now)
         elif event.kind == "stalled":
             self._stalls[event.rank] = event.stalls
@@ -67,8 +73,9 @@ class RoundState:
 
     def _judge(self, now: float) -> None:
         """Says once that no rank of the job makes progress, and why; and that it goes on, if it does."""
-        seconds = [stall.seconds for each in self._stalls.values() for stall in each if not stall.ended]
-        stands = self.running == self.names.keys() == {rank for rank, each in self._stalls.items() if each}
+        stalls = {rank: self._stalls.get(rank, ()) for rank in self.running}
+        seconds = [stall.seconds for each in stalls.values() for stall in each if not stall.ended]
+        stands = all(stalls.values())
         if stands and seconds and not self._stalled_since and not self.halted_at:
             self._stalled_since = now - min(seconds)
             self.tell(self.hang)
@@ -80,7 +87,12 @@ class RoundState:
     @property
     def hang(self) -> str:
         """Who waits for whom, as far as the nodes have told."""
-        return describe({self.names[rank]: each for rank, each in sorted(self._stalls.items())})
+        told = describe({self.names[rank]: each for rank, each in sorted(self._stalls.items()) if each})
+        ended = [self.names[rank] for rank in sorted(self.names.keys() - self.running)]
+        return told + "".join(f"; {node} had finished{self._after(node)}" for node in ended)
+
+    def _after(self, node: str) -> str:
+        return f" after {self._finished[node]}" if node in self._finished else ""
 
     def check_hang(self, now: float) -> None:
         """Ends a round without progress for HANG_TIMEOUT. To be called again and again."""
@@ -90,10 +102,19 @@ class RoundState:
             and now >= self._stalled_since + self.hang_timeout
             and not self.halted_at
         ):
-            self.failures.append(
-                NodeFailure(node="the job", what=f"hangs: {self.hang}", seen=self._stalled_since, abrupt=True)
-            )
+            self.failures.append(self._hang_failure("hangs"))
             self._end("failure", HALT_GRACE, f"the job hangs (HANG_TIMEOUT={self.hang_timeout:g})", now)
+
+    def _hang_failure(self, how: str) -> NodeFailure:
+        return NodeFailure(node="the job", what=f"{how}: {self.hang}", seen=self._stalled_since, abrupt=True)
+
+    def _remember_hang(self) -> None:
+        """What a blocked rank dies of, torch's time-out for one, is a consequence; its stall is withdrawn by then."""
+        if self._stalled_since and not self._hung and not self.halted_at:
+            self._hung = self._hang_failure("hung")
+            self._blocked = frozenset(
+                stall.rank for each in self._stalls.values() for stall in each if is_blocked(stall)
+            )
 
     def _close(self, event: Event, node: str, now: float) -> None:
         if event.kind == "lost":
@@ -104,9 +125,17 @@ class RoundState:
         if event.finished:
             self._finished[node] = event.finished
         if event.report:
-            self.failures.append(worker_failure(node, event.report, self._first_signs.get(event.rank, now)))
+            failure = worker_failure(node, event.report, self._first_signs.get(event.rank, now))
+            by_itself = event.report.exitcode > 0 or event.report.exitcode == -SIGABRT
+            if self._hung and event.report.rank in self._blocked and by_itself:
+                failure = replace(failure, weight=max(failure.weight, Weight.CONSEQUENCE))
+                self.failures += [self._hung] if self._hung not in self.failures else []
+            self.failures.append(failure)
         if event.code:
             self._end("failure", HALT_GRACE, f"{node} failed", now)
+        else:
+            self._stalls.pop(event.rank, None)
+            self._judge(now)
 
     def _end(self, why: str, grace: float, reason: str, now: float) -> None:
         if why not in self._halted and "stop" not in self._halted:

@@ -16,7 +16,7 @@ from app.plan.exports import Exports, common_exports, environment, keep_others, 
 from app.plan.network import decide_interface
 from app.plan.node_list import NodeList, names_to_resolve
 from app.plan.nodes import decide_listed
-from app.plan.parts import Checkpoints, Network, Nodes, Script, Timeouts, Workers
+from app.plan.parts import Checkpoints, LocalWorkers, Network, Nodes, Script, Timeouts
 from app.plan.ports import Ports, decide_ports
 from app.plan.rdma import decide_rdma
 from app.plan.resource_checks import check_needs
@@ -42,7 +42,7 @@ class Plan:
     run_name: str
     nodes: Nodes
     network: Network
-    workers: Workers
+    workers: LocalWorkers
     script: Script
     checkpoints: Checkpoints
     timeouts: Timeouts
@@ -194,7 +194,7 @@ def _network(nodes: NodeList, ports: Ports, transport: str, rdma_ports: tuple[st
     )
 
 
-def _show_command(nodes: NodeList, workers: Workers, ports: Ports, script: Script, ledger: Ledger) -> None:
+def _show_command(nodes: NodeList, workers: LocalWorkers, ports: Ports, script: Script, ledger: Ledger) -> None:
     nnodes, nproc = len(nodes.addresses), workers.nproc
     first = nodes.rank * nproc
     here = f"rank {first} is" if nproc == 1 else f"ranks {first} to {first + nproc - 1} are"

@@ -7,7 +7,7 @@ from app.config.settings import TABLE, Settings
 from app.config.values import Value
 from app.host import Host
 from app.plan.node_list import NodeList
-from app.plan.parts import Script, Workers
+from app.plan.parts import LocalWorkers, Script
 
 LIBRARY = (
     "NCCL_NET",
@@ -22,7 +22,13 @@ LIBRARY = (
 
 
 def must_be_equal(
-    settings: Settings, host: Host, nodes: NodeList, workers: Workers, transport: str, script: Script, control_port: int
+    settings: Settings,
+    host: Host,
+    nodes: NodeList,
+    workers: LocalWorkers,
+    transport: str,
+    script: Script,
+    control_port: int,
 ) -> tuple[tuple[str, str], ...]:
     """Pairs of name and value, sorted: what the settings of the cluster come to on this node, and the software.
 

@@ -42,7 +42,7 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Workers:
+class LocalWorkers:
     """The worker processes of this node."""
 
     nproc: int
@@ -66,6 +66,8 @@ class Script:
     """For HOME, where the container's own is in memory."""
     env: Mapping[str, str] = field(repr=False, default_factory=dict)
     """To add to the process environment for torchrun, sorted by name; secrets of the user's included."""
+    preload: tuple[str, ...] = ()
+    """Modules to load once for all rounds; none: each process loads its own."""
     removed: tuple[str, ...] = ()
     """To take out of the process environment first."""
 

@@ -165,9 +165,14 @@ def _as_asked(asked: Value[str], host: Host, ledger: Ledger) -> tuple[list[RdmaP
     wrong = [f"{each.port.name}: {each.reason}" for each in rejected if each.port in taken or not usable]
     fix = "Correct or remove it" if taken else "Correct or remove it: NCCL falls back to sockets without a word"
     if not selected:
-        what = "{given} is kept, but matches no RDMA device or port here ({ports})"
-        here = [port.name for port in host.rdma_ports] or ["there is none"]
-        ledger.warn("rdma.hca-selects-none", what=what, fix=fix, severity="severe", given=asked, ports=here)
+        ledger.warn(
+            "rdma.hca-selects-none",
+            what="{given} is kept, but matches no RDMA device or port here ({ports})",
+            fix=fix,
+            severity="severe",
+            given=asked,
+            ports=[port.name for port in host.rdma_ports] or ["there is none"],
+        )
     elif wrong:
         what = "{given} is kept, but selects {wrong}"
         ledger.warn("rdma.hca-selects-wrong", what=what, fix=fix, given=asked, wrong="; ".join(wrong))

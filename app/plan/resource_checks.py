@@ -6,7 +6,7 @@ from app.host.accelerators import vendor_of
 from app.host.nics import Nic
 from app.plan.decisions import Ledger
 from app.plan.local import Own
-from app.plan.parts import Workers
+from app.plan.parts import LocalWorkers
 from app.plan.rdma_access import memlock_obstacle
 
 SHM_PER_GPU = 1 << 30
@@ -17,7 +17,7 @@ OPEN_FILES = 4096
 MEMORY_PER_PROCESS = 1 << 30
 
 
-def check_needs(host: Host, workers: Workers, transport: str, ledger: Ledger) -> None:
+def check_needs(host: Host, workers: LocalWorkers, transport: str, ledger: Ledger) -> None:
     """Limits as facts in the plan, and warnings or problems where they are too low for it."""
     ledger.decide("limits", "limits", count(host.limits.cpus, "CPU"), "detected", _summary(host))
     rdma = workers.backend == "nccl" and transport != "sockets"
@@ -46,7 +46,7 @@ def check_needs(host: Host, workers: Workers, transport: str, ledger: Ledger) ->
         _report_direct(host, transport, ledger)
 
 
-def _check_shm(host: Host, workers: Workers, ledger: Ledger) -> None:
+def _check_shm(host: Host, workers: LocalWorkers, ledger: Ledger) -> None:
     who, wanted = "the data loaders of {nproc:process|processes}", SHM_OF_LOADERS
     if workers.backend == "nccl":
         who, wanted = "NCCL with {nproc:process|processes}", SHM_PER_GPU * workers.nproc
@@ -73,7 +73,7 @@ def _check_files(host: Host, ledger: Ledger) -> None:
         )
 
 
-def _check_memory(host: Host, workers: Workers, ledger: Ledger) -> None:
+def _check_memory(host: Host, workers: LocalWorkers, ledger: Ledger) -> None:
     if host.limits.memory is not None and host.limits.memory < MEMORY_PER_PROCESS * workers.nproc:
         ledger.warn(
             "limits.memory",

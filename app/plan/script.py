@@ -132,6 +132,8 @@ def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
     ):
         if value is not None:
             ledger.take("script", value, reason)
+    loaded = "loaded once for all rounds" if settings.preload.value else "each process loads its own modules"
+    ledger.take("script", settings.preload, loaded)
     run_dir = _folder("RUN_DIR", settings.run_dir, _run_dir(settings), settings, host, ledger)
     inside = run_dir / "checkpoints"
     checkpoints = _folder("CHECKPOINT_DIR", settings.checkpoint_dir, inside, settings, host, ledger)
@@ -141,6 +143,7 @@ def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
         checkpoint_dir=checkpoints,
         places=(on_host(run_dir, host, settings), on_host(checkpoints, host, settings)),
         home=_home(settings, host),
+        preload=settings.preload.value,
     )
 
 

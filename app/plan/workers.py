@@ -10,10 +10,10 @@ from app.host import Host
 from app.host.accelerators import vendor_for, vendor_of
 from app.plan.decisions import Ledger
 from app.plan.exports import Exports
-from app.plan.parts import Workers
+from app.plan.parts import LocalWorkers
 
 
-def decide_workers(settings: Settings, host: Host, ledger: Ledger, exports: Exports) -> Workers:
+def decide_workers(settings: Settings, host: Host, ledger: Ledger, exports: Exports) -> LocalWorkers:
     """Number of processes, backend and OMP_NUM_THREADS; problems go to the ledger and the answer stays usable."""
     _check_hardware(settings, host, ledger)
     gpus = _usable_gpus(settings, host, ledger)
@@ -23,7 +23,7 @@ def decide_workers(settings: Settings, host: Host, ledger: Ledger, exports: Expo
     cpus = host.limits.cpus
     shared = f"{count(cpus, 'CPU')} allowed, shared by {count(nproc, 'process', 'processes')}"
     exports.offer("gpus", "OMP_NUM_THREADS", max(1, cpus // nproc), shared)
-    return Workers(nproc=nproc, backend=backend, gpus=gpus)
+    return LocalWorkers(nproc=nproc, backend=backend, gpus=gpus)
 
 
 def _usable_gpus(settings: Settings, host: Host, ledger: Ledger) -> int:

@@ -16,6 +16,7 @@ from app.plan import Plan
 from app.report.redaction import plan_secrets, redact_data
 
 ROUNDS = "rounds.jsonl"
+LEFT_OUT = "preload.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,19 @@ def keep_round(plan: Plan, run_id: str, outcome: Outcome) -> None:
         file.write(line + "\n")
 
 
+def keep_left_out(plan: Plan, module: str, why: str) -> None:
+    """A module of PRELOAD that could not be loaded; best effort."""
+    line = json.dumps({"time": time.time(), "module": module, "why": why})
+    with contextlib.suppress(OSError), (plan.log_dir / LEFT_OUT).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_left_out(folder: Path, started: float) -> tuple[str, ...]:
+    """`module: why` of each that `keep_left_out` was told since `started`."""
+    lines = [line for line in _lines(folder / LEFT_OUT) if line.get("time", 0) >= started]
+    return tuple(f"{line['module']}: {line['why']}" for line in lines if {"module", "why"} <= line.keys())
+
+
 def private(path: str, flags: int) -> int:
     """Opens a file that only its owner may read: exceptions quote what nobody has foreseen."""
     return os.open(path, flags, 0o600)
@@ -79,14 +93,21 @@ def read_rounds(folder: Path, started: float) -> tuple[RoundRecord, ...]:
 
 
 def _from_lines(folder: Path) -> Iterator[dict[str, Any]]:
+    for fields in _lines(folder / ROUNDS):
+        with contextlib.suppress(KeyError, TypeError):
+            fields["failures"] = tuple(Failure(**failure) for failure in fields["failures"])
+            RoundRecord(**fields)
+            yield fields
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
     with contextlib.suppress(OSError):
-        for line in (folder / ROUNDS).read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             # A line may be torn: the machine stopped, or the disk is full.
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError):
                 fields = json.loads(line)
-                fields["failures"] = tuple(Failure(**failure) for failure in fields["failures"])
-                RoundRecord(**fields)
-                yield fields
+                if isinstance(fields, dict):
+                    yield fields
 
 
 def _complete(kept: Mapping[str, Any], copied: RoundRecord | None, folder: Path) -> RoundRecord:

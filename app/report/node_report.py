@@ -18,7 +18,7 @@ from app.host.accelerators import recent_faults
 from app.host.files import entries, number, text
 from app.host.limits import control_groups
 from app.plan import Plan
-from app.report.history import RoundRecord, private, read_rounds
+from app.report.history import RoundRecord, private, read_left_out, read_rounds
 from app.report.redaction import plan_secrets, redact, redact_data
 
 LAST_LINES = 40
@@ -55,6 +55,8 @@ class NodeReport:
     """A known error, "" where none was recognised; docs/errors has an entry of that name."""
     names_cause: bool
     """The known error says more than that another rank or node failed first."""
+    left_out: tuple[str, ...]
+    """Modules of PRELOAD that broke the start, each with what was wrong; the rounds went on without them."""
     flight_records: tuple[str, ...]
     stalls: tuple[str, ...]
     """Files with the stacks of ranks that stood still at the end (watchdog.py)."""
@@ -120,6 +122,7 @@ def make_report(plan: Plan, code: int, verdict: str, before: Mapping[str, int], 
         cause=known.error.cause if known else "",
         fix=known.error.fix if known else "",
         names_cause=known is not None and known.error.rank > CONSEQUENCE,
+        left_out=read_left_out(logs, started),
         flight_records=tuple(sorted(str(file) for file in logs.glob("flight_recorder_rank_*"))),
         stalls=tuple(sorted(str(file) for file in plan.stall_dir.glob("rank*.json"))),
         decisions=tuple((each.name, each.value, each.source) for each in plan.decisions),
@@ -166,8 +169,10 @@ def summary(report: NodeReport, folder: Path) -> str:
     grown = ", ".join(f"{name} +{count}" for name, count in report.counters.items())
     lines += [f"since the start: {grown}"] if grown else []
     lines += [f"errors of GPUs since the start: {', '.join(report.xids)}"] if report.xids else []
-    lines += [f"flight records: {len(report.flight_records)} files"] if report.flight_records else []
-    lines += [f"stacks of ranks that stood still: {', '.join(report.stalls[:2])} ..."] if report.stalls else []
+    lines += [f"PRELOAD went without {'; '.join(report.left_out)}"] if report.left_out else []
+    files = [f"flight records: {len(report.flight_records)} files"] if report.flight_records else []
+    files += [f"stacks of ranks that stood still: {', '.join(report.stalls[:2])} ..."] if report.stalls else []
+    lines += ["; ".join(files)] if files else []
     return "\n".join(line[:WIDTH] for line in [*lines, f"more: {folder}"])
 
 

@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +17,20 @@ from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
 from app.engine import torchrun
 from app.engine.outcome import Explanation, Failure, Outcome, Stall
+from app.engine.warm import Preloaded
 from app.gang.agreement import gather
 from app.gang.connection import Connection, Message, ProtocolError, dial, dial_inside, listen
 from app.gang.coordinator import LAST_WORD, LINGER, Coordinator
 from app.gang.mirror.step import QUESTION, Checkpoints
-from app.gang.participant import NodeServices, Participant, RoundAssignment
+from app.gang.participant import Participant
+from app.gang.services import NodeServices, RoundAssignment
 from app.gang.token import read_token
 from app.gang.verdict import Verdict
 from app.host.ports import holder
 from app.plan import Plan
 from app.plan.places import results
 from app.report.culprit import examine
-from app.report.history import keep_round
+from app.report.history import keep_left_out, keep_round
 from app.report.node_report import MEMORY_KILLS, forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
 from app.supervise.files import SIGNALS, in_time, off_loop, start_thread
@@ -55,8 +57,8 @@ def supervise(plan: Plan) -> int:
     _best_effort(reserve_final)
     torchrun.adopt_orphans()
     allow_many_files()
-    with one_job(plan), runtime_dir() as folder:
-        verdict, own_stop = asyncio.run(_take_part(plan, token, folder))
+    with one_job(plan), runtime_dir() as folder, _preloaded(plan) as preloaded:
+        verdict, own_stop = asyncio.run(_take_part(plan, token, folder, preloaded))
     if verdict.code in (ExitCode.DONE, ExitCode.STOPPED):
         _best_effort(forget_final)
     if verdict.code == ExitCode.STOPPED:
@@ -64,6 +66,22 @@ def supervise(plan: Plan) -> int:
     if verdict.code not in (ExitCode.DONE, ExitCode.FAILED):
         _best_effort(lambda: write_final(int(verdict.code), verdict.text))
     return int(verdict.code)
+
+
+@contextlib.contextmanager
+def _preloaded(plan: Plan) -> Iterator[Preloaded]:
+    """What PRELOAD names begins to be loaded before the nodes meet, since that takes as long."""
+
+    def tell(name: str, why: str) -> None:
+        say(f"PRELOAD: left out {name}: {why}")
+        start_thread(lambda: keep_left_out(plan, name, why), "history")
+
+    preloaded = Preloaded(plan.script.preload, torchrun.environment(plan, os.environ, run_id=""), tell)
+    try:
+        preloaded.start()
+        yield preloaded
+    finally:
+        preloaded.stop()
 
 
 def _best_effort(act: Callable[[], object]) -> None:
@@ -113,10 +131,10 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-async def _take_part(plan: Plan, token: bytes, folder: Path) -> tuple[Verdict, bool]:
+async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloaded) -> tuple[Verdict, bool]:
     """The verdict, printed, and whether the stop came from this node's own user."""
     started, before = time.time(), read_counters()
-    node = Node(plan=plan, folder=folder, before=before)
+    node = Node(plan=plan, folder=folder, preloaded=preloaded, before=before)
     coordinator = Coordinator(plan, token, say, lambda: down_link(plan.network.interface))
     server = await _listen(plan, coordinator)
     leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
@@ -139,7 +157,7 @@ async def _take_part(plan: Plan, token: bytes, folder: Path) -> tuple[Verdict, b
         dial=dial_inside(coordinator.serve) if leading else _dial(plan),
         answer=answer,
         launch=node.launch,
-        clean=torchrun.sweep,
+        clean=lambda: torchrun.sweep(preloaded.pid),
         progress=lambda: progress.text,
         stalls=lambda: progress.stalls,
         refresh=progress.renew,
@@ -190,6 +208,7 @@ async def _take_part(plan: Plan, token: bytes, folder: Path) -> tuple[Verdict, b
             leading.cancel()
         if server:
             server.close()
+        preloaded.stop()
         torchrun.sweep()
     return verdict, own_stop
 
@@ -237,10 +256,15 @@ class Node:
 
     plan: Plan
     folder: Path
+    preloaded: Preloaded
     before: Mapping[str, int]
     """The machine's counters at the start."""
-    engine: int = 0
-    """The process id of the last torchrun, 0 before."""
+    last: torchrun.Torchrun | None = None
+
+    @property
+    def engine(self) -> int:
+        """The process id of the last torchrun, 0 before."""
+        return self.last.process.pid if self.last else 0
 
     def launch(self, assignment: RoundAssignment) -> torchrun.Torchrun:
         plan = self.plan
@@ -256,9 +280,9 @@ class Node:
             say(f"round {assignment.round}: node rank {assignment.node_rank} of {assignment.nnodes}")
         environment = torchrun.environment(plan, os.environ, run_id=assignment.run_id)
         environment |= watched(plan, self.folder)
-        engine = torchrun.Torchrun(command, environment, lambda outcome: self._keep(assignment.run_id, outcome))
-        self.engine = engine.process.pid
-        return engine
+        keep = functools.partial(self._keep, assignment.run_id)
+        self.last = torchrun.Torchrun(command, environment, keep, self.preloaded)
+        return self.last
 
     async def ended(self) -> Sequence[Stall]:
         with contextlib.suppress(OSError, TimeoutError):
@@ -283,7 +307,7 @@ class Node:
             await asyncio.sleep(REAP_EVERY)
             with contextlib.suppress(ChildProcessError):
                 while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-                    if ended.si_pid == self.engine:
-                        # Whoever watches it asks for its exit code.
+                    if ended.si_pid in (self.engine, self.preloaded.pid):
+                        # Whoever started it asks for its exit code.
                         break
                     os.waitpid(ended.si_pid, 0)

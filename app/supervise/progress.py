@@ -70,7 +70,7 @@ def checkpoints(folder: Path) -> list[str]:
     found = []
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
-            # An entry may vanish while it is looked at, and a link may lead nowhere.
+            # An entry may vanish meanwhile, and a link may lead nowhere.
             with contextlib.suppress(OSError):
                 if _is_complete(entry.name):
                     found.append((entry.stat().st_mtime, entry.name))
@@ -122,7 +122,7 @@ class Progress:
             before, self.stalls = self.stalls, read_stalls(self._plan, self._folder, heartbeats)
             if bool(before) != bool(self.stalls):
                 self._keep()
-            stopped = self._look_at_engine(stopped)
+            stopped = self._check_engine(stopped)
             time.sleep(READ_EVERY)
 
     def _keep(self) -> None:
@@ -132,7 +132,7 @@ class Progress:
             else:
                 in_time(lambda: forget_stalls(self._plan), KEEP_LIMIT)
 
-    def _look_at_engine(self, stopped: int) -> int:
+    def _check_engine(self, stopped: int) -> int:
         """Tells once of a torchrun that somebody has stopped, which tells of no failure any more; returns its pid."""
         pid = self._engine()
         if not pid or not _is_stopped(pid):

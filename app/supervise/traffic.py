@@ -8,10 +8,10 @@ from pathlib import Path
 from app.host.files import entries, number
 from app.plan import Plan
 
-LOOK_EVERY = 5.0
+CHECK_EVERY = 5.0
 ENOUGH = 1 << 30
 """Bytes after which it is clear which way they go: a small model on a few GPUs sends as much in a minute."""
-LOOKS = 720
+CHECKS = 720
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +60,12 @@ def alarm(plan: Plan, before: Traffic, now: Traffic) -> str | None:
 
 
 async def watch(plan: Plan, say: Callable[[str], None], root: Path = Path("/")) -> None:
-    """Looks until enough bytes went out, for an hour at most, and says so if they took the wrong way."""
+    """Checks until enough bytes went out, for an hour at most, and says so if they took the wrong way."""
     before = read_traffic(plan, root)
     if before.rdma is None:
         return
-    for _ in range(LOOKS):
-        await asyncio.sleep(LOOK_EVERY)
+    for _ in range(CHECKS):
+        await asyncio.sleep(CHECK_EVERY)
         told = alarm(plan, before, read_traffic(plan, root))
         if told is not None:
             if told:

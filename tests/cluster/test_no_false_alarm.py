@@ -9,6 +9,8 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+from tests.cluster.bad_day import SCRIPTS
+from tests.cluster.faults import codes, up
 from tests.testbed import Cluster, Node
 
 RUNS = int(os.environ.get("HEALTHY_RUNS", "2"))
@@ -38,3 +40,26 @@ def test_healthy_runs_of_doctor_and_training_raise_no_alarm(cluster2: Cluster) -
         lines = [line for _, text in found for line in text.splitlines()]
         assert not [line for line in lines if ALARM.search(line) and not EXPECTED.search(line)], f"run {number}"
         cluster2.clear()
+
+
+WORK = (
+    "process_pool",
+    "grandchild",
+    "thread_pool",
+    "sleep_in_the_main_loop",
+    "download",
+    "download_by_a_program",
+    "checkpoint_to_a_slow_disk",
+    "stopped_and_continued",
+)
+"""Of tests/scripts/legal_work.py; tests/native/test_legal_work.py has all kinds."""
+
+
+def test_eight_kinds_of_odd_but_legal_work_on_one_rank_while_the_other_waits_raise_no_alarm(cluster2: Cluster) -> None:
+    kinds = f"{'+'.join(WORK)} {'+'.join(['idle_sleep'] * len(WORK))}"
+    env = {"TRAIN_ARGS": f"7 {kinds}", "HANG_REPORT": "3", "HANG_TIMEOUT": "5"}
+    script = (SCRIPTS / "legal_work.py").read_text()
+    stacks = [up(node, cluster2.addresses, env, script=script) for node in cluster2.nodes]
+    assert codes(stacks, 180) == [0, 0], stacks[0].logs()
+    lines = [line for stack in stacks for line in stack.logs().splitlines()]
+    assert not [line for line in lines if ALARM.search(line) and not EXPECTED.search(line)]

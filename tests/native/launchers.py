@@ -17,6 +17,9 @@ import psutil
 from tests.native.ports import free_port
 
 PROJECT = Path(__file__).resolve().parents[2]
+AGENT = "app/engine/agent.py"
+FORKED_AGENT, PRELOADED = "torchrun-compose: torchrun", "torchrun-compose: preloaded"
+"""Titles of processes."""
 
 ALL_REDUCE = """
 import os, sys, time, torch, torch.distributed as dist
@@ -86,13 +89,24 @@ class Launcher:
         self.process.send_signal(number)
 
     def workers(self) -> list[psutil.Process]:
-        """The processes below torchrun."""
-        return [worker for agent in self.agents() for worker in agent.children(recursive=True)]
+        """The processes below torchrun; those that were forked stand beside it."""
+        return [
+            each for each, title in self._below() if not title.startswith("torchrun-compose:") and AGENT not in title
+        ]
 
     def agents(self) -> list[psutil.Process]:
+        return [each for each, title in self._below() if title.startswith(FORKED_AGENT) or AGENT in title]
+
+    def preloaded(self) -> list[psutil.Process]:
+        """The process from which agents and workers are forked."""
+        own = psutil.Process(self.process.pid)
+        return [each for each, title in self._below() if title.startswith(PRELOADED) and each.parent() == own]
+
+    def _below(self) -> Iterator[tuple[psutil.Process, str]]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(self.process.pid).children()
-        return []
+            for each in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                    yield each, " ".join(each.cmdline())
 
 
 @dataclass

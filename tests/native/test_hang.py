@@ -123,6 +123,27 @@ def test_sizes_and_groups_are_read_of_torchs_own_recorder(tmp_path: Path, kind: 
         assert launcher.end() == 143
 
 
+TIMES_OUT = """
+import datetime, time, torch, torch.distributed as dist
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=6))
+dist.all_reduce(torch.ones(1))
+if dist.get_rank() == 1:
+    time.sleep(60)
+dist.all_reduce(torch.ones(1))
+"""
+
+
+def test_after_torchs_own_time_out_the_verdict_names_the_collective_and_the_rank_that_did_not_come(
+    tmp_path: Path,
+) -> None:
+    with nodes(tmp_path, 2, TIMES_OUT, HANG_REPORT="2", MAX_RESTARTS="0") as made:
+        made.start_all()
+        for launcher in made.launchers:
+            assert launcher.end(60) == 5
+            assert "the job hung: no progress on any rank for" in launcher.said[-1]
+            assert "rank 1 has not reached all_reduce #2" in launcher.said[-1]
+
+
 ONE_ENDS = """
 import os, sys
 if os.environ["RANK"] == "0":
@@ -135,8 +156,9 @@ def test_a_rank_that_has_ended_while_another_stands_still_is_named(tmp_path: Pat
     held = tmp_path / "held"
     os.mkfifo(held)
     with nodes(tmp_path, 2, ONE_ENDS, HANG_REPORT="2") as made:
-        for line in on_two_nodes(made, str(held)):
-            assert "rank 1 on node 1 (127.0.0.2) has entered no collective, has ended" in line
+        (line, _) = on_two_nodes(made, str(held))
+        # torchrun may have ended, too, or not yet.
+        assert re.search(r"rank 1 on node 1 \(127.0.0.2\) .* has ended|node 1 \(127.0.0.2\) had finished", line), line
         with held.open("rb+", buffering=0):
             assert [launcher.end(60) for launcher in made.launchers] == [0, 0]
 

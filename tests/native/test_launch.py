@@ -113,7 +113,7 @@ def test_a_stop_before_the_workers_run_ends_at_once(tmp_path: Path) -> None:
     with nodes(tmp_path, 1, WAITS, NODES="", NODE_RANK="") as job:
         launcher = job.start(0)
         until = time.monotonic() + 20
-        while not launcher.agents():
+        while not launcher.preloaded():
             assert time.monotonic() < until
             time.sleep(0.01)
         launcher.signal(signal.SIGTERM)

@@ -59,8 +59,14 @@ def test_an_unknown_exception_is_not_explained_by_the_complaint_of_its_neighbour
 
 KILLED = """
 import os, signal, time
+from pathlib import Path
+started = Path(os.environ["RUN_DIR"], os.environ["TORCHELASTIC_RUN_ID"])
+if os.environ["RANK"] == "0":
+    started.touch()
 if os.environ["RANK"] == "1":
     print("step 1", flush=True)
+    while not started.exists():
+        time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(60)
 """
@@ -82,7 +88,7 @@ def test_a_worker_that_is_killed_is_the_first_error_of_its_node_and_all_say_what
     kept = json.loads((folders[1] / "report.json").read_text())
     assert [[one["exitcode"] for one in each["failures"]] for each in kept["rounds"]] == [[-9], [-9]]
     assert kept["logs"]["local rank 0 stdout"] == ["step 1"]
-    assert json.loads((folders[0] / "report.json").read_text())["logs"]["local rank 0 stdout"] == []
+    assert not json.loads((folders[0] / "report.json").read_text())["logs"].get("local rank 0 stdout")
 
 
 def test_a_job_that_ends_well_leaves_no_report_and_removes_an_older_one(tmp_path: Path) -> None:
@@ -92,3 +98,16 @@ def test_a_job_that_ends_well_leaves_no_report_and_removes_an_older_one(tmp_path
         made.script.write_text("print('well')")
         assert made.start(0).end(60) == 0
     assert not list(tmp_path.glob("node0/default/report*"))
+
+
+MEGABYTES = """
+missing = "".join(f"layers.{number}.weight, " * 5 for number in range(45_000))
+raise RuntimeError(f"Error(s) in loading state_dict: missing keys {missing}")
+"""
+
+
+def test_an_exception_of_megabytes_is_told_by_its_beginning(tmp_path: Path) -> None:
+    with nodes(tmp_path, 1, MEGABYTES, MAX_RESTARTS="0") as made:
+        assert made.start(0).end(60) == 5
+        assert "rank 0 failed with RuntimeError: Error(s) in loading state_dict" in made.launchers[0].said[-1]
+        assert "Separator is not found" not in made.launchers[0].text

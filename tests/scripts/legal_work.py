@@ -1,4 +1,4 @@
-"""Odd but legal work, one kind a rank: `legal_work.py SECONDS KIND...`, a kind for each rank. Nothing of it is a hang.
+"""Odd but legal work, one kind a rank: `legal_work.py SECONDS KIND[+KIND]...`, for each rank. Nothing of it is a hang.
 
 The kinds whose name starts with `idle` are the other half of the proof: they are told.
 """
@@ -362,10 +362,11 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo")
         torch.distributed.barrier()
-    if kinds[rank] == "group_of_some":
-        group_of_some([number for number, kind in enumerate(kinds) if kind == "group_of_some"])
-    else:
-        globals()[kinds[rank]]()
-    print(f"{kinds[rank]} done", flush=True)
+    for kind in kinds[rank].split("+"):
+        if kind == "group_of_some":
+            group_of_some([number for number, each in enumerate(kinds) if each == kind])
+        else:
+            globals()[kind]()
+        print(f"{kind} done", flush=True)
     if with_torch:
         torch.distributed.barrier()

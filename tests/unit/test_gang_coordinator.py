@@ -17,7 +17,8 @@ from app.gang.connection import MAX_LINE, Connection, Message
 from app.gang.coordinator import Coordinator
 from app.gang.handshake import introduce
 from app.gang.mirror.pages import pages
-from app.gang.participant import NodeServices, Participant, RoundAssignment
+from app.gang.participant import Participant
+from app.gang.services import NodeServices, RoundAssignment
 from app.gang.verdict import NodeFailure, Verdict
 from app.plan import Plan
 from tests.unit.launch_facts import card, machine, planned

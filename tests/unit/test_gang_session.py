@@ -11,7 +11,8 @@ from app.config.exitcodes import ExitCode
 from app.doctor.coordinator import DoctorCoordinator
 from app.gang.connection import Connection, ProtocolError, dial
 from app.gang.handshake import introduce
-from app.gang.participant import NodeServices, Participant, RoundAssignment
+from app.gang.participant import Participant
+from app.gang.services import NodeServices, RoundAssignment
 from tests.unit.test_gang_coordinator import Engine, Job, a_plan, lead, running
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from app.engine.outcome import Collective, Stall
-from app.engine.watchdog import Look, activity, has_worked
-from app.gang.messages import Event
+from app.engine.outcome import Collective, Explanation, Stall
+from app.engine.watchdog import Sample, activity, has_worked
+from app.gang.messages import Event, WorkerReport
 from app.gang.round import RoundState
 from app.gang.stalls import describe
+from app.gang.verdict import first_causes
 from app.plan import Plan
 from app.supervise import hang
 from app.supervise.hang import StalledHeartbeat
@@ -238,7 +239,7 @@ def test_all_processes_below_a_rank_count_as_its_own(tmp_path: Path) -> None:
         activity(14, proc=str(tmp_path))
 
 
-STILL = Look(time=0, seconds=0, moved=0, states="SS", written_back=0, gpu=0, recorded=[])
+STILL = Sample(time=0, seconds=0, moved=0, states="SS", written_back=0, gpu=0, recorded=[])
 
 
 @pytest.mark.parametrize(
@@ -288,6 +289,41 @@ def test_a_standstill_is_told_once_when_the_last_node_stands_still_and_withdrawn
     assert said[1:] == ["progress resumed"]
     course.check_hang(5000.0)
     assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "exitcode", "cause"),
+    [
+        (0, 1, "the job"),
+        (0, -signal.SIGABRT, "the job"),
+        (0, -signal.SIGKILL, NODES[0]),
+        (1, 1, NODES[1]),
+    ],
+)
+def test_what_a_rank_dies_of_that_was_blocked_in_a_hang_is_a_consequence(rank: int, exitcode: int, cause: str) -> None:
+    """torch's time-out ends the rank that waits, in words of its own; the rank that did not come is the cause, and its
+    own words say more than the hang does."""
+    course = a_round([])
+    course.take(stalled(0, stall(0)), 1000.0)
+    course.take(stalled(1, stall(1, entered(number=5, done=True))), 1000.0)
+    course.take(Event(rank=rank, kind="failing"), 1100.0)
+    for node in NODES:
+        course.take(stalled(node), 1101.0)
+    found = Explanation(words="AssertionError" if exitcode > 0 else "")
+    report = WorkerReport(rank=rank, exitcode=exitcode, found=found, time=5, halted=False)
+    course.take(Event(rank=rank, kind="ended", code=1, report=report), 1102.0)
+    assert [each.node for each in first_causes(course.failures)] == [cause]
+
+
+def test_a_node_that_has_finished_does_not_hide_that_the_others_wait() -> None:
+    said: list[str] = []
+    course = a_round(said)
+    course.take(stalled(0, stall(0)), 1000.0)
+    course.take(Event(rank=1, kind="ended", code=0, finished="5 collectives"), 1001.0)
+    assert len(said) == 1
+    assert said[0].endswith("; node 1 (10.0.0.2) had finished after 5 collectives")
+    course.take(stalled(0), 1002.0)
+    assert said[1:] == ["progress resumed"]
 
 
 def test_a_job_whose_ranks_have_all_ended_does_not_hang() -> None:

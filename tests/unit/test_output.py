@@ -105,6 +105,14 @@ def test_two_ranks_come_out_in_lines_with_their_rank(tmp_path: Path) -> None:
     assert (files[0].read_bytes(), files[1].read_bytes()) == (b"a\nb\n", b"c\n")
 
 
+def test_a_rank_that_prints_nothing_has_an_empty_file(tmp_path: Path) -> None:
+    ranks = Output(1, {}, {0: tmp_path / "0"}, 1000, threading.Lock())
+    ranks.paths()
+    ranks.start()
+    ranks.stop()
+    assert (tmp_path / "0").read_bytes() == b""
+
+
 def test_a_pipe_that_somebody_keeps_open_does_not_hold_up_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,6 +193,7 @@ FULL = NodeReport(
     counters_before={},
     counters_after={},
     xids=("0000:18:00 Xid 79",) * 20,
+    left_out=("transformers: ModuleNotFoundError: No module named 'transformers'",) * 3,
     known_error="gpu-lost",
     names_cause=True,
     line="x" * 5000,

@@ -15,10 +15,13 @@ from tests.unit.launch_facts import card, machine, planned
 PROJECT = Path(__file__).parents[2]
 
 
-WORDS = {"HARDWARE": ("cpu", "nvidia"), "BACKEND": ("gloo", "nccl")} | dict.fromkeys(
-    ("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1")
-)
-WORDS |= {"CHECKPOINTS": ("own", "mirror"), "MIRROR_LIMIT": ("2GB", "3TB")}
+WORDS = {
+    "HARDWARE": ("cpu", "nvidia"),
+    "BACKEND": ("gloo", "nccl"),
+    "PRELOAD": ("torch", "torch,numpy"),
+    "CHECKPOINTS": ("own", "mirror"),
+    "MIRROR_LIMIT": ("2GB", "3TB"),
+} | dict.fromkeys(("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1"))
 
 
 def read(tmp_path: Path, lines: str, **environ: str) -> Settings:
@@ -53,6 +56,17 @@ def test_shell_beats_file_beats_default_for_every_setting(setting: Setting, tmp_
     assert given(read(tmp_path, f"{name}={one}"), name) == (one, ".env:1")
     unset = read(tmp_path, "").of(name)
     assert unset is None or unset.source == "default"
+
+
+@pytest.mark.parametrize(("lines", "environ"), [("PRELOAD=", {}), ("PRELOAD=torch", {"PRELOAD": ""})])
+def test_an_empty_preload_is_a_value(lines: str, environ: dict[str, str], tmp_path: Path) -> None:
+    preload = read(tmp_path, lines, **environ).preload
+    assert (preload.value, preload.source) == ((), "environment" if environ else ".env:1")
+
+
+@pytest.mark.parametrize("text", ["torch,", "torch transformers", "torch;os", "1torch", "torch.", "../torch"])
+def test_a_preload_that_is_no_list_of_modules_is_refused(text: str, tmp_path: Path) -> None:
+    assert [problem.setting for problem in read(tmp_path, "", PRELOAD=text).problems] == ["PRELOAD"]
 
 
 def test_a_value_that_compose_passed_on_from_the_file_is_the_files_line(tmp_path: Path) -> None:
