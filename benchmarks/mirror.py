@@ -94,7 +94,7 @@ def mirrored(root: Path, count: int) -> float:
     planning = time.monotonic() - started
     here, there = socket.socketpair()
     # In a process of its own, as on a machine of its own.
-    sender = multiprocessing.get_context("fork").Process(target=serve, args=(source, there), daemon=True)
+    sender = multiprocessing.get_context("fork").Process(target=serve, args=(source, here, there), daemon=True)
     sender.start()
     there.close()
     fetcher = Fetcher(target, "127.0.0.2", b"key", {0: ("127.0.0.1", int(here.recv(16)))})
@@ -113,8 +113,9 @@ def mirrored(root: Path, count: int) -> float:
     return taken
 
 
-def serve(disk: Disk, control: socket.socket) -> None:
+def serve(disk: Disk, other: socket.socket, control: socket.socket) -> None:
     """Answers until the other end of `control` is closed."""
+    other.close()
     server = Server(disk, "127.0.0.1", b"key")
     control.sendall(str(server.port).encode())
     control.recv(1)
