@@ -26,10 +26,11 @@ from app.engine.outcome import Outcome
 from app.gang import connect, connection, connectivity, handshake, probes
 from app.gang.agreement import gather
 from app.gang.coordinator import Coordinator
+from app.gang.mirror.pages import pages
 from app.gang.participant import Participant
 from app.gang.services import NodeServices, RoundAssignment
 from app.plan import Plan
-from app.plan.parts import LocalWorkers, Network, Nodes, Script, Timeouts
+from app.plan.parts import Checkpoints, LocalWorkers, Network, Nodes, Script, Timeouts
 from app.supervise import node as supervise
 
 SHARE = 250
@@ -67,6 +68,7 @@ def make_plan(count: int, rank: int, port: int) -> Plan:
         script=Script(
             command=("train.py",), run_dir=Path("/nonexistent/run"), checkpoint_dir=Path("/nonexistent/run/checkpoints")
         ),
+        checkpoints=Checkpoints(mirror=False, keep=2, limit=0),
         timeouts=Timeouts(
             start=PATIENCE, rejoin=PATIENCE, stop_grace=1, heartbeat=PATIENCE, hang_report=0.0, hang_timeout=0.0
         ),
@@ -84,8 +86,13 @@ def participant(plan: Plan, token: bytes, given: dict[str, object], started: lis
         started.append(time.time())
         return NoEngine()
 
+    async def answer(_question: str, _told: connection.Message) -> dict[str, object]:
+        (page,) = pages({"problem": ""})  # no folder of checkpoints
+        return {"page": page, "more": False}
+
     services = NodeServices(
         launch=launch,
+        answer=answer,
         say=lambda _text: None,
         **given,  # type: ignore[arg-type]  # the way to dial, which differs between node 0 and the others
     )

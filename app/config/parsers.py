@@ -109,3 +109,19 @@ def duration(text: str) -> float | None:
     parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(ms|us|h|m|s)", text)
     known = parts and "".join(number + unit for number, unit in parts) == text
     return sum(float(number) * units[unit] for number, unit in parts) if known else None
+
+
+def number_or_all(text: str) -> int | None:
+    """None for all."""
+    if text == "all":
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
+        raise Malformed("not-a-number-or-all", "is neither a number of at least 1 nor all", "Write one like 2, or all")
+    return int(text)
+
+
+def byte_count(text: str) -> int:
+    found = re.fullmatch(r"([1-9][0-9]{0,5})([KMGT])B", text)
+    if not found:
+        raise Malformed("not-a-size", "is not a size", "Write one like 500MB, 100GB or 2TB")
+    return int(found[1]) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[found[2]]

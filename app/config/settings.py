@@ -12,9 +12,11 @@ from app.config.envfile import merge, read_env_file
 from app.config.parsers import (
     Malformed,
     bare,
+    byte_count,
     duration,
     entries,
     modules,
+    number_or_all,
     one_of,
     path,
     processes,
@@ -92,6 +94,9 @@ class Settings:
     runs_root: Value[Path] = setting(path, "runs", scope="node")
     run_dir: Value[Path] | None = optional(path, scope="node")
     checkpoint_dir: Value[Path] | None = optional(path, scope="node")
+    checkpoints: Value[str] = setting(one_of("mirror", "own"), "mirror")
+    mirror_keep: Value[int | None] = setting(number_or_all, "2")
+    mirror_limit: Value[int] = setting(byte_count, "100GB")
     data: Value[str] | None = optional(str, scope="node")
     log_bytes: Value[int] = setting(whole_number(0), "100000000", scope="node")
     start_timeout: Value[float] = setting(seconds(1), "300")

@@ -7,14 +7,16 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from app.config.exitcodes import ExitCode
 from app.gang import probes
 from app.gang.connect import Waiting
-from app.gang.connection import Connection
+from app.gang.connection import Connection, text
 from app.gang.connectivity import Blocked
 from app.gang.membership import NodeConnection
 from app.gang.messages import LAST_ROUND, Hello, Say
+from app.gang.mirror.step import copy_in_background, share_checkpoints
 from app.gang.round import RoundState
 from app.gang.session import LAST_WORD, Session
 from app.gang.verdict import JobEnded, NodeFailure, Verdict, first_causes, summarize, suspect_self
@@ -26,6 +28,9 @@ LONGEST_PAUSE = 30.0
 """Seconds before a round; the first restart comes at once, each further one in a row after twice the pause."""
 LINGER = 10.0
 """Seconds that a job which was refused still tells those who come late: they would wait until START_TIMEOUT."""
+POLL = 0.05
+"""Seconds between two looks whether the checkpoints are level."""
+PROGRESS = 30.0
 NAMED = 8
 """Pairs that cannot reach each other: a firewall on a large cluster makes hundreds."""
 
@@ -70,8 +75,8 @@ class Coordinator(Session):
         try:
             while True:
                 nodes = await self._assemble()
-                failures = await self._verify_connectivity() or await self._run_round(nodes)
-                await self._restart_or_fail(failures)
+                failures = await self._verify_connectivity() or await self._share_checkpoints()
+                await self._restart_or_fail(failures or await self._run_round(nodes))
         except JobEnded as end:
             verdict = end.verdict
         finally:
@@ -142,6 +147,42 @@ class Coordinator(Session):
             self.tell(f"{here}; configuration matches; every node reaches its peers")
         return failures
 
+    async def _share_checkpoints(self) -> list[NodeFailure]:
+        """Every node gets the checkpoints that it lacks. Returns the failures of nodes lost meanwhile."""
+        sharing, until = asyncio.ensure_future(self._share()), math.inf
+        failures = list[NodeFailure]()
+        try:
+            while not failures and (not sharing.done() or time.monotonic() < until):
+                event = await self.rest(time.monotonic() + POLL)
+                if event and event.kind == "lost":
+                    what = f"was lost: {event.why}"
+                    node = self.membership.name(event.rank)
+                    failures.append(NodeFailure(node=node, what=what, seen=time.monotonic(), code=ExitCode.LOST))
+                if sharing.done() and until == math.inf:
+                    # Whoever asked a lost node may know before the event is read.
+                    until = time.monotonic() + (LAST_WORD if sharing.result() else 0.0)
+        finally:
+            sharing.cancel()
+            await asyncio.wait([sharing], timeout=LAST_WORD)
+        return failures
+
+    async def _share(self) -> bool:
+        """Whether a node was lost meanwhile."""
+        if len(self.membership) < 2:
+            return False
+        try:
+            changed = await share_checkpoints(self.plan, self.membership, self.ask, self.tell)
+        except ConnectionResetError:
+            return True
+        except Exception as error:  # Whatever it is: the job may train without it.
+            self.tell(f"warning: checkpoints were not compared: {type(error).__name__}: {error}")
+            return False
+        # What came from elsewhere is no progress of the round that follows.
+        for rank, node in self.membership.all().items() if changed else ():
+            if reply := await self.ask(rank, "progress", {}, PROGRESS):
+                node.hello = replace(node.hello, progress=text(reply, "progress", 200))
+        return False
+
     def _blocked(self, pair: Blocked) -> str:
         nodes = self.membership.all()
         source, target = (self.membership.address(nodes[rank].hello) for rank in (pair.source, pair.target))
@@ -173,6 +214,7 @@ class Coordinator(Session):
             ),
         )
         self._running, ending = True, Waiting(0.0, self.tell)
+        copying = asyncio.ensure_future(self._copy_in_background(len(nodes)))
         while state.running:
             event = await self.next_event(state.limit)
             if event:
@@ -187,10 +229,16 @@ class Coordinator(Session):
                     ending = Waiting(state.limit - state.halted_at, self.tell, start=state.halted_at)
                 ending.tell(lambda: f"{self.membership.names(state.running)} to end")
         self._running = False
+        copying.cancel()
+        await asyncio.wait([copying], timeout=LAST_WORD)
         after = {rank: node.hello.progress for rank, node in self.membership.all().items()}
         if any(before.get(rank, progress) != progress for rank, progress in after.items()):
             self.failures, self._has_progressed, self._signature = 0, True, ("", "")
         return suspect_self(state.result(), self.membership.name(0), len(nodes) - 1, self._link())
+
+    async def _copy_in_background(self, nodes: int) -> None:
+        if nodes > 1 and self.plan.checkpoints.mirror:
+            await copy_in_background(self.plan, self.membership, self.ask, self.tell)
 
     async def _restart_or_fail(self, failures: Sequence[NodeFailure]) -> None:
         """Another round after a pause, or JobEnded."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from app.config.problems import Problem, count
 from app.config.settings import Settings
 from app.host import Host, probe
+from app.plan.checkpoints import decide_checkpoints
 from app.plan.classic import decide_classic
 from app.plan.consistency import must_be_equal
 from app.plan.decisions import Decision, Ledger
@@ -15,7 +16,7 @@ from app.plan.exports import Exports, common_exports, environment, keep_others, 
 from app.plan.network import decide_interface
 from app.plan.node_list import NodeList, names_to_resolve
 from app.plan.nodes import decide_listed
-from app.plan.parts import LocalWorkers, Network, Nodes, Script, Timeouts
+from app.plan.parts import Checkpoints, LocalWorkers, Network, Nodes, Script, Timeouts
 from app.plan.ports import Ports, decide_ports
 from app.plan.rdma import decide_rdma
 from app.plan.resource_checks import check_needs
@@ -43,6 +44,7 @@ class Plan:
     network: Network
     workers: LocalWorkers
     script: Script
+    checkpoints: Checkpoints
     timeouts: Timeouts
     max_restarts: int
     stopped_exit_code: int
@@ -116,6 +118,7 @@ def draft(settings: Settings, host: Host) -> Draft:
     rank, size = (0, None) if nodes is None else (nodes.rank, len(nodes.addresses))
     script = _with_environment(decide_script(settings, host, ledger), host, ports, rank, exports)
     token_file = decide_token(settings, host, ledger)
+    checkpoints = decide_checkpoints(settings, size or 1, ledger)
     timeouts = decide_timeouts(settings, host, ledger)
     minimum = decide_minimum(settings, size, ledger)
     warn_costs(settings, host, ledger)
@@ -132,6 +135,7 @@ def draft(settings: Settings, host: Host) -> Draft:
             network=_network(nodes, ports, transport, rdma_ports),
             workers=workers,
             script=script,
+            checkpoints=checkpoints,
             timeouts=timeouts,
             max_restarts=settings.max_restarts.value,
             stopped_exit_code=settings.stopped_exit_code.value,

@@ -73,6 +73,18 @@ class Script:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoints:
+    """What of the nodes' checkpoints is exchanged before a round."""
+
+    mirror: bool
+    """False: each node has its own."""
+    keep: int | None
+    """Newest entries of CHECKPOINT_DIR; None for all."""
+    limit: int
+    """Bytes that one node gets before a round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
     """How long is waited for what, in seconds."""
 

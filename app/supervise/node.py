@@ -19,8 +19,9 @@ from app.engine import torchrun
 from app.engine.outcome import Explanation, Failure, Outcome, Stall
 from app.engine.warm import Preloaded
 from app.gang.agreement import gather
-from app.gang.connection import Connection, dial, dial_inside, listen
+from app.gang.connection import Connection, Message, ProtocolError, dial, dial_inside, listen
 from app.gang.coordinator import LAST_WORD, LINGER, Coordinator
+from app.gang.mirror.step import QUESTION, Checkpoints
 from app.gang.participant import Participant
 from app.gang.services import NodeServices, RoundAssignment
 from app.gang.token import read_token
@@ -139,8 +140,22 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
     leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
     progress = Progress(plan, folder, say, lambda: node.engine)
     state = State(folder, lambda: progress.text)
+    checkpoints = Checkpoints(plan, token, say)
+
+    async def answer(question: str, told: Message) -> Mapping[str, object]:
+        if question == QUESTION:
+            try:
+                return await checkpoints.answer(told)
+            except ValueError as error:
+                raise ProtocolError(f"checkpoints: {error}") from error
+        if question == "progress":
+            await progress.renew()
+            return {"progress": progress.text}
+        raise ProtocolError(f"unknown question {question!r}")
+
     services = NodeServices(
         dial=dial_inside(coordinator.serve) if leading else _dial(plan),
+        answer=answer,
         launch=node.launch,
         clean=lambda: torchrun.sweep(preloaded.pid),
         progress=lambda: progress.text,
@@ -186,6 +201,7 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
         # The loop takes its handlers with it, and a signal now must not change the exit code.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         part.cancel()
+        checkpoints.stop()
         for each in (keeping, *beside):
             each.cancel()
         if leading:

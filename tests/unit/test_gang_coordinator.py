@@ -16,6 +16,7 @@ from app.engine.outcome import Outcome
 from app.gang.connection import MAX_LINE, Connection, Message
 from app.gang.coordinator import Coordinator
 from app.gang.handshake import introduce
+from app.gang.mirror.pages import pages
 from app.gang.participant import Participant
 from app.gang.services import NodeServices, RoundAssignment
 from app.gang.verdict import NodeFailure, Verdict
@@ -31,6 +32,12 @@ def a_plan(nodes: int = 3, rank: int = 0, **settings: str) -> Plan:
     return planned(host, TRAIN_SCRIPT=__file__, NODES=listed, **settings)
 
 
+async def no_folder(_question: str, _told: Message) -> Mapping[str, object]:
+    """The answer of a node that has no checkpoints to share."""
+    (page,) = pages({"problem": ""})
+    return {"page": page, "more": False}
+
+
 @dataclass
 class Node:
     """FAKE: the participant's side of one connection, which says what a test lets it say."""
@@ -43,7 +50,11 @@ class Node:
     async def read(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                self.heard.append(await self.connection.receive())
+                message = await self.connection.receive()
+                if message.get("question") == "checkpoints":
+                    answer = await no_folder("checkpoints", message)
+                    self.connection.send("answer", number=message["number"], **answer)
+                self.heard.append(message)
                 self._news.set()
         self.closed = True
         self._news.set()
@@ -61,7 +72,7 @@ class Node:
         self.connection.send("reached", failed=[])
 
     def kinds(self) -> list[object]:
-        return [message["kind"] for message in self.heard if message["kind"] != "beat"]
+        return [message["kind"] for message in self.heard if message["kind"] not in ("beat", "ask")]
 
 
 @dataclass
@@ -299,6 +310,7 @@ def a_participant(
 
     services = NodeServices(
         dial=dial,
+        answer=no_folder,
         launch=launch,
         clean=lambda: 0,
         progress=lambda: "",

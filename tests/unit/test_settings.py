@@ -19,6 +19,8 @@ WORDS = {
     "HARDWARE": ("cpu", "nvidia"),
     "BACKEND": ("gloo", "nccl"),
     "PRELOAD": ("torch", "torch,numpy"),
+    "CHECKPOINTS": ("own", "mirror"),
+    "MIRROR_LIMIT": ("2GB", "3TB"),
 } | dict.fromkeys(("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1"))
 
 

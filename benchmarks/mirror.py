@@ -1,0 +1,126 @@
+"""Checkpoints from node to node against one plain TCP stream: `python -m benchmarks.mirror`.
+
+Two addresses of this machine's loopback. The plain stream reads a file of the same size, sends it, and writes and syncs
+it at the other end, so that both pay for the disk. Rounds alternate, and each gives one ratio, since the speed of a
+shared machine drifts. Loopback is the hardest case: a real network leaves the processors more time per byte.
+"""
+
+import multiprocessing
+import os
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from app.gang.mirror.disk import Disk
+from app.gang.mirror.plan import Bounds, plan_transfers
+from app.gang.mirror.transfer import Fetcher, Server
+
+ROUNDS = 5
+PIECE = 1 << 20
+CASES = (
+    ("1 GB in one file", 1, 10**9),
+    ("1 GB in 10,000 files", 10_000, 10**5),
+    ("100,000 files of 1 KB", 100_000, 1000),
+)
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as folder:
+        root = Path(folder)
+        for name, count, size in CASES:
+            make(root / "from/checkpoints", count, size)
+            ratios = []
+            for _ in range(1 if count > 10_000 else ROUNDS):
+                whole = count * size
+                plain = whole / plain_stream(root, whole)
+                ours = whole / mirrored(root, count)
+                ratios.append(ours / plain)
+                print(f"{name}: {ours / 1e6:,.0f} MB/s, plain stream {plain / 1e6:,.0f}: {ratios[-1]:.2f}", flush=True)
+            print(f"{name}: median of ratios {statistics.median(ratios):.2f}", flush=True)
+            shutil.rmtree(root / "from")
+    return 0
+
+
+def make(folder: Path, count: int, size: int) -> None:
+    block = os.urandom(PIECE)
+    for number in range(count):
+        file = folder / f"step-1/{number % 100}/{number}.bin"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb") as opened:
+            for start in range(0, size, PIECE):
+                opened.write(block[: min(PIECE, size - start)])
+
+
+def plain_stream(root: Path, size: int) -> float:
+    """Seconds of one stream from a file into a file, synced."""
+    source, target = root / "plain", root / "plain-copy"
+    if not source.exists() or source.stat().st_size != size:
+        with source.open("wb") as opened:
+            for start in range(0, size, PIECE):
+                opened.write(os.urandom(min(PIECE, size - start)))
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def send() -> None:
+        with socket.create_connection(listener.getsockname()) as peer, source.open("rb") as opened:
+            peer.sendfile(opened)
+
+    started = time.monotonic()
+    sender = threading.Thread(target=send)
+    sender.start()
+    peer, _ = listener.accept()
+    buffer = memoryview(bytearray(PIECE))
+    with peer, target.open("wb") as opened:
+        while count := peer.recv_into(buffer):
+            opened.write(buffer[:count])
+        opened.flush()
+        os.fsync(opened.fileno())
+    taken = time.monotonic() - started
+    sender.join()
+    listener.close()
+    target.unlink()
+    return taken
+
+
+def mirrored(root: Path, count: int) -> float:
+    """Seconds of the transfer itself: what is compared and planned before takes `planning` seconds more."""
+    source, target = Disk(root / "from/checkpoints"), Disk(root / "to/checkpoints")
+    started = time.monotonic()
+    plan = plan_transfers({0: source.scan(), 1: target.scan()}, {}, Bounds(keep=None))
+    planning = time.monotonic() - started
+    here, there = socket.socketpair()
+    # In a process of its own, as on a machine of its own.
+    sender = multiprocessing.get_context("fork").Process(target=serve, args=(source, here, there), daemon=True)
+    sender.start()
+    there.close()
+    fetcher = Fetcher(target, "127.0.0.2", b"key", {0: ("127.0.0.1", int(here.recv(16)))})
+    started = time.monotonic()
+    result = fetcher.run(plan.orders[1].fetch, 1)
+    taken = time.monotonic() - started
+    here.close()
+    sender.join()
+    if len(result.arrived) != count:
+        raise SystemExit(f"{len(result.arrived)} of {count} files came: {[*result.failed.items()][:3]}")
+    if count > 1:
+        print(f"  listing and planning {count:,} files: {planning:.1f} s", flush=True)
+    for disk in (source, target):
+        disk.close()
+    shutil.rmtree(root / "to")
+    return taken
+
+
+def serve(disk: Disk, other: socket.socket, control: socket.socket) -> None:
+    """Answers until the other end of `control` is closed."""
+    other.close()
+    server = Server(disk, "127.0.0.1", b"key")
+    control.sendall(str(server.port).encode())
+    control.recv(1)
+    server.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
