@@ -1,6 +1,6 @@
 """A connection between two nodes: one JSON object a line, each with a MAC once the handshake is over.
 
-docs/design.md describes the messages. Everything read here may come from anybody who reaches the port: a line is
+docs/gang.md describes the messages. Everything read here may come from anybody who reaches the port: a line is
 short, a text is printable, a number is in range, or it is a `ProtocolError`.
 """
 
