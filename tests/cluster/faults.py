@@ -37,8 +37,9 @@ for step in range(100000):
         sys.exit(143)
     time.sleep(0.05)
 """
-WORKER = r"^\S+ -u \S*worker\.py"
-AGENT = r"^\S+ -P \S*agent\.py"
+# Titles of processes that were forked from the preloaded one, and command lines of those that were not.
+WORKER = r"^rank\d+ |^\S+ -u \S*worker\.py"
+AGENT = r"^torchrun-compose: torchrun|^\S+ -P \S*agent\.py"
 ENTRYPOINT = r"^\S*python\S* \S*entrypoint\.py"
 SAID = r"torchrun-compose: "
 INTRODUCTION = """# Faults, measured
