@@ -2,8 +2,9 @@
 
 The dialling side proves itself first, the listening side only to a proven peer. Each proof and the keys of all later
 lines are made of the token, the side, both socket addresses (the listening one is NODES[0]:CONTROL_PORT) and both
-nonces, so that a proof is of no use on any other connection. Without a token the same happens with an empty one, which
-keeps nobody out.
+nonces, so that a proof is of no use on any other connection. Where a node of either side is listed under an address
+that it does not have itself (address translation, NODE_RANK set by hand), the two sides see different addresses, and a
+word that both prove stands in their place. Without a token the same happens with an empty one, which keeps nobody out.
 """
 
 import asyncio
@@ -43,7 +44,7 @@ class Admission:
         self._pending[peer] += 1
         try:
             async with asyncio.timeout(HANDSHAKE):
-                message = await accept(connection, self.token)
+                message = await accept(connection, self.token, translated=is_translated(self.plan))
         except TimeoutError:
             raise ProtocolError(f"no handshake within {HANDSHAKE:g} s") from None
         finally:
@@ -53,20 +54,25 @@ class Admission:
         return message
 
 
-async def accept(connection: Connection, token: bytes) -> Message:
+def is_translated(plan: Plan) -> bool:
+    """Whether this node is listed under an address that it does not have."""
+    return plan.nodes.addresses[plan.nodes.rank] not in ("", plan.network.address)
+
+
+async def accept(connection: Connection, token: bytes, *, translated: bool = False) -> Message:
     """The listening side: demands the proof, gives its own, and returns the hello."""
     opening = await connection.expect("open")
     version, nonce = integer(opening, "v", 0, 1 << 30), text(opening, "nonce", 64)
     mine = secrets.token_hex(16)
-    connection.send("challenge", v=VERSION, nonce=mine, token=bool(token), seen=connection.there)
+    connection.send("challenge", v=VERSION, nonce=mine, token=bool(token), seen=connection.there, translated=translated)
     if version != VERSION:
         raise ProtocolError(f"it speaks version {version} of the protocol, this node version {VERSION}: use one image")
-    keys = _Keys.make(token, connection.there, connection.here, nonce, mine)
     told = await connection.expect("proof")
-    own = text(told, "here", 64)
+    own, either = text(told, "here", 64), translated or told.get("translated") is True
+    keys = _Keys.make(token, connection.there, connection.here, nonce, mine, translated=either)
     if not hmac.compare_digest(text(told, "proof", 64).encode(), keys.client_proof.encode()):
         connection.send("refuse")
-        if own != connection.there:
+        if own != connection.there and not either:
             raise UntrustedError(_translated(own, connection.there))
         raise UntrustedError("its CLUSTER_TOKEN_FILE is not that of node 0")
     connection.send("welcome", proof=keys.server_proof)
@@ -74,7 +80,9 @@ async def accept(connection: Connection, token: bytes) -> Message:
     return await connection.expect("hello")
 
 
-async def introduce(connection: Connection, token: bytes, hello: Mapping[str, object]) -> None:
+async def introduce(
+    connection: Connection, token: bytes, hello: Mapping[str, object], *, translated: bool = False
+) -> None:
     """The dialling side: says nothing but its proof before the other side has proven the token, then says hello."""
     nonce = secrets.token_hex(16)
     connection.send("open", v=VERSION, nonce=nonce)
@@ -83,9 +91,10 @@ async def introduce(connection: Connection, token: bytes, hello: Mapping[str, ob
     if version != VERSION:
         raise ProtocolError(f"node 0 speaks version {version} of the protocol, this node {VERSION}: use one image")
     has_token, seen = answer.get("token") is True, text(answer, "seen", 64)
-    keys = _Keys.make(token, connection.here, connection.there, nonce, theirs)
+    either = translated or answer.get("translated") is True
+    keys = _Keys.make(token, connection.here, connection.there, nonce, theirs, translated=either)
     # Also a proof that cannot fit is sent, so that node 0 can name this node at once.
-    connection.send("proof", proof=keys.client_proof, here=connection.here)
+    connection.send("proof", proof=keys.client_proof, here=connection.here, translated=translated)
     welcome = await connection.receive()
     if welcome["kind"] != "welcome" or not hmac.compare_digest(
         text(welcome, "proof", 64).encode(), keys.server_proof.encode()
@@ -106,7 +115,7 @@ def _untrusted(token: bytes, *, has_token: bool, seen: str, own: str) -> str:
 
 
 def _translated(own: str, seen: str) -> str:
-    return f"its address {own} arrives at node 0 as {seen}: no NAT or proxy may be between the nodes"
+    return f"its address {own} arrives at node 0 as {seen}: a NAT or proxy that NODES does not tell of is between them"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +128,10 @@ class _Keys:
     to_client: bytes
 
     @classmethod
-    def make(cls, token: bytes, client: str, server: str, first: str, second: str) -> "_Keys":
+    def make(cls, token: bytes, client: str, server: str, first: str, second: str, *, translated: bool) -> "_Keys":
         # JSON keeps the parts apart, whatever they contain.
-        context = json.dumps(["torchrun-compose", VERSION, client, server, first, second]).encode()
+        ends = ["translated"] if translated else [client, server]
+        context = json.dumps(["torchrun-compose", VERSION, *ends, first, second]).encode()
 
         def derive(purpose: str) -> bytes:
             return hmac.new(token, purpose.encode() + b"\0" + context, "sha256").digest()

@@ -15,7 +15,7 @@ from app.gang import probes
 from app.gang.agreement import host_id
 from app.gang.connect import RETRY, BusyError, NoAnswerError, Waiting, connect
 from app.gang.connection import PATIENCE, Connection, Message, ProtocolError, UntrustedError, integer, items, text
-from app.gang.handshake import introduce
+from app.gang.handshake import introduce, is_translated
 from app.gang.membership import BEATS
 from app.gang.messages import LAST_ROUND, MOST_ENTERED, MOST_RANKS, YEAR_2100
 from app.gang.services import Engine, NodeServices, RoundAssignment
@@ -175,7 +175,7 @@ class Participant:
                 "failures": self._failures,
                 **self._readiness(),
             }
-            await introduce(connection, self.token, hello)
+            await introduce(connection, self.token, hello, translated=is_translated(self.plan))
             connection.give_up_after(PATIENCE * self.plan.timeouts.heartbeat)
             reply = await connection.receive()
             if reply["kind"] == "busy":
@@ -274,7 +274,7 @@ class Participant:
                 connection = await self.services.dial()
                 try:
                     hello = {"run": self.plan.run_name, "job": self.job, "pulse": self.instance_id}
-                    await introduce(connection, self.token, hello)
+                    await introduce(connection, self.token, hello, translated=is_translated(self.plan))
                     await connection.expect("beat")
                     self._heard = time.monotonic()
                 finally:

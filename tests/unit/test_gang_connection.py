@@ -188,14 +188,14 @@ def test_no_proof_is_given_to_a_peer_that_has_not_proven_itself() -> None:
         return heard
 
     challenge, refusal = asyncio.run(stranger())
-    assert challenge.keys() == {"kind", "v", "nonce", "token", "seen"}
+    assert challenge.keys() == {"kind", "v", "nonce", "token", "seen", "translated"}
     assert refusal == {"kind": "refuse"}
 
 
-def test_a_proof_that_is_relayed_to_another_listener_is_refused() -> None:
+def test_a_proof_that_is_relayed_is_refused_unless_the_plan_knows_of_address_translation() -> None:
     """A man without the token lets a node of one job prove itself to the coordinator of another."""
 
-    async def relay() -> tuple[object, object]:
+    async def relay(*, translated: bool) -> tuple[object, object]:
         arrived: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
         victim = await asyncio.start_server(lambda *ends: arrived.set_result(Connection(*ends)), "127.0.0.2", 0)
 
@@ -206,17 +206,22 @@ def test_a_proof_that_is_relayed_to_another_listener_is_refused() -> None:
         man = await asyncio.start_server(forward, "127.0.0.3", 0)
         async with victim, man:
             own = await dial("127.0.0.1", "127.0.0.3", man.sockets[0].getsockname()[1])
-            introducing = asyncio.ensure_future(introduce(own, TOKEN, {"run": "r"}))
+            introducing = asyncio.ensure_future(introduce(own, TOKEN, {"run": "r"}, translated=translated))
             there = await arrived
             answers = await asyncio.gather(introducing, accept(there, TOKEN), return_exceptions=True)
             there.close()
             own.close()
         return answers[0], answers[1]
 
-    client, server = asyncio.run(asyncio.wait_for(relay(), HANDSHAKE))
+    client, server = asyncio.run(asyncio.wait_for(relay(translated=False), HANDSHAKE))
     assert isinstance(client, UntrustedError)
-    assert "no NAT or proxy may be between the nodes" in str(client)
+    assert "a NAT or proxy that NODES does not tell of" in str(client)
     assert isinstance(server, UntrustedError)
+    # One whose plan knows of the translation proves that, too, whatever the other side's plan says.
+    client, server = asyncio.run(asyncio.wait_for(relay(translated=True), HANDSHAKE))
+    assert client is None
+    assert isinstance(server, dict)
+    assert server["run"] == "r"
 
 
 async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
