@@ -26,7 +26,7 @@ def test_a_worker_killed_for_memory_is_reported_as_such_on_its_node(cluster2: Cl
     told = [stack.compose("run", "--rm", "-T", "trainer", "report") for stack in stacks]
     for text in told:
         assert len(text.strip().splitlines()) <= 15
-        assert "rank 1 was ended by SIGKILL (out of memory, or killed by hand)" in text
+        assert "rank 1 was ended by SIGKILL (the kernel killed it: out of memory)" in text
     assert "kills for memory +1" in told[1]
     assert "first error here: rank 1 was ended by SIGKILL" in told[1]
     assert "known as: oom-kernel" in told[1]
