@@ -83,6 +83,8 @@ class Signals:
     def __init__(self) -> None:
         self.deaf = False
         """The workers are being ended: a signal could only spoil that."""
+        self.failed: Callable[[], bool] = lambda: False
+        """Whether a worker has failed already, which torch sees at its next look: a signal must not hide why."""
         self._held = False
         self._waiting: signal.Signals | None = None
 
@@ -120,6 +122,8 @@ class Signals:
             self._stop(signal.Signals(number))
 
     def _stop(self, number: signal.Signals) -> None:
+        if self.failed():
+            return
         raise SignalException(f"signal {number}", number)
 
 
@@ -142,6 +146,7 @@ class Workers(SubprocessContext):
     def _start(self) -> None:
         # torch has just installed its own handlers, before any process that they could hurt.
         self._signals.install()
+        self._signals.failed = lambda: any(each.proc.poll() for each in self.subprocess_handlers.values())
         with self._signals.held():
             super()._start()  # type: ignore[no-untyped-call]  # as torch has it
             # With these ends open here, a pipe would outlive its worker.
