@@ -57,7 +57,7 @@ def test_no_kind_of_legal_work_is_told_as_a_stall_and_every_idle_rank_is(
 
     def look() -> None:
         # Who is done waits for the others, which is no legal work but idleness.
-        while not over.wait(0.05) and not re.search(r"^(?:\[.*\] )?(?!idle).* done$", launcher.text, re.MULTILINE):
+        while not over.wait(0.05) and not re.search(r"\b(?!idle)\w+ done$", launcher.text, re.MULTILINE):
             for file in temporary.glob("torchrun-compose-*/rank*.json"):
                 told.add(kinds[int(file.stem.removeprefix("rank"))])
 
