@@ -200,15 +200,16 @@ class Coordinator(Session):
         """Runs one round to its end. Returns what went wrong; raises JobEnded when it ended well or was stopped."""
         before = {rank: node.hello.progress for rank, node in nodes.items()}
         run_id = f"{self.plan.run_name}-{self.round}-{next(iter(nodes.values())).hello.instance_id[:6]}"
+        told = any(node.hello.told for node in nodes.values())
         for index, node in enumerate(nodes.values()):
-            place = {"node_rank": index, "nnodes": len(nodes), "failures": min(self.failures, LAST_ROUND)}
+            place = {"node_rank": index, "nnodes": len(nodes), "failures": min(self.failures, LAST_ROUND), "told": told}
             node.connection.send("go", round=self.round, run_id=run_id, **place)
         state = RoundState(
             names={rank: self.membership.name(rank) for rank in nodes},
             stop_grace=self.plan.timeouts.stop_grace,
             patience=self.plan.timeouts.heartbeat + 10,
             hang_timeout=self.plan.timeouts.hang_timeout,
-            tell=self.tell,
+            tell=lambda told: self.tell(told, "hang" if state.stands else "resumed"),
             halt=lambda why, grace, reason: self.membership.broadcast(
                 "halt", text=reason, why=why, grace=math.ceil(grace)
             ),
@@ -257,5 +258,6 @@ class Coordinator(Session):
         self._signature = cause.signature
         pause = min(2.0 ** (self.failures - 2), LONGEST_PAUSE) if self.failures > 1 else 0.0
         when = f" in {pause:.0f} s" if pause else ""
-        self.tell(f"{told}. All nodes start again{when} (restart {self.failures} of {most})")
+        again = f"{told}. All nodes start again{when} (restart {self.failures} of {most})"
+        self.tell(again, "restarting", cause.kind)
         await self.pause(pause)

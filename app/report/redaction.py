@@ -19,7 +19,7 @@ SHORTEST_FORM = 8
 """Characters of a value in base64: fewer are in every long line by accident."""
 SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_?KEY|ACCOUNT_?KEY|STORAGE_?KEY|PRIVATE|CREDENTIAL|AUTH|COOKIE|WEBHOOK|"
-    r"CONN(?:ECTION)?_?STR|_DSN$",
+    r"CONN(?:ECTION)?_?STR|_DSN$|^NOTIFY$",
     re.IGNORECASE,
 )
 KEY = r"(?:api|access|account|auth|encryption|license|master|private|secret|signing|storage|wandb)[-_]?key"
@@ -119,6 +119,7 @@ def secrets_of(values: Mapping[str, str], token_files: Iterable[Path | None] = (
     these files."""
     paths = {str(path) for path in token_files if path}
     found = [value for name, value in values.items() if SECRET_NAME.search(name)]
+    found += re.split(r"[\s,;]+", values.get("NOTIFY", ""))
     for path in paths:
         try:
             found.append(Path(path).read_text(encoding="utf-8", errors="replace").strip())
@@ -131,7 +132,10 @@ def secrets_of(values: Mapping[str, str], token_files: Iterable[Path | None] = (
 
 def plan_secrets(plan: Plan | None, environ: Mapping[str, str]) -> tuple[str, ...]:
     """Those of a start with this environment; its own variables alone while there is no plan."""
-    return secrets_of({**environ, **plan.script.env}, [plan.token_file]) if plan else secrets_of(environ)
+    if plan is None:
+        return secrets_of(environ)
+    notify = {"NOTIFY": " ".join(plan.monitoring.notify)}
+    return secrets_of({**environ, **plan.script.env, **notify}, [plan.token_file])
 
 
 def settings_secrets(settings: Settings, plan: Plan | None) -> tuple[str, ...]:

@@ -30,11 +30,10 @@ class StalledHeartbeat:
 
 def watched(plan: Plan, folder: Path) -> dict[str, str]:
     """What the workers of a new round must know for watchdog.py to watch them; empties their `folder`."""
-    patience = _patience(plan)
     for file in folder.glob("rank*"):
         with contextlib.suppress(OSError):
             file.unlink()
-    return {"TORCHRUN_COMPOSE_STALLS": f"{patience:g}:{folder}"} if patience else {}
+    return {"TORCHRUN_COMPOSE_STALLS": f"{_patience(plan):g}:{folder}"}
 
 
 def _patience(plan: Plan) -> float:

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from app.host.accelerators.gpu import Gpu, GpuFault, GpuHealth, Gpus, LiveState, Vendor
+from app.host.accelerators.gpu import Gpu, GpuFault, GpuHealth, GpuLoad, Gpus, LiveState, Vendor
 from app.host.accelerators.kernel_log import lines_since
 from app.host.files import entries, number, pci_path, text
 
@@ -77,6 +77,25 @@ def state(root: Path, gpus: Gpus) -> LiveState:
     return LiveState(health=tuple(health))
 
 
+def loads(root: Path, gpus: Gpus) -> tuple[GpuLoad, ...]:
+    found = []
+    for gpu in gpus.visible:
+        folder = root / "sys/class/drm" / gpu.render / "device"
+        busy, heat = number(folder / "gpu_busy_percent"), None
+        for sensor in entries(folder / "hwmon"):
+            heat = number(folder / "hwmon" / sensor / "temp1_input")
+        found.append(
+            GpuLoad(
+                index=gpu.index,
+                busy=None if busy is None else busy / 100,
+                used=number(folder / "mem_info_vram_used"),
+                total=number(folder / "mem_info_vram_total"),
+                temperature=None if heat is None else heat // 1000,
+            )
+        )
+    return tuple(found)
+
+
 def read_resets(log: str, since: float) -> tuple[GpuFault, ...]:
     """`amdgpu 0000:c1:00.0: amdgpu: GPU reset begin!`, and those that failed."""
     found = []
@@ -109,5 +128,6 @@ VENDOR = Vendor(
     },
     read=read_gpus,
     state=state,
+    loads=loads,
     faults=read_resets,
 )
