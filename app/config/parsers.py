@@ -10,9 +10,10 @@ from typing import Any
 class Malformed(ValueError):  # noqa: N818 - a value is malformed; what to do about it is the reader's
     """A text that does not mean anything: the last part of a problem's id, and the values of its sentence."""
 
-    def __init__(self, id: str, **values: Any) -> None:
+    def __init__(self, id: str, **values: object) -> None:
         super().__init__(id)
-        self.id, self.values = id, values
+        self.id = id
+        self.values: dict[str, Any] = values
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
