@@ -69,12 +69,20 @@ class Problem:
 
 
 def problem(
-    id: str, severity: Severity = "error", *, setting: str = "", details: tuple[str, ...] = (), **values: object
+    id: str,
+    severity: Severity = "error",
+    *,
+    what: str = "",
+    fix: str = "",
+    setting: str = "",
+    details: tuple[str, ...] = (),
+    **values: object,
 ) -> Problem:
-    """A problem of problems.toml about the first of its `values` that is a variable, unless `setting` names another."""
-    named = [value.name for value in values.values() if isinstance(value, Value)]
-    about = setting or next(iter(named), "")
-    return Problem(id=id, severity=severity, setting=about, values=values, details=details, **text_of(id))
+    """A problem about the first of its `values` that is a variable, unless `setting` names another. Its sentence is that
+    of problems.toml, unless a room with a table of its own says `what` is wrong."""
+    about = setting or next((value.name for value in values.values() if isinstance(value, Value)), "")
+    text = {"what": what, "fix": fix} if what else text_of(id)
+    return Problem(id=id, severity=severity, setting=about, values=values, details=details, **text)
 
 
 def text_of(id: str) -> Mapping[str, str]:
