@@ -78,8 +78,8 @@ def problem(
     details: tuple[str, ...] = (),
     **values: object,
 ) -> Problem:
-    """A problem about the first of its `values` that is a variable, unless `setting` names another. Its sentence is that
-    of problems.toml, unless a room with a table of its own says `what` is wrong."""
+    """A problem about the first of its `values` that is a variable, unless `setting` names another. Its sentence is in
+    problems.toml, unless a room with a table of its own says `what` is wrong."""
     about = setting or next((value.name for value in values.values() if isinstance(value, Value)), "")
     text = {"what": what, "fix": fix} if what else text_of(id)
     return Problem(id=id, severity=severity, setting=about, values=values, details=details, **text)

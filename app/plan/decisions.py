@@ -51,7 +51,8 @@ class Ledger:
 
     def refuse(self, id: str, *, setting: str = "", details: tuple[str, ...] = (), **values: object) -> None:
         """Something that keeps the plan from being made: a problem of app/config/problems.toml."""
-        self.problems.append(problem(id, "error", setting=setting, details=details, **values))
+        told: dict[str, Any] = values
+        self.problems.append(problem(id, "error", setting=setting, details=details, **told))
 
     def warn(
         self,
@@ -63,4 +64,5 @@ class Ledger:
         **values: object,
     ) -> None:
         """Something that the job starts with, at a cost."""
-        self.warnings.append(problem(id, severity, setting=setting, details=details, **values))
+        told: dict[str, Any] = values
+        self.warnings.append(problem(id, severity, setting=setting, details=details, **told))
