@@ -25,8 +25,8 @@ class RoundState:
     patience: float
     """Seconds beyond the grace after which a node that does not end is given up."""
     hang_report: float
-    """Seconds that a rank stands still until its node tells it; those that waited for a node that has ended need as long
-    to take that back."""
+    """Seconds that a rank stands still until its node tells it; whoever waited for a node that has ended needs as
+    long to take that back."""
     hang_timeout: float
     """Seconds without progress until that is a failure; 0 for never."""
     halt: Callable[[str, float, str], None]
