@@ -100,7 +100,7 @@ def listener(text: str) -> tuple[str, int]:
     """`9400` for this machine's loopback, or an address and a port, `10.0.0.1:9400` or `[::]:9400`."""
     address, _, port = text.rpartition(":")
     if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
-        raise Malformed("not-a-listener", "has no port", "Write one like 9400, or 0.0.0.0:9400 for other machines")
+        raise Malformed("not-a-listener")
     return bare(address) or "127.0.0.1", int(port)
 
 
@@ -108,8 +108,7 @@ def services(text: str) -> tuple[str, ...]:
     """Apprise's addresses. One may have commas of its own, but none before a scheme."""
     found = tuple(filter(None, re.split(r"[\s,;]+(?=[A-Za-z0-9]+://)", text)))
     if not all(re.match(r"[A-Za-z0-9]+://.", each) for each in found):
-        fix = "Write one like ntfys://topic, several with commas between; Apprise's documentation lists them"
-        raise Malformed("not-services", "is not a list of Apprise's addresses", fix)
+        raise Malformed("not-services")
     return found
 
 
