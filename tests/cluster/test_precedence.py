@@ -122,7 +122,7 @@ FOR_COMPOSE = {
 }
 TOKENS = {"secrets/file": "the token of the file", "secrets/shell": "the token of the shell"}
 PRINT = "import json, os; print(json.dumps(dict(os.environ)))"
-NAMES = sorted(setting.name for setting in TABLE if setting.scope != "compose")
+NAMES = sorted(setting.name for setting in TABLE if setting.scope not in ("compose", "desk"))
 
 
 def in_container(node: Node, env: dict[str, str], shell: dict[str, str]) -> dict[str, str]:
