@@ -18,7 +18,7 @@ from pathlib import Path
 
 from app.gang.mirror.disk import Disk
 from app.gang.mirror.plan import Bounds, plan_transfers
-from app.gang.mirror.transfer import Fetcher, Server
+from app.gang.mirror.transfer import Fetcher, Server, exchange_key
 
 ROUNDS = 5
 PIECE = 1 << 20
@@ -97,7 +97,7 @@ def mirrored(root: Path, count: int) -> float:
     sender = multiprocessing.get_context("fork").Process(target=serve, args=(source, here, there), daemon=True)
     sender.start()
     there.close()
-    fetcher = Fetcher(target, "127.0.0.2", b"key", {0: ("127.0.0.1", int(here.recv(16)))})
+    fetcher = Fetcher(target, "127.0.0.2", exchange_key(b"", b"nonce"), {0: ("127.0.0.1", int(here.recv(16)))})
     started = time.monotonic()
     result = fetcher.run(plan.orders[1].fetch, 1)
     taken = time.monotonic() - started
@@ -116,7 +116,7 @@ def mirrored(root: Path, count: int) -> float:
 def serve(disk: Disk, other: socket.socket, control: socket.socket) -> None:
     """Answers until the other end of `control` is closed."""
     other.close()
-    server = Server(disk, "127.0.0.1", b"key")
+    server = Server(disk, "127.0.0.1", exchange_key(b"", b"nonce"))
     control.sendall(str(server.port).encode())
     control.recv(1)
     server.close()

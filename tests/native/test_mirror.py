@@ -15,7 +15,7 @@ import pytest
 
 from app.gang.mirror.disk import Disk
 from app.gang.mirror.manifest import pack_manifest
-from app.gang.mirror.transfer import Server
+from app.gang.mirror.transfer import Server, exchange_key
 from tests.native.launchers import PROJECT, Launcher, Nodes, nodes
 
 TUTORIAL = """
@@ -158,13 +158,13 @@ from pathlib import Path
 from app.gang.mirror.disk import Disk
 from app.gang.mirror.plan import Bounds, plan_transfers
 from app.gang.mirror.manifest import read_manifest
-from app.gang.mirror.transfer import Fetcher
+from app.gang.mirror.transfer import Fetcher, exchange_key
 import json
 folder, port, told = Path(sys.argv[1]), int(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
 disk = Disk(folder)
 plan = plan_transfers({0: read_manifest(told), 1: disk.scan()}, {}, Bounds(keep=None))
 print("begins", flush=True)
-Fetcher(disk, "127.0.0.2", b"key", {0: ("127.0.0.1", port)}).run(plan.orders[1].fetch, 1)
+Fetcher(disk, "127.0.0.2", exchange_key(b"", b"nonce"), {0: ("127.0.0.1", port)}).run(plan.orders[1].fetch, 1)
 """
 
 
@@ -185,7 +185,7 @@ def test_a_transfer_killed_at_any_moment_leaves_every_file_whole(tmp_path: Path,
             generations[name].add(content)
         disk = Disk(source)
         manifest.write_text(json.dumps(pack_manifest(disk.scan())))
-        server = Server(disk, "127.0.0.1", b"key")
+        server = Server(disk, "127.0.0.1", exchange_key(b"", b"nonce"))
         command = [sys.executable, "-c", RECEIVER, str(copy), str(server.port), str(manifest)]
         with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE) as receiver:
             assert receiver.stdout

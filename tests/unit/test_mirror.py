@@ -178,16 +178,16 @@ def test_a_fill_that_broke_off_is_no_deletion(bed: Bed, monkeypatch: pytest.Monk
 
 def _fail_after(monkeypatch: pytest.MonkeyPatch, files: int) -> None:
     """Lets a disk fail after it has taken some files."""
-    whole, count = Disk.finish, [0]
+    whole, count = Disk.complete, [0]
 
-    def finish(self: Disk, fd: int, name: str, entry: Entry) -> None:
+    def complete(self: Disk, fd: int, entry: Entry) -> None:
         count[0] += 1
         if count[0] > files:
             os.close(fd)
             raise OSError(5, "Input/output error")
-        whole(self, fd, name, entry)
+        whole(self, fd, entry)
 
-    monkeypatch.setattr(Disk, "finish", finish)
+    monkeypatch.setattr(Disk, "complete", complete)
 
 
 def test_a_node_replaced_by_an_empty_one_gets_all(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from app.gang.mirror.manifest import (
 )
 from app.gang.mirror.plan import Orders, Transfer
 from app.gang.mirror.sentences import duration, size
-from app.gang.mirror.transfer import Fetcher, Progress, Server, exchange_key, reason, step_back
+from app.gang.mirror.transfer import Fetcher, Key, Progress, Server, exchange_key, reason, step_back
 
 QUIET = 5 * 10**9
 """Nanoseconds since the last write until a file counts as written, while its writer may live."""
@@ -109,7 +109,7 @@ class MirrorNode:
             self._server.close()
             self._server = None
 
-    def _key(self, told: Mapping[str, Any]) -> bytes:
+    def _key(self, told: Mapping[str, Any]) -> Key:
         return exchange_key(self._place.token, word(told.get("key")).encode())
 
     def _mark(self) -> dict[str, object]:
