@@ -105,12 +105,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 def test_the_wiped_disk_of_node_0_and_a_torn_newest_file_are_made_good(tmp_path: Path) -> None:
     with nodes(tmp_path, 2, TUTORIAL) as job:
         run(job, "4")
-        assert not (folder(job, 1) / "snapshot.pt").exists(), "the last epochs have not been copied yet"
-        assert begins(run(job, "6")) == [4, 4]
         shutil.rmtree(folder(job, 0))
-        assert begins(run(job, "9")) == [4, 4], "what node 1 had at the start of the round before"
+        assert begins(run(job, "6")) == [4, 4], "node 1 got the last epochs when the job ended"
+        shutil.rmtree(folder(job, 1).parent)
+        assert begins(run(job, "9")) == [6, 6]
         snapshot = folder(job, 0) / "snapshot.pt"
-        run(job, "9")  # node 1 gets epoch 9
         whole = snapshot.read_bytes()
         snapshot.write_bytes(whole[: len(whole) // 2])
         launchers = run(job, "10")
@@ -121,10 +120,20 @@ def test_the_wiped_disk_of_node_0_and_a_torn_newest_file_are_made_good(tmp_path:
 def test_scattered_states_come_together_and_survive_the_loss_of_a_disk(tmp_path: Path) -> None:
     with nodes(tmp_path, 2, SCATTERED, NPROC_PER_NODE="2") as job:
         run(job, "10")
-        assert begins(run(job, "10")) == [10] * 4
         shutil.rmtree(folder(job, 0))
         assert begins(run(job, "15")) == [10] * 4
+        shutil.rmtree(folder(job, 1).parent)
         assert begins(run(job, "15")) == [15] * 4
+
+
+def test_a_stopped_job_leaves_its_last_checkpoint_on_a_second_node(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, TUTORIAL) as job:
+        launchers = job.start_all("100000")
+        wait_until((folder(job, 0) / "snapshot.pt").exists)
+        stop(launchers)
+        assert (folder(job, 1) / "snapshot.pt").read_bytes() == (folder(job, 0) / "snapshot.pt").read_bytes()
+        for launcher in launchers:
+            assert len([line for line in launcher.said if "got snapshot.pt" in line]) == 1, launcher.text
 
 
 def test_with_own_a_difference_is_said_and_nothing_is_copied(tmp_path: Path) -> None:

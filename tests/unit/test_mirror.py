@@ -7,13 +7,14 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.gang.mirror import transfer
 from app.gang.mirror.disk import Disk
 from app.gang.mirror.manifest import Entry, Manifest, Version, pack_manifest, read_manifest, safe_link, safe_path
 from app.gang.mirror.node import pack_orders, read_orders
@@ -507,6 +508,58 @@ def test_in_the_background_the_last_whole_copy_outlives_its_origin_until_there_i
     bed.level(background=True)
     bed.level(background=True)
     assert bed.names(1) == {"step-2/model.pt", "big.txt"}
+
+
+def test_at_the_end_of_a_job_one_other_node_gets_what_was_written_a_moment_ago(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, count=3)
+    bed.write(0, "last.pt", saved(), at=time.time() - NOW)
+    (line,) = bed.level(last=True)
+    assert "node 1" in line
+    assert bed.read(1) == bed.read(0)
+    assert bed.names(2) == set()
+    assert not bed.level(last=True)
+
+
+def test_a_name_leads_to_a_new_file_only_once_that_is_on_the_disk(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a loss of power leaves: the old file or the new one, and no memory of what is not there."""
+    acts: list[str] = []
+
+    def noted(name: str, act: Callable[..., None]) -> Callable[..., None]:
+        def both(self: Disk, *arguments: object) -> None:
+            acts.append(name)
+            act(self, *arguments)
+
+        return both
+
+    for name in ("complete", "sync", "place", "write_state"):
+        monkeypatch.setattr(Disk, name, noted(name, getattr(Disk, name)))
+    for number in range(3):
+        bed.write(0, f"step-1/{number}.pt", saved())
+    bed.level()
+    first, last = acts.index("complete"), len(acts) - acts[::-1].index("place")
+    assert acts[first - 1 : first] == ["write_state"], "what is to come is known as a copy before it comes"
+    assert acts[first:last] == ["complete"] * 3 + ["sync"] + ["place"] * 3
+    assert acts[last:] == ["sync", "write_state"]
+
+
+@pytest.mark.parametrize("token", [b"", b"secret"])
+def test_content_that_changes_on_its_way_is_not_taken(bed: Bed, monkeypatch: pytest.MonkeyPatch, token: bytes) -> None:
+    bed.token = token
+    bed.write(0, "a.pt", saved("whole"))
+    receive = transfer._receive_into
+
+    def flipped(peer: socket.socket, room: memoryview) -> None:
+        receive(peer, room)
+        if bytes(room) == saved("whole"):
+            room[40] ^= 1
+
+    monkeypatch.setattr(transfer, "_receive_into", flipped)
+    said = bed.level()
+    assert bed.names(1) == set()
+    assert any("a.pt" in line and "checksum" in line for line in said)
+    monkeypatch.undo()
+    bed.level()
+    assert bed.read(1) == bed.read(0)
 
 
 def test_nothing_of_a_stranger_is_answered_and_no_port_stays_open(bed: Bed) -> None:

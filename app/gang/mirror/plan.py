@@ -119,26 +119,26 @@ def plan_transfers(
     offsets: Mapping[int, int],
     bounds: Bounds,
     *,
-    background: bool = False,
+    second_copy: bool = False,
 ) -> MirrorPlan:
     """What each node does. `offsets` are the nodes' clocks minus node 0's, in nanoseconds.
 
-    In the `background`, while a training runs: one second copy of what one node alone has, of whole files only."""
+    For a `second_copy` only what one node alone has goes to one other, of whole files only."""
     picture = _Picture(manifests, offsets)
     deleted = _deletions(picture)
     remarks = list[Remark]()
     choices = dict[str, Choice]()
     latest = _latest_writers(picture, deleted)
     for path in sorted(picture.holders):
-        choice = _choose(picture, path, deleted, latest, remarks, background=background)
+        choice = _choose(picture, path, deleted, latest, remarks, second_copy=second_copy)
         if choice:
             choices[path] = choice
     kept = kept_entries(choices.values(), bounds.keep)
     orders = {
-        rank: _orders(picture, rank, choices, kept, deleted.get(rank, {}), bounds, remarks, background=background)
+        rank: _orders(picture, rank, choices, kept, deleted.get(rank, {}), bounds, remarks, second_copy=second_copy)
         for rank in manifests
     }
-    remarks += _kept_out(manifests, choices, kept, background=background)
+    remarks += _kept_out(manifests, choices, kept, second_copy=second_copy)
     return MirrorPlan(orders=orders, remarks=tuple(remarks))
 
 
@@ -202,9 +202,9 @@ def _choose(
     latest: Mapping[str, Sequence[int]],
     remarks: list[Remark],
     *,
-    background: bool,
+    second_copy: bool,
 ) -> Choice | None:
-    """The version of `path` for all, None if it is to disappear or, in the background, is not worth a copy yet."""
+    """The version of `path` for all, None if it is to disappear or, for a second copy, is not worth one."""
     holders = picture.holders[path]
     candidates = [rank for rank, entry in holders.items() if _is_candidate(picture, path, rank, entry, deleted)]
     # Copies of each other, with no file of anybody's own, cannot be; if they are, they stay.
@@ -226,7 +226,7 @@ def _choose(
     newest = max(candidates, key=lambda rank: picture.at(rank, holders[rank]))
     if not holders[newest].torn:
         return Choice(entry=entry, at=picture.at(best, entry), holders=tuple(same), owner=owner)
-    if background:
+    if second_copy:
         return None
     return _whole_one(picture, path, newest, remarks) or Choice(
         entry=entry, at=picture.at(best, entry), holders=tuple(same), owner=owner
@@ -295,10 +295,10 @@ def _orders(
     bounds: Bounds,
     remarks: list[Remark],
     *,
-    background: bool,
+    second_copy: bool,
 ) -> Orders:
     manifest = picture.manifests[rank]
-    delete = _delete(picture, rank, choices, deleted, background=background)
+    delete = _delete(picture, rank, choices, deleted, second_copy=second_copy)
     wanted: dict[str, list[Transfer]] = defaultdict(list)
     ignored = _deleted_here(manifest)
     for path, choice in choices.items():
@@ -308,7 +308,7 @@ def _orders(
             continue
         if mine is None and ignored.get(path) == choice.entry.version:
             continue
-        if background and not _is_second_copy(picture, rank, choice):
+        if second_copy and not _is_second_copy(picture, rank, choice):
             continue
         wanted[choice.entry.top if not restores else ""].append(_transfer(picture, rank, choice, mine))
     fetch = wanted.pop("", [])
@@ -341,10 +341,10 @@ def _delete(
     choices: Mapping[str, Choice],
     deleted: Mapping[str, Version],
     *,
-    background: bool,
+    second_copy: bool,
 ) -> tuple[tuple[str, Version], ...]:
     gone = [(path, version) for path, version in deleted.items() if path not in choices]
-    if not background:
+    if not second_copy:
         return tuple(gone)
     # A script may remove the old before it writes the new: while it trains, a copy goes once this node has a newer one.
     newest = dict[str, float]()
@@ -411,7 +411,7 @@ def _deleted_here(manifest: Manifest) -> dict[str, Version]:
 
 
 def _kept_out(
-    manifests: Mapping[int, Manifest], choices: Mapping[str, Choice], kept: Sequence[str], *, background: bool
+    manifests: Mapping[int, Manifest], choices: Mapping[str, Choice], kept: Sequence[str], *, second_copy: bool
 ) -> list[Remark]:
     """Older top-level entries that not all nodes have, and that stay where they are."""
     inside = set(kept)
@@ -419,7 +419,7 @@ def _kept_out(
     for choice in choices.values():
         if choice.entry.top not in inside and not temporary(choice.entry.top) and len(choice.holders) < len(manifests):
             sizes[choice.entry.top] += choice.entry.version.size
-    if background or not sizes:
+    if second_copy or not sizes:
         return []
     return [Remark(kind="kept_out", path=max(sizes), size=sum(sizes.values()), count=len(sizes))]
 
