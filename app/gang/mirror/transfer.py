@@ -132,7 +132,7 @@ class Server:
             peer.settimeout(PROOF)
             mine = secrets.token_bytes(16)
             peer.sendall(mine)
-            theirs, proof = _receive(peer, 16), _receive(peer, 32)
+            theirs, proof = bytes(_receive(peer, 16)), _receive(peer, 32)
             if not hmac.compare_digest(proof, self._key.of(b"client", mine, theirs).secret):
                 return
             peer.sendall(self._key.of(b"server", mine, theirs).secret)
@@ -449,7 +449,7 @@ class _Peer:
         self._socket, self._sockets = connection, sockets
         self._frame, self._turns = memoryview(bytearray(FRAME)), itertools.count()
         connection.settimeout(PROOF)
-        theirs, mine = _receive(connection, 16), secrets.token_bytes(16)
+        theirs, mine = bytes(_receive(connection, 16)), secrets.token_bytes(16)
         connection.sendall(mine + key.of(b"client", theirs, mine).secret)
         if not hmac.compare_digest(_receive(connection, 32), key.of(b"server", theirs, mine).secret):
             raise BrokenTransferError("what answers there is not this job's node")
