@@ -52,8 +52,7 @@ class Launcher:
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
+        for line in self.process.stdout or ():
             with self._news:
                 self.text += line
                 self.seen.setdefault(line, time.monotonic())
@@ -121,7 +120,7 @@ class Nodes:
     """Each node's current folder is on its own disk as well."""
     launchers: list[Launcher] = field(default_factory=list)
 
-    def start(self, rank: int, *arguments: str, **settings: str) -> Launcher:
+    def start(self, rank: int, *arguments: str, output: int = subprocess.PIPE, **settings: str) -> Launcher:
         """Starts the launcher of one node; `settings` win over those of all nodes."""
         inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
         environment = {
@@ -140,7 +139,7 @@ class Nodes:
             env={name: value for name, value in environment.items() if value},
             cwd=self.disk(rank) if self.apart else self.folder,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
         )

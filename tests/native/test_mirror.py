@@ -161,6 +161,36 @@ def test_new_checkpoints_get_a_second_copy_while_the_training_runs(tmp_path: Pat
         assert (folder(job, 1) / "snapshot.pt").read_bytes() == (folder(job, 0) / "snapshot.pt").read_bytes()
 
 
+TORN_IN_PLACE = """
+import io, os, signal, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+rank, path = dist.get_rank(), os.path.join(os.environ["CHECKPOINT_DIR"], "last.pt")
+start = torch.load(path)["step"] if os.path.exists(path) else 0
+print(f"rank {rank} begins at {start}", flush=True)
+if rank == 0 and start == 0:
+    torch.save({"step": 3}, path)
+    while not os.path.exists("torn"):
+        time.sleep(0.05)
+    whole = io.BytesIO()
+    torch.save({"step": 4}, whole)
+    with open(path, "wb") as file:
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_a_save_in_place_that_was_killed_half_way_gives_way_to_the_last_whole_one(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, TORN_IN_PLACE) as job:
+        launchers = job.start_all()
+        wait_until((folder(job, 1) / "last.pt").exists, 90)
+        (tmp_path / "torn").touch()
+        assert [launcher.end(90) for launcher in launchers] == [0, 0], launchers[0].text
+        assert [begins([launcher]) for launcher in launchers] == [[0, 3], [0, 3]]
+        assert any("last.pt" in line and "torn" in line for line in launchers[1].said)
+
+
 RECEIVER = """
 import sys
 from pathlib import Path
