@@ -35,7 +35,7 @@ while True:
     if dist.get_rank() == 0 and time.monotonic() > saved + 15:
         saved = time.monotonic()
         torch.save(torch.randn(25_000_000), path.format(count))
-    if dist.get_rank() == 0 and count % 100 == 0:
+    if dist.get_rank() == 0 and count % 10 == 0:
         print("step", count, flush=True)
 """
 
