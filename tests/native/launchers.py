@@ -118,9 +118,10 @@ class Nodes:
     settings: dict[str, str] = field(default_factory=dict)
     apart: bool = False
     """Each node's current folder is on its own disk as well."""
+    output: int = subprocess.PIPE
     launchers: list[Launcher] = field(default_factory=list)
 
-    def start(self, rank: int, *arguments: str, output: int = subprocess.PIPE, **settings: str) -> Launcher:
+    def start(self, rank: int, *arguments: str, **settings: str) -> Launcher:
         """Starts the launcher of one node; `settings` win over those of all nodes."""
         inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
         environment = {
@@ -139,7 +140,7 @@ class Nodes:
             env={name: value for name, value in environment.items() if value},
             cwd=self.disk(rank) if self.apart else self.folder,
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=self.output,
             stderr=subprocess.STDOUT,
             text=True,
         )

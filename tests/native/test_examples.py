@@ -92,7 +92,7 @@ def start(job: Nodes, name: str, *ranks: int) -> list[Launcher]:
 def reach(launchers: Iterable[Launcher], step: int, after: int = 0) -> None:
     """Waits until a rank of each node has told of `step` or a later one, since it began at `after`."""
     for launcher in launchers:
-        wait_until(lambda launcher=launcher: told(launcher.text, after) >= step, launcher)
+        wait_until(launcher, lambda text: told(text, after) >= step)
 
 
 def told(text: str, after: int) -> int:
@@ -105,15 +105,15 @@ def begun(launchers: Iterable[Launcher], times: int) -> int:
     """Where all ranks of these nodes began for the `times`-th time."""
     found = set()
     for launcher in launchers:
-        wait_until(lambda launcher=launcher: len(BEGINS.findall(launcher.text)) >= 2 * times, launcher)
+        wait_until(launcher, lambda text: len(BEGINS.findall(text)) >= 2 * times)
         found |= {int(step) for _, step in BEGINS.findall(launcher.text)[2 * times - 2 : 2 * times]}
     assert len(found) == 1
     return found.pop()
 
 
-def wait_until(condition: Callable[[], bool], launcher: Launcher, seconds: float = 150) -> None:
+def wait_until(launcher: Launcher, condition: Callable[[str], bool], seconds: float = 150) -> None:
     until = time.monotonic() + seconds
-    while not condition():
+    while not condition(launcher.text):
         assert time.monotonic() < until, launcher.text
         assert launcher.process.poll() is None, launcher.text
         time.sleep(0.05)

@@ -125,7 +125,8 @@ else:
 def test_a_rank_that_prints_all_it_can_slows_no_other(tmp_path: Path) -> None:
     """Each step of the other sleeps and prints half a kilobyte, so that it has a processor when it asks for one."""
     with nodes(tmp_path, 1, FLOODED, NPROC_PER_NODE="2") as job:
-        assert job.start(0, output=subprocess.DEVNULL).end(120) == 0
+        job.output = subprocess.DEVNULL
+        assert job.start(0).end(120) == 0
     alone, beside = map(float, (tmp_path / "steps").read_text().split())
     megabytes = float((tmp_path / "rate").read_text())
     print(f"{megabytes:.0f} MB/s of prints: 300 steps took {beside:.2f} s, {alone:.2f} s without")
