@@ -97,8 +97,8 @@ def tar_stream(root: Path) -> float:
     (root / "to").mkdir()
     listener, started = socket.create_server(("127.0.0.1", 0)), time.monotonic()
     with socket.create_connection(listener.getsockname()) as sender, listener.accept()[0] as receiver, listener:
-        unpacks = subprocess.Popen(["tar", "-C", root / "to", "-xf", "-"], stdin=receiver)
-        subprocess.run(["tar", "-C", root / "from", "-cf", "-", "."], stdout=sender, check=True)
+        unpacks = subprocess.Popen(["tar", "-C", str(root / "to"), "-xf", "-"], stdin=receiver.fileno())
+        subprocess.run(["tar", "-C", str(root / "from"), "-cf", "-", "."], stdout=sender.fileno(), check=True)
         sender.shutdown(socket.SHUT_WR)
         unpacks.wait()
     disk = Disk(root / "to/checkpoints")
