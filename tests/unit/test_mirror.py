@@ -491,8 +491,10 @@ def test_in_the_background_one_other_node_gets_what_is_whole_and_settled(tmp_pat
     bed.write(1, "step-2/model.pt", torn(large()), at=-(10**8))
     (bed.folder(1) / "step-3").mkdir()
     (bed.folder(1) / "step-3/model.txt").write_text("being written")
+    bed.write(1, "last.pt", saved(), at=time.time() - NOW)
+    bed.write(1, "last.txt", "may be half of it", at=time.time() - NOW)
     bed.level(background=True)
-    assert bed.names(2) == {"step-1/model.pt"}
+    assert bed.names(2) == {"step-1/model.pt", "last.pt"}, "a single file tells by itself that it is whole"
     assert bed.names(0) == set()
 
 

@@ -32,6 +32,7 @@ from app.gang.mirror.manifest import (
 from app.gang.mirror.plan import Orders, Transfer
 from app.gang.mirror.sentences import duration, size
 from app.gang.mirror.transfer import Fetcher, Key, Progress, Server, exchange_key, reason, step_back
+from app.gang.mirror.whole import SUFFIXES
 
 QUIET = 5 * 10**9
 """Nanoseconds since the last write until a file counts as written, while its writer may live."""
@@ -226,12 +227,12 @@ def _is_seen(disk: Disk, nonce: str) -> bool:
 
 
 def _settled(manifest: Manifest, now: int) -> Manifest:
-    """While a training runs, what was written a moment ago may not be whole yet."""
+    """While a training runs, what was written a moment ago may not be whole yet, nor a folder have all its files."""
 
     def judged(entry: Entry) -> Entry:
-        if entry.torn or entry.link or entry.origin or now - entry.version.mtime_ns > QUIET:
-            return entry
-        return replace(entry, torn=True)
+        tells = "/" not in entry.path and entry.path.endswith(SUFFIXES)
+        written = tells or entry.link or entry.origin or now - entry.version.mtime_ns > QUIET
+        return entry if written else replace(entry, torn=True)
 
     return replace(manifest, entries={path: judged(entry) for path, entry in manifest.entries.items()})
 
