@@ -126,8 +126,8 @@ def mirrored(root: Path, count: int) -> float:
     taken = time.monotonic() - started
     here.close()
     sender.join()
-    if len(result.arrived) != count:
-        raise SystemExit(f"{len(result.arrived)} of {count} files came: {[*result.failed.items()][:3]}")
+    if result.arrived != count:
+        raise SystemExit(f"{result.arrived} of {count} files came: {[*result.failed.items()][:3]}")
     if count > 1:
         print(f"  listing and planning {count:,} files: {planning:.1f} s", flush=True)
     for disk in (source, target):

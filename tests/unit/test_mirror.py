@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -520,6 +521,24 @@ def test_at_the_end_of_a_job_one_other_node_gets_what_was_written_a_moment_ago(t
     assert bed.read(1) == bed.read(0)
     assert bed.names(2) == set()
     assert not bed.level(last=True)
+
+
+def test_while_it_copies_it_says_what_and_how_much(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    bed.write(0, "model.pt", bytes(3 * transfer.FRAME))
+    bed.write(0, "small.pt", saved())
+    receive = transfer._receive_into
+
+    def slowly(peer: socket.socket, room: memoryview) -> None:
+        receive(peer, room)
+        until = time.monotonic() + 5
+        while len(room) == transfer.FRAME and not bed.said and time.monotonic() < until:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(transfer, "_receive_into", slowly)
+    monkeypatch.setattr("app.gang.mirror.node.SAY_AFTER", 0.01)
+    said = bed.level()
+    assert re.match(r"copying checkpoints: \d.* of 6.3 MB, \d of 2 files, \d.*/s", said[0])
+    assert bed.read(1) == bed.read(0)
 
 
 def test_a_name_leads_to_a_new_file_only_once_that_is_on_the_disk(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:

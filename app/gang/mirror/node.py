@@ -154,14 +154,14 @@ class MirrorNode:
         finally:
             if telling:
                 telling.cancel()
-        result = fetcher.result
+        found = fetcher.progress
         return {
-            "arrived": len(result.arrived) - result.same,
-            "bytes": fetcher.progress.done,
+            "arrived": found.arrived,
+            "bytes": found.done,
             "seconds": round(time.monotonic() - started, 3),
             "deleted": deleted,
-            "failed": [[path, why] for path, why in [*result.failed.items()][:MOST_FAILURES]],
-            "failures": len(result.failed),
+            "failed": [[path, why] for path, why in [*found.failed.items()][:MOST_FAILURES]],
+            "failures": len(found.failed),
         }
 
     async def _tell(self, fetcher: Fetcher) -> None:
@@ -188,7 +188,7 @@ def carry_out(disk: Disk, orders: Orders, fetcher: Fetcher, rank: int) -> int:
 def progress_line(progress: Progress, now: float) -> str:
     rate = progress.done / max(0.001, now - progress.started)
     left = f", about {duration((progress.total - progress.done) / rate)} left" if progress.done else ""
-    files = f"{progress.arrived} of {progress.files} files"
+    files = f"{progress.arrived + progress.same + progress.waiting} of {progress.files} files"
     return f"copying checkpoints: {size(progress.done)} of {size(progress.total)}, {files}, {size(rate)}/s{left}"
 
 

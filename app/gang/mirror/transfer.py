@@ -75,20 +75,17 @@ class Piece:
 class Progress:
     """How far a node is; read by whoever prints it."""
 
-    total: int
-    files: int
+    total: int = 0
+    files: int = 0
     done: int = 0
+    waiting: int = 0
+    """Files that have come, and have not got their names yet."""
     arrived: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-
-@dataclass(slots=True, kw_only=True)
-class Result:
-    arrived: list[Transfer] = field(default_factory=list)
     same: int = 0
-    """Of them, files that this node had with the same content."""
+    """Files that this node had with the same content."""
     failed: dict[str, str] = field(default_factory=dict)
     """Why a path did not come."""
+    started: float = field(default_factory=time.monotonic)
 
 
 # The sending side.
@@ -214,14 +211,13 @@ class Fetcher:
         self._whole: list[_Incoming] = []
         self._unsettled = 0
         self._stopped = ""
-        self.result = Result()
-        self.progress = Progress(total=0, files=0)
+        self.progress = Progress()
 
     def stop(self, why: str) -> None:
         self._stopped = self._stopped or why
         self._open.close()
 
-    def run(self, transfers: Sequence[Transfer], rank: int) -> Result:
+    def run(self, transfers: Sequence[Transfer], rank: int) -> Progress:
         """Raises OSError where the state file cannot be written, or what came not be synced."""
         self.progress = Progress(total=sum(one.entry.stored for one in transfers), files=len(transfers))
         self._disk.begin()
@@ -246,7 +242,7 @@ class Fetcher:
         self._settle()
         self._disk.sync()
         self._disk.write_state()
-        return self.result
+        return self.progress
 
     def _make_here(self, one: Transfer) -> None:
         try:
@@ -268,12 +264,14 @@ class Fetcher:
         with self._lock:
             # What has the same content was not brought: it stays this node's own.
             self._disk.arrived(entry.path, Copy(entry.version, "" if same else entry.origin))
-            self.result.arrived.append(one)
-            self.result.same += same
+            if same:
+                self.progress.same += 1
+            else:
+                self.progress.arrived += 1
 
     def _fail(self, one: Transfer, why: str) -> None:
         with self._lock:
-            self.result.failed.setdefault(one.entry.path, why)
+            self.progress.failed.setdefault(one.entry.path, why)
 
     def _stream(self) -> None:
         if self._pace:
@@ -385,7 +383,7 @@ class Fetcher:
             if file.pieces:
                 return
             del self._partial[one.entry.path]
-            failed = one.entry.path in self.result.failed
+            failed = one.entry.path in self.progress.failed
         try:
             self._disk.complete(file.fd, one.entry)
         except OSError as error:
@@ -396,7 +394,7 @@ class Fetcher:
             return
         with self._lock:
             self._whole.append(file)
-            self.progress.arrived += 1
+            self.progress.waiting += 1
             self._unsettled += one.entry.stored
             full = self._unsettled > SETTLE
         if full:
@@ -410,6 +408,7 @@ class Fetcher:
         if files:
             self._disk.sync()
         for file in files:
+            self.progress.waiting -= 1
             try:
                 self._disk.place(file.name, file.transfer.entry.path)
             except OSError as error:
