@@ -563,6 +563,20 @@ def test_a_name_leads_to_a_new_file_only_once_that_is_on_the_disk(bed: Bed, monk
     assert acts[last:] == ["sync", "write_state"]
 
 
+def test_what_cannot_be_synced_gets_no_name(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_disk: Disk) -> None:
+        raise OSError(5, "Input/output error")
+
+    bed.write(0, "a.pt", saved())
+    monkeypatch.setattr(Disk, "sync", fail)
+    said = bed.level()
+    assert bed.names(1) == set()
+    assert any("node 1" in line and "input/output error" in line for line in said)
+    monkeypatch.undo()
+    bed.level()
+    assert bed.read(1) == bed.read(0)
+
+
 @pytest.mark.parametrize("token", [b"", b"secret"])
 def test_content_that_changes_on_its_way_is_not_taken(bed: Bed, monkeypatch: pytest.MonkeyPatch, token: bytes) -> None:
     bed.token = token

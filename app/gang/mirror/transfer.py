@@ -405,10 +405,18 @@ class Fetcher:
         than it did before. Small files are synced together: one by one, 10,000 of them take longer than all else."""
         with self._lock:
             files, self._whole, self._unsettled = self._whole, [], 0
-        if files:
-            self._disk.sync()
+        why = ""
+        try:
+            if files:
+                self._disk.sync()
+        except OSError as error:
+            why = reason(error)
         for file in files:
             self.progress.waiting -= 1
+            if why:
+                self._disk.drop(file.name)
+                self._fail(file.transfer, why)
+                continue
             try:
                 self._disk.place(file.name, file.transfer.entry.path)
             except OSError as error:
