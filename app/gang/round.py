@@ -8,7 +8,7 @@ from signal import SIGABRT
 from app.config.exitcodes import ExitCode
 from app.engine.outcome import Stall
 from app.gang.messages import Event, Say
-from app.gang.stalls import describe, is_blocked
+from app.gang.stalls import describe, is_blocked, is_free
 from app.gang.verdict import JobEnded, NodeFailure, Weight, left_alone, worker_failure
 
 HALT_GRACE = 2.0
@@ -75,7 +75,7 @@ class RoundState:
         """Says once that no rank of the job makes progress, and why; and that it goes on, if it does."""
         stalls = {rank: self._stalls.get(rank, ()) for rank in self.running}
         seconds = [stall.seconds for each in stalls.values() for stall in each if not stall.ended]
-        stands = all(stalls.values())
+        stands = all(stalls.values()) and not self._nobody_waits(stalls)
         if stands and seconds and not self._stalled_since and not self.halted_at:
             self._stalled_since = now - min(seconds)
             self.tell(self.hang)
@@ -83,6 +83,13 @@ class RoundState:
             self._stalled_since = 0.0
             if not self.halted_at:
                 self.tell("progress resumed")
+
+    def _nobody_waits(self, stalls: Mapping[int, Sequence[Stall]]) -> bool:
+        """Some have finished, and those that are left have done all collectives that they entered: whoever rests then
+        keeps nobody."""
+        each = [stall for some in stalls.values() for stall in some]
+        left = [stall for stall in each if not stall.ended]
+        return (len(left) < len(each) or self.running < self.names.keys()) and all(is_free(stall) for stall in left)
 
     @property
     def hang(self) -> str:

@@ -333,6 +333,17 @@ def test_a_node_that_has_finished_does_not_hide_that_the_others_wait() -> None:
     assert said[1:] == ["progress resumed"]
 
 
+def test_a_rank_that_rests_after_the_others_have_finished_keeps_nobody() -> None:
+    said: list[str] = []
+    course = a_round(said)
+    course.take(stalled(0, stall(0, entered(number=5, done=True))), 1000.0)
+    course.take(Event(rank=1, kind="ended", code=0), 1001.0)
+    assert said == []
+    # It may wait, for all that is known.
+    course.take(stalled(0, stall(0)), 1002.0)
+    assert len(said) == 1
+
+
 def test_a_job_whose_ranks_have_all_ended_does_not_hang() -> None:
     said: list[str] = []
     course = a_round(said)
