@@ -121,7 +121,7 @@ def test_an_error_that_a_script_only_printed_is_the_first_error_of_its_node(tmp_
     plan.log_dir.mkdir(parents=True)
     keep_round(plan, "default-1-abc", Outcome(code=1, failures=(killed(1, 1, 1),), halted=halted))
     logs = plan.log_dir / "default-1-abc_x/attempt_0"
-    write(logs / "1/stderr.log", "Error executing job with overrides: []\nValueError: bad batch\nSet HYDRA_FULL_ERROR=1")
+    write(logs / "1/stderr.log", "Error executing job\nValueError: bad batch\nSet HYDRA_FULL_ERROR=1")
     write(logs / "0/stderr.log", "ValueError: of a healthy rank")
     report = make_report(plan, 5, "verdict", {}, 0.0)
     assert "first error here: ValueError: bad batch" in summary(report, FOLDER)
