@@ -157,7 +157,7 @@ class Workers(SubprocessContext):
     def _poll(self) -> RunProcsResult | None:
         with self._signals.held():
             result = super()._poll()
-            if result and not result.is_failed():  # type: ignore[no-untyped-call]  # as torch has it
+            if result and not result.is_failed():
                 self._tell({"event": "finished"})
             return result
 

@@ -209,6 +209,21 @@ def test_a_link_cut_for_good_and_restored_later(job: Job, table: Table) -> None:
     table.add("the same link restored", None, f"trains again after {again:.1f} s", "round with all nodes")
 
 
+def test_node_0_whose_own_link_is_cut_suspects_itself(job: Job, table: Table) -> None:
+    """Of three nodes: who hears nobody any more says so, and the others say whom they miss."""
+    job.train(3)
+    since = job.fault()
+    job.bed.nodes[0].cut()
+    knows, line = heard(job.stacks[0], r"node 0 \(\S+\) no longer hears any other node: its own link is cut", since)
+    assert not re.search(r"node [12] \(\S+\) was lost", line)
+    missed, _ = all_hear(job.stacks[1:], r"node 0 \(\S+\) was lost", since)
+    job.fault()
+    job.bed.nodes[0].restore()
+    again = job.trains()
+    table.add("the link of node 0 of 3 cut", max(knows, missed), f"trains again after {again:.1f} s", verdict(line))
+    job.good = False
+
+
 def test_all_containers_are_killed_and_started_again(job: Job, table: Table) -> None:
     job.fault()
     for stack in job.stacks:
