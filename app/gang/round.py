@@ -132,7 +132,8 @@ class RoundState:
     def _close(self, event: Event, node: str, now: float) -> None:
         if event.kind == "lost":
             self.failures.append(lost(event, node, now))
-            self._end("failure", HALT_GRACE, f"{node} was lost", now)
+            # Whose link it was that went silent is not known yet.
+            self._end("failure", HALT_GRACE, f"{node} {'is not heard any more' if event.silent else 'was lost'}", now)
             return
         self._codes[event.rank] = event.code
         if event.finished:
