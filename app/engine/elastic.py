@@ -167,7 +167,10 @@ class Workers(SubprocessContext):
 
     def _poll(self) -> RunProcsResult | None:
         with self._signals.held():
-            return super()._poll()
+            result = super()._poll()
+            if result and not result.is_failed():
+                self._tell({"event": "finished"})
+            return result
 
     def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
         if not self._signals.deaf and any(each.proc.poll() != 0 for each in self.subprocess_handlers.values()):

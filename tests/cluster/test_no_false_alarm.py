@@ -55,7 +55,6 @@ WORK = (
 
 
 def test_eight_kinds_of_odd_but_legal_work_on_one_rank_while_the_other_waits_raise_no_alarm(cluster2: Cluster) -> None:
-    # The idle one ends first: who sleeps while the other has finished is told, and rightly.
     kinds = f"{'+'.join(WORK)} {'+'.join(['idle_sleep'] * (len(WORK) - 1))}"
     env = {"TRAIN_ARGS": f"7 {kinds}", "HANG_REPORT": "3", "HANG_TIMEOUT": "5"}
     script = (SCRIPTS / "legal_work.py").read_text()

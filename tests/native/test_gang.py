@@ -187,7 +187,9 @@ def test_ranks_that_are_killed_together_are_all_named_and_none_followed(tmp_path
         assert "as a result" not in launcher.said[-1]
 
 
-def test_a_rank_that_finished_early_is_told_as_unequal_numbers_of_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("watch", ["60", "0"])
+def test_a_rank_that_finished_early_is_told_as_unequal_numbers_of_steps(tmp_path: Path, watch: str) -> None:
+    """Without a watch, too, which knows the last collective."""
     unequal = """
 import os, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -196,13 +198,31 @@ for step in range(3 if dist.get_rank() else 6):
         time.sleep(4)
     dist.all_reduce(torch.ones(1))
 """
-    with nodes(tmp_path, 2, unequal, MAX_RESTARTS="0") as job:
+    with nodes(tmp_path, 2, unequal, MAX_RESTARTS="0", HANG_REPORT=watch) as job:
         launchers = job.start_all()
         assert ends(launchers, 60) == [5, 5]
     for launcher in launchers:
         assert launcher.said[-1].startswith("node 0 (127.0.0.1) - rank 0 failed with ")
         assert "node 1 (127.0.0.2) had finished after" in launcher.said[-1]
         assert "unequal numbers of batches or steps" in launcher.said[-1]
+
+
+def test_a_script_that_ends_well_because_it_is_told_to_had_not_finished_early(tmp_path: Path) -> None:
+    obeys = """
+import signal, sys, time, torch, torch.distributed as dist
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+dist.init_process_group("gloo")
+dist.all_reduce(torch.ones(1))
+if dist.get_rank() == 0:
+    raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.2]:39558")
+time.sleep(60)
+"""
+    with nodes(tmp_path, 2, obeys, MAX_RESTARTS="0") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 60) == [5, 5]
+    for launcher in launchers:
+        assert launcher.said[-1].startswith("cause unclear: node 0 (127.0.0.1) - rank 0 failed with ")
+        assert "had finished" not in launcher.said[-1]
 
 
 def test_a_node_that_its_own_settings_refuse_is_known_to_the_others_at_once(tmp_path: Path) -> None:
