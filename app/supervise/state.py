@@ -62,8 +62,10 @@ class State:
             # A full disk must not end a training.
             with contextlib.suppress(OSError):
                 await off_loop(lambda known=known: self._write(known), WRITE_EVERY)  # type: ignore[misc]
+            # Python 3.11's wait_for swallows a cancel that comes as the awaited ends.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), WRITE_EVERY)
+                async with asyncio.timeout(WRITE_EVERY):
+                    await self._changed.wait()
 
     def _known(self) -> dict[str, object]:
         plan, progress, ranks = self._plan, self._progress(), self._ranks()
