@@ -134,6 +134,10 @@ def allow_many_files() -> None:
 async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloaded) -> tuple[Verdict, bool]:
     """The verdict, printed, and whether the stop came from this node's own user."""
     started, before = time.time(), read_counters()
+    try:
+        facts = await off_loop(lambda: gather(plan), FILES) if plan.nodes.count > 1 else {}
+    except TimeoutError:
+        raise UserError(f"The script's files do not answer within {FILES:.0f} s: is their file server up?") from None
     node = Node(plan=plan, folder=folder, preloaded=preloaded, before=before)
     coordinator = Coordinator(plan, token, say, lambda: down_link(plan.network.interface))
     server = await _listen(plan, coordinator)
@@ -170,7 +174,7 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
     )
     # Whatever this node has before its first round is no progress of that.
     await progress.renew()
-    participant = Participant(plan, token, gather(plan) if plan.nodes.count > 1 else {}, services)
+    participant = Participant(plan, token, facts, services)
     _on_signals(participant.stop)
     keeping = asyncio.ensure_future(state.keep())
     beside = [asyncio.ensure_future(each) for each in (node.reap_orphans(), _watch_traffic(plan))]
@@ -215,7 +219,8 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
 
 async def _watch_traffic(plan: Plan) -> None:
     if traffic.watched(plan):
-        await traffic.watch(plan, say)
+        with contextlib.suppress(OSError):
+            await traffic.watch(plan, say)
 
 
 def down_link(interface: str, root: Path = Path("/")) -> str:

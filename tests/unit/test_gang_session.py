@@ -13,6 +13,8 @@ from app.gang.connection import Connection, ProtocolError, dial
 from app.gang.handshake import introduce
 from app.gang.participant import Participant
 from app.gang.services import NodeServices, RoundAssignment
+from app.supervise import unfit
+from tests.machines.facts import settings_of
 from tests.unit.test_gang_coordinator import Engine, Job, a_plan, lead, running
 
 
@@ -106,6 +108,38 @@ def test_start_timeout_is_one_deadline_whatever_accepts_and_hangs_up_meanwhile()
     lead(a_plan(2), story)
 
 
+def test_ports_that_are_none_cost_a_node_its_connection_and_not_node_0_its_life() -> None:
+    async def story(job: Job) -> None:
+        first, second = await job.joins(0, nnodes=2), await job.joins(1, nnodes=2)
+        second.ports = [{"port": 1 << 20}]
+        assert (await first.hears("probe"))["targets"] == []
+        async with asyncio.timeout(5):
+            while not second.closed:
+                await asyncio.sleep(0.01)
+        assert not job.leading.done()
+
+    lead(a_plan(2), story)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "rank", "translated"),
+    [
+        (("127.0.0.1", "127.0.0.2"), -1, False),
+        (("127.0.0.1", "localhost"), 1, False),
+        (("127.0.0.1", "192.0.2.7"), 1, True),
+        (("192.0.2.6", "192.0.2.7"), -1, True),
+    ],
+)
+def test_a_node_that_cannot_start_says_whether_its_address_is_translated(
+    nodes: tuple[str, ...], rank: int, *, translated: bool
+) -> None:
+    async def told() -> bool:
+        settings = settings_of({"NODES": ",".join(nodes)})
+        return await unfit.is_translated(settings, rank, "127.0.0.1:4000")
+
+    assert asyncio.run(told()) is translated
+
+
 def test_a_number_out_of_range_ends_one_connection_and_not_node_0() -> None:
     async def story(job: Job) -> None:
         nodes = await running(job)
@@ -120,9 +154,7 @@ def test_a_number_out_of_range_ends_one_connection_and_not_node_0() -> None:
             "cause": "",
             "fix": "",
         }
-        nodes[1].connection.send(
-            "ended", code=1, failures=[{**report, "time": 1 << 45}], finished="", ports=[], progress=""
-        )
+        nodes[1].connection.send("ended", code=1, failures=[{**report, "time": 1 << 45}], finished="", progress="")
         halt = await nodes[0].hears("halt")
         assert "node 1 (10.0.0.2) was lost" in str(halt["text"])
         assert not job.leading.done()
