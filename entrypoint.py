@@ -40,7 +40,10 @@ def main(arguments: Sequence[str]) -> int:
         name, rest = command_of(arguments, COMMANDS)
         return COMMANDS[name](rest)
     except UserError as error:
-        say(error.message)
+        from app.config.redaction import redact, settings_secrets
+        from app.config.settings import read_settings
+
+        say(redact(error.message, settings_secrets(read_settings(os.environ, env_file()))))
         return error.code
     except ModuleNotFoundError as error:
         if error.name not in ("dotenv", "psutil"):

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from app.config.redaction import redact_data
 from app.engine.outcome import Failure, Outcome
 from app.plan import Plan
-from app.report.redaction import plan_secrets, redact_data
+from app.report.redaction import plan_secrets
 
 ROUNDS = "rounds.jsonl"
 LEFT_OUT = "preload.jsonl"
