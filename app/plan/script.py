@@ -24,7 +24,9 @@ IMAGE = Path("/opt/torchrun-compose")
 IMAGE_HOME = "/tmp"  # noqa: S108 - as in the Dockerfile
 CURRENT = "."
 SHORTEST_TOKEN = 16
-"""Bytes, as in app.supervise.node."""
+"""Bytes."""
+MAKE_TOKEN = "Make one with `make token` (or `openssl rand -hex 32 > FILE`) and copy it to all nodes"  # noqa: S105
+UNREADABLE = "it cannot be read by this user"
 Words = tuple[str, ...]
 
 
@@ -232,7 +234,7 @@ def decide_token(settings: Settings, host: Host, ledger: Ledger) -> Path | None:
         ledger.refuse(
             "settings.token-file",
             what="{given}: {why}",
-            fix="Make one with `openssl rand -hex 32 > FILE` and copy it to all nodes",
+            fix=_let_read(host.uid) if wrong == UNREADABLE else MAKE_TOKEN,
             given=value,
             why=wrong,
         )
@@ -245,4 +247,8 @@ def _wrong_token(seen: Seen | None) -> str:
     words = {"missing": "there is no such file", "folder": "this is a folder"}
     if seen.kind == "file":
         return f"it holds only {count(seen.size, 'byte')}" if seen.size < SHORTEST_TOKEN else ""
-    return words.get(seen.kind, "it cannot be read by this user")
+    return words.get(seen.kind, UNREADABLE)
+
+
+def _let_read(uid: int) -> str:
+    return f"Its reader is user {uid} (RUN_AS): `sudo chown {uid} FILE && sudo chmod 0400 FILE` on the host"

@@ -120,13 +120,25 @@ def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started
 
 def make_folders(plan: Plan) -> None:
     """What the script finds when it starts: its logs' folder, CHECKPOINT_DIR, HOME. Raises UserError."""
-    for path in filter(None, (plan.log_dir, plan.script.checkpoint_dir, plan.script.home)):
+    home = plan.script.home
+    for path in filter(None, (plan.log_dir, plan.script.checkpoint_dir, home)):
+        make = functools.partial(path.mkdir, parents=True, exist_ok=True)
         try:
-            in_time(functools.partial(path.mkdir, parents=True, exist_ok=True), FILES)
+            in_time(functools.partial(make_home, path) if path == home else make, FILES)
         except TimeoutError:
             raise UserError(f"{path} does not answer within {FILES:.0f} s: is its file server up?") from None
         except OSError as error:
             raise UserError(f"{path} cannot be made: {error.strerror}.") from None
+
+
+def make_home(home: Path) -> None:
+    """Of this user alone: what lies there is run. Others make theirs beside it. Raises OSError."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        home.parent.chmod(0o1777)
+    home.mkdir(0o700, exist_ok=True)
+    if (owner := home.lstat().st_uid) != os.geteuid():
+        say(f"warning: HOME={home} belongs to user {owner}, whose compiled code this job would run. Set HOME")
 
 
 def allow_many_files() -> None:
