@@ -4,8 +4,9 @@ import stat
 
 from app.config.console import say
 from app.config.errors import UserError
+from app.config.problems import text_of
 from app.plan import Plan
-from app.plan.script import MAKE_TOKEN, SHORTEST_TOKEN
+from app.plan.script import SHORTEST_TOKEN
 
 FEWEST = 8
 """Different bytes of a token that was drawn by chance; a word or a date has fewer."""
@@ -17,16 +18,17 @@ def read_token(plan: Plan) -> bytes:
         if plan.nodes.count > 1:
             say("warning: without CLUSTER_TOKEN_FILE whoever reaches CONTROL_PORT can join or stop this job")
         return b""
+    make = text_of("settings.token-file")["fix"]
     named = f"CLUSTER_TOKEN_FILE={plan.token_file}"
     try:
         token, mode = plan.token_file.read_bytes().strip(), plan.token_file.stat().st_mode
     except OSError as error:
         raise UserError(f"{named} cannot be read: {error.strerror}.") from None
     if len(token) < SHORTEST_TOKEN:
-        raise UserError(f"{named} holds only {len(token)} bytes. {MAKE_TOKEN}.")
+        raise UserError(f"{named} holds only {len(token)} bytes. {make}.")
     if mode & stat.S_IROTH:
         told = f"can be read by every user of this machine (mode {stat.S_IMODE(mode):04o})"
         say(f"warning: {named} {told}. Fix: chmod 0400 on that file of the host")
     if len(set(token)) < FEWEST:
-        say(f"warning: {named} is easy to guess. {MAKE_TOKEN}")
+        say(f"warning: {named} is easy to guess. {make}")
     return token

@@ -213,12 +213,13 @@ def test_a_token_file_must_be_there_and_hold_a_token() -> None:
     token = {"CLUSTER_TOKEN_FILE": "/t"}
     wrong = {
         "there is no such file.": Seen(kind="missing"),
-        "it cannot be read by this user. Its reader is user 0 (RUN_AS): `sudo chown 0 FILE": Seen(kind="unreadable"),
         "this is a folder.": Seen(kind="folder"),
         "it holds only 3 bytes. Make one with `make token`": Seen(size=3),
     }
     for message, seen in wrong.items():
         assert f"CLUSTER_TOKEN_FILE=/t (environment): {message}" in refused(machine(files={"/t": seen}), **token)
+    told = refused(machine(files={"/t": Seen(kind="unreadable")}, uid=1001), **token)
+    assert "`sudo chown 1001 FILE && sudo chmod 0400 FILE`" in told
     assert planned(machine(files={"/t": Seen(size=SHORTEST_TOKEN)}), **token).token_file == Path("/t")
 
 
@@ -261,7 +262,7 @@ def test_limits_below_what_the_plan_needs_are_told() -> None:
     one = machine(limits=Limits(cpus=8, shm=32 << 20, open_files=1 << 20))
     (warning,) = planned(one, NPROC_PER_NODE="1").warnings
     assert (warning.id, warning.setting) == ("limits.shm", "SHM_SIZE")
-    assert warning.values == {"size": "32 MiB", "wanted": "64 MiB", "nproc": 1}
+    assert warning.values == {"size": "32 MiB", "wanted": "64 MiB", "nproc": 1, "nccl": False}
     assert "The memory limit is 1 GiB for 2 processes" in text
 
 
