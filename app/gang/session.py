@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from app.config.exitcodes import ExitCode
 from app.gang import probes
@@ -19,6 +20,7 @@ from app.gang.messages import LISTEN, Event, Hello, Say, read_event, read_hello,
 from app.gang.verdict import JobEnded, Verdict
 from app.plan import Plan
 
+Answer = TypeVar("Answer")
 STRAGGLERS = 2.0
 """Seconds that a disagreement waits for nodes still on their way, so that one table shows all."""
 LAST_WORD = 2.0
@@ -193,6 +195,18 @@ class Session:
             self.lose(node, f"no answer to {question!r} within {seconds:.0f} s")
             return None
 
+    async def ask_for(
+        self, read: Callable[[Message], Answer], rank: int, question: str, fields: Mapping[str, object], seconds: float
+    ) -> Answer | None:
+        """The same, read. A node whose answer is none (`read` raises ProtocolError) is lost, and node 0 goes on."""
+        answer = await self.ask(rank, question, fields, seconds)
+        try:
+            return None if answer is None else read(answer)
+        except ProtocolError as error:
+            if node := self.membership.get(rank):
+                self.lose(node, f"protocol error: {error}")
+            return None
+
     async def roll_call(self, waiting: Waiting, settled: Callable[[], bool]) -> None:
         """Waits until all nodes are here, the time is over, or it is `settled` that waiting for the rest is no use."""
         probing = asyncio.create_task(self._probe_missing())
@@ -227,7 +241,7 @@ class Session:
         """Lets every node dial its share of the others, and waits for what they found."""
         nodes = self.membership.all()
         # A node alone is dialled by nobody.
-        ports = await asyncio.gather(*(self._ports(node) for node in nodes.values() if len(nodes) > 1))
+        ports = await asyncio.gather(*(self._ports(rank) for rank in nodes if len(nodes) > 1))
         listening = dict(zip(nodes, ports, strict=False))
         state = Connectivity(ranks=list(nodes), started=time.monotonic())
         for rank, node in nodes.items():
@@ -249,14 +263,9 @@ class Session:
         state.here = {rank for rank, node in nodes.items() if self.membership.holds(node)}
         return state
 
-    async def _ports(self, node: NodeConnection) -> tuple[int, ...]:
+    async def _ports(self, rank: int) -> tuple[int, ...]:
         """Where a node listens for its peers; () if it is lost."""
-        try:
-            answer = await self.ask(node.hello.rank, LISTEN, {}, LISTENING)
-            return read_ports(answer) if answer else ()
-        except ProtocolError as error:
-            self.lose(node, f"protocol error: {error}")
-            return ()
+        return await self.ask_for(read_ports, rank, LISTEN, {}, LISTENING) or ()
 
     async def finish(self, verdict: Verdict, linger: float = 0.0) -> None:
         """Tells everyone the verdict, and waits a little until they have hung up: then they have read it. Those who are

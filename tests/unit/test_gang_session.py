@@ -1,6 +1,7 @@
 """Who may take part: other jobs, longer lists, nodes that cannot start, and connections that come to nothing."""
 
 import asyncio
+import contextlib
 import socket
 import time
 from dataclasses import replace
@@ -106,6 +107,35 @@ def test_start_timeout_is_one_deadline_whatever_accepts_and_hangs_up_meanwhile()
         assert time.monotonic() - started < 4
 
     lead(a_plan(2), story)
+
+
+@pytest.mark.parametrize("answer", [{}, {"micros": "x", "findings": [{}], "ports": 1, "wrote": 7, "outcomes": {}}])
+def test_answers_that_are_none_cost_a_node_its_place_in_doctor_and_not_node_0_its_life(
+    answer: dict[str, object],
+) -> None:
+    async def node(coordinator: DoctorCoordinator, rank: int) -> None:
+        here, there = socket.socketpair()
+        serving = asyncio.ensure_future(coordinator.serve(*await asyncio.open_connection(sock=there)))
+        connection = Connection(*await asyncio.open_connection(sock=here))
+        hello = {"run": "default", "job": "doctor", "rank": rank, "host": "vm", "instance_id": str(rank), "key": "k"}
+        await introduce(connection, b"", {**hello, "facts": {}, "round": 0, "failures": 0, "progress": ""})
+        with contextlib.suppress(OSError):
+            while True:
+                asked = await connection.receive()
+                if asked["kind"] == "ask":
+                    connection.send("answer", number=asked["number"], **answer)
+        serving.cancel()
+
+    async def story() -> int:
+        coordinator = DoctorCoordinator(a_plan(2), b"", lambda _: None)
+        nodes = [asyncio.ensure_future(node(coordinator, rank)) for rank in (0, 1)]
+        async with asyncio.timeout(30):
+            rows = await coordinator.run()
+        for each in nodes:
+            each.cancel()
+        return len(rows)
+
+    assert asyncio.run(story()) == 2
 
 
 def test_ports_that_are_none_cost_a_node_its_connection_and_not_node_0_its_life() -> None:
