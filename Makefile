@@ -64,7 +64,8 @@ lock: .venv/.ready            ## pin every dependency anew
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and none was found: install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
 	@echo "Setting up .venv with $$($(PYTHON) --version): PyTorch for CPUs and the tools, 1 GB; some minutes the first time."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes $(TORCH_PAGE) -r requirements/dev.txt
+	@quiet=--quiet; [ ! -t 1 ] || quiet=; \
+	$(BIN)/pip install $$quiet --disable-pip-version-check --require-hashes $(TORCH_PAGE) -r requirements/dev.txt
 	@touch $@
 
 clean:
