@@ -47,7 +47,9 @@ def keep_stalls(plan: Plan, folder: Path) -> None:
     plan.stall_dir.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("rank*.json"):
         with contextlib.suppress(FileNotFoundError):
-            shutil.copyfile(file, plan.stall_dir / file.name)
+            target = plan.stall_dir / file.name
+            shutil.copyfile(file, target)
+            target.chmod(0o600)
 
 
 def forget_stalls(plan: Plan) -> None:
