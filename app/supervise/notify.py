@@ -15,7 +15,6 @@ from app.gang.messages import JobEvent
 from app.gang.verdict import Verdict
 from app.plan import Plan
 from app.plan.places import results
-from app.report.redaction import redact
 from app.supervise.files import off_loop
 
 LIMIT = 20.0
@@ -72,11 +71,12 @@ class Notifier:
     """The messages of one node."""
 
     def __init__(
-        self, plan: Plan, secrets: tuple[str, ...], say: Callable[[str], None], deliver: Deliver = deliver
+        self, plan: Plan, clean: Callable[[str], str], say: Callable[[str], None], deliver: Deliver = deliver
     ) -> None:
+        """`clean` removes secrets."""
         self.told = False
         """This node has told that node 0 was lost."""
-        self._plan, self._secrets, self._say, self._deliver = plan, secrets, say, deliver
+        self._plan, self._clean, self._say, self._deliver = plan, clean, say, deliver
         self._speaks = self._leads = plan.nodes.rank == 0
         self._unsent: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
         self._failing = dict[str, str]()
@@ -156,7 +156,7 @@ class Notifier:
             kind, told = await self._unsent.get()
             nature, what = TITLES[kind]
             title = f"torchrun-compose: {self._plan.run_name} {what}"
-            body = redact(message(self._plan, kind, told), self._secrets)
+            body = self._clean(message(self._plan, kind, told))
             try:
                 services = self._plan.monitoring.notify
                 await asyncio.gather(*(self._send_to(service, nature, title, body) for service in services))

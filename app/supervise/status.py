@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from app.config.redaction import redact
 from app.config.table import columns
 from app.host.accelerators import read_loads
-from app.report.redaction import redact
 from app.supervise.files import in_time
 from app.supervise.health import read_states
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from app.cli.explain import to_json
+from app.config.redaction import REMOVED, redact, settings_secrets
 from app.gang.connection import Message
 from app.gang.membership import NodeConnection
 from app.host.accelerators import amd, read_loads
 from app.host.accelerators.gpu import Gpu, GpuLoad, Gpus
 from app.host.accelerators.nvidia_health import read_load
-from app.report.redaction import REMOVED, plan_secrets, redact, settings_secrets
+from app.report.redaction import plan_secrets
 from app.supervise import stacks, status
 from app.supervise.notify import message, scheme
 from app.supervise.progress import Gained, read_figures
@@ -86,7 +87,7 @@ def test_nothing_shows_the_services_and_the_script_does_not_get_them() -> None:
     assert not re.search("two/three|word@|topic-name", shown)
     assert "NOTIFY" in found.plan.script.removed
     assert "NOTIFY" not in found.plan.script.env
-    for secrets in (settings_secrets(settings, found.plan), plan_secrets(found.plan, {})):
+    for secrets in (settings_secrets(settings), plan_secrets(found.plan, {})):
         assert redact("to slack://one/two/three it went", secrets) == f"to {REMOVED} it went"
     assert scheme("slack://one/two/three") == "slack"
 
