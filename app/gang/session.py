@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from app.config.exitcodes import ExitCode
 from app.gang import probes
@@ -221,10 +222,12 @@ class Session:
             self.membership.absent.update(zip(asked, reasons, strict=True))
             self.membership.absent.update({rank: known[rank] for rank in missing if rank in known})
 
-    async def connectivity(self) -> Connectivity:
-        """Lets every node dial its share of the others, and waits for what they found."""
+    async def connectivity(self, proven: Mapping[int, NodeConnection] = MappingProxyType({})) -> Connectivity:
+        """Lets every node dial its share of the others, and waits for what they found. Those of `proven` that are still
+        connected as they were do not dial each other."""
         nodes = self.membership.all()
-        state = Connectivity(ranks=list(nodes), started=time.monotonic())
+        known = frozenset(rank for rank, node in nodes.items() if proven.get(rank) is node)
+        state = Connectivity(ranks=list(nodes), started=time.monotonic(), known=known)
         for rank, node in nodes.items():
             found = [
                 {"rank": peer, "address": self.membership.address(hello), "port": port, "key": hello.key}

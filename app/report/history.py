@@ -17,6 +17,7 @@ from app.report.redaction import plan_secrets, redact_data
 
 ROUNDS = "rounds.jsonl"
 LEFT_OUT = "preload.jsonl"
+RESTARTS = "restarts.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +67,33 @@ def keep_round(plan: Plan, run_id: str, outcome: Outcome) -> None:
 
 def keep_left_out(plan: Plan, module: str, why: str) -> None:
     """A module of PRELOAD that could not be loaded; best effort."""
-    line = json.dumps({"time": time.time(), "module": module, "why": why})
-    with contextlib.suppress(OSError), (plan.log_dir / LEFT_OUT).open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    _keep(plan.log_dir / LEFT_OUT, {"module": module, "why": why})
+
+
+def keep_restart(plan: Plan, run_id: str, parts: Mapping[str, float]) -> None:
+    """How long each part of a restart took; best effort."""
+    _keep(plan.log_dir / RESTARTS, {"run_id": run_id, "parts": dict(parts)})
+
+
+def forget_restarts(plan: Plan) -> None:
+    """Of an earlier job of this run. Raises OSError."""
+    (plan.log_dir / RESTARTS).unlink(missing_ok=True)
+
+
+def _keep(file: Path, fields: Mapping[str, object]) -> None:
+    with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"time": time.time(), **fields}) + "\n")
+
+
+def read_restarts(folder: Path, started: float = 0.0) -> tuple[Mapping[str, float], ...]:
+    """The parts of each restart since `started`, oldest first. Never raises OSError."""
+    lines = [line for line in _lines(folder / RESTARTS) if line.get("time", 0) >= started]
+    return tuple(line["parts"] for line in lines if isinstance(line.get("parts"), dict))
+
+
+def restart_in_words(parts: Mapping[str, float]) -> str:
+    told = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items())
+    return f"restarted in {sum(parts.values()):.2f} s: {told}"
 
 
 def read_left_out(folder: Path, started: float) -> tuple[str, ...]:

@@ -5,17 +5,18 @@ import contextlib
 import errno
 import functools
 import os
-import resource
 import signal
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.config.console import say
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
 from app.engine import torchrun
+from app.engine.command import command_line, environment
 from app.engine.outcome import Explanation, Failure, Outcome, Stall
 from app.engine.warm import Preloaded
 from app.gang.agreement import gather
@@ -30,7 +31,7 @@ from app.host.ports import holder
 from app.plan import Plan
 from app.plan.places import results
 from app.report.culprit import examine
-from app.report.history import keep_left_out, keep_round
+from app.report.history import forget_restarts, keep_restart, keep_round, restart_in_words
 from app.report.node_report import MEMORY_KILLS, forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
 from app.supervise.files import SIGNALS, in_time, off_loop, start_thread
@@ -38,9 +39,9 @@ from app.supervise.hang import read_ended, watched
 from app.supervise.health import State
 from app.supervise.progress import Progress
 from app.supervise.restart_guard import forget_final, reserve_final, write_final
+from app.supervise.restarts import MARKS, follow, marks_file
 from app.supervise.runtime_dir import one_job, runtime_dir
 
-MOST_FILES = 65_536
 FILES = 30.0
 """Seconds that the file system of the run's folder has for one act."""
 REAP_EVERY = 1.0
@@ -48,16 +49,16 @@ EXAMINE = 3.0
 """Seconds for what a failed worker has left: all nodes wait for it."""
 
 
-def supervise(plan: Plan) -> int:
+def supervise(plan: Plan, preloaded: Preloaded) -> int:
     """Joins the job, runs torchrun round by round, and returns the exit code (`ExitCode`).
 
     Raises UserError where a file or folder of the settings cannot be used."""
     token = read_token(plan)
     make_folders(plan)
     _best_effort(reserve_final)
+    _best_effort(lambda: forget_restarts(plan))
     torchrun.adopt_orphans()
-    allow_many_files()
-    with one_job(plan), runtime_dir() as folder, _preloaded(plan) as preloaded:
+    with one_job(plan), runtime_dir() as folder:
         verdict, own_stop = asyncio.run(_take_part(plan, token, folder, preloaded))
     if verdict.code in (ExitCode.DONE, ExitCode.STOPPED):
         _best_effort(forget_final)
@@ -66,22 +67,6 @@ def supervise(plan: Plan) -> int:
     if verdict.code not in (ExitCode.DONE, ExitCode.FAILED):
         _best_effort(lambda: write_final(int(verdict.code), verdict.text))
     return int(verdict.code)
-
-
-@contextlib.contextmanager
-def _preloaded(plan: Plan) -> Iterator[Preloaded]:
-    """What PRELOAD names begins to be loaded before the nodes meet, since that takes as long."""
-
-    def tell(name: str, why: str) -> None:
-        say(f"PRELOAD: left out {name}: {why}")
-        start_thread(lambda: keep_left_out(plan, name, why), "history")
-
-    preloaded = Preloaded(plan.script.preload, torchrun.environment(plan, os.environ, run_id=""), tell)
-    try:
-        preloaded.start()
-        yield preloaded
-    finally:
-        preloaded.stop()
 
 
 def _best_effort(act: Callable[[], object]) -> None:
@@ -122,15 +107,6 @@ def make_folders(plan: Plan) -> None:
             raise UserError(f"{path} cannot be made: {error.strerror}.") from None
 
 
-def allow_many_files() -> None:
-    """Raises the soft limit of open files as far as it goes: 1,024, Docker's usual one, is less than 1,000 nodes and
-    the data loaders of one node need."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
 async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloaded) -> tuple[Verdict, bool]:
     """The verdict, printed, and whether the stop came from this node's own user."""
     started, before = time.time(), read_counters()
@@ -157,7 +133,7 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
         dial=dial_inside(coordinator.serve) if leading else _dial(plan),
         answer=answer,
         launch=node.launch,
-        clean=lambda: torchrun.sweep(preloaded.pid),
+        clean=node.clean,
         progress=lambda: progress.text,
         stalls=lambda: progress.stalls,
         refresh=progress.renew,
@@ -260,6 +236,8 @@ class Node:
     before: Mapping[str, int]
     """The machine's counters at the start."""
     last: torchrun.Torchrun | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+    """Of the last torchrun."""
 
     @property
     def engine(self) -> int:
@@ -268,7 +246,7 @@ class Node:
 
     def launch(self, assignment: RoundAssignment) -> torchrun.Torchrun:
         plan = self.plan
-        command = torchrun.command_line(
+        command = command_line(
             plan,
             node_rank=assignment.node_rank,
             nnodes=assignment.nnodes,
@@ -278,11 +256,28 @@ class Node:
         )
         if assignment.round > 1:
             say(f"round {assignment.round}: node rank {assignment.node_rank} of {assignment.nnodes}")
-        environment = torchrun.environment(plan, os.environ, run_id=assignment.run_id)
-        environment |= watched(plan, self.folder)
+        marks, before, self.over = marks_file(self.folder, assignment.run_id), self.last, threading.Event()
+        environ = environment(plan, os.environ, run_id=assignment.run_id) | watched(plan, self.folder)
+        environ[MARKS] = str(marks)
         keep = functools.partial(self._keep, assignment.run_id)
-        self.last = torchrun.Torchrun(command, environment, keep, self.preloaded)
+        self.last = torchrun.Torchrun(command, environ, keep, self.preloaded)
+        if before:
+            tell = functools.partial(self._tell_restart, assignment, debug=environ.get("LOGLEVEL", "") == "DEBUG")
+            watch = functools.partial(follow, before.moments, self.last.moments, marks, self.over, tell)
+            start_thread(watch, "restart")
         return self.last
+
+    def clean(self) -> int:
+        left = torchrun.sweep(self.preloaded.pid)
+        if self.last:
+            self.last.moments.ended = time.time()
+            self.over.set()
+        return left
+
+    def _tell_restart(self, assignment: RoundAssignment, parts: Mapping[str, float], *, debug: bool) -> None:
+        keep_restart(self.plan, assignment.run_id, parts)
+        if debug:
+            say(f"round {assignment.round}: {restart_in_words(parts)}")
 
     async def ended(self) -> Sequence[Stall]:
         with contextlib.suppress(OSError, TimeoutError):
