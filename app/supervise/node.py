@@ -27,6 +27,7 @@ from app.gang.participant import Participant
 from app.gang.services import NodeServices, RoundAssignment
 from app.gang.token import read_token
 from app.gang.verdict import Verdict
+from app.host.accelerators import used_memory
 from app.host.ports import holder
 from app.plan import Plan
 from app.plan.places import results
@@ -35,6 +36,7 @@ from app.report.history import forget_restarts, keep_restart, keep_round, restar
 from app.report.node_report import MEMORY_KILLS, forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
 from app.supervise.files import SIGNALS, in_time, off_loop, start_thread
+from app.supervise.gpu_memory import ANSWER, until_free
 from app.supervise.hang import read_ended, watched
 from app.supervise.health import State
 from app.supervise.progress import Progress
@@ -134,6 +136,7 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
         answer=answer,
         launch=node.launch,
         clean=node.clean,
+        released=node.released,
         progress=lambda: progress.text,
         stalls=lambda: progress.stalls,
         refresh=progress.renew,
@@ -146,6 +149,8 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
     )
     # Whatever this node has before its first round is no progress of that.
     await progress.renew()
+    with contextlib.suppress(OSError):
+        node.memory = await off_loop(node.measure, ANSWER)
     participant = Participant(plan, token, gather(plan) if plan.nodes.count > 1 else {}, services)
     _on_signals(participant.stop)
     keeping = asyncio.ensure_future(state.keep())
@@ -236,6 +241,8 @@ class Node:
     before: Mapping[str, int]
     """The machine's counters at the start."""
     last: torchrun.Torchrun | None = None
+    memory: Mapping[int, int] = field(default_factory=dict)
+    """MiB in use of each GPU before the job, where it uses any."""
     over: threading.Event = field(default_factory=threading.Event)
     """Of the last torchrun."""
 
@@ -269,10 +276,16 @@ class Node:
 
     def clean(self) -> int:
         left = torchrun.sweep(self.preloaded.pid)
+        self.over.set()
+        return left
+
+    async def released(self) -> None:
+        await until_free(self.memory, self.measure, say)
         if self.last:
             self.last.moments.ended = time.time()
-            self.over.set()
-        return left
+
+    def measure(self) -> Mapping[int, int]:
+        return used_memory(environment(self.plan, os.environ, run_id="")) if self.plan.workers.backend == "nccl" else {}
 
     def _tell_restart(self, assignment: RoundAssignment, parts: Mapping[str, float], *, debug: bool) -> None:
         keep_restart(self.plan, assignment.run_id, parts)

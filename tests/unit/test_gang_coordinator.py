@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from app.config.exitcodes import ExitCode
 from app.engine.outcome import Outcome
-from app.gang.connection import MAX_LINE, Connection, Message
+from app.gang.connection import MAX_LINE, Connection, Message, items
 from app.gang.coordinator import Coordinator
 from app.gang.handshake import introduce
 from app.gang.mirror.pages import pages
@@ -65,6 +65,10 @@ class Node:
                 self._news.clear()
                 await self._news.wait()
         return found[-1]
+
+    async def dials(self) -> set[object]:
+        """The ranks that it is told to try."""
+        return {target["rank"] for target in items(await self.hears("probe"), "targets", 100)}
 
     async def goes(self) -> None:
         """Says that it reaches everybody, and starts."""
@@ -183,12 +187,12 @@ def test_reach_is_proven_anew_to_who_came_back_and_between_all_after_a_second_fa
             node.heard.clear()
         for node, port in zip(nodes, ports, strict=True):
             node.connection.send("ended", code=1, failures=[], finished="", ports=[{"port": port}], progress="")
-        probes = [(await node.hears("probe"))["targets"] for node in nodes]
+        dialled = [await node.dials() for node in nodes]
         for node in nodes:
             node.connection.send("reached", failed=[])
         for node in nodes:
             await node.hears("go")
-        return [{target["rank"] for target in targets} for targets in probes]
+        return dialled
 
     async def story(job: Job) -> None:
         nodes = await running(job)
@@ -203,8 +207,7 @@ def test_reach_is_proven_anew_to_who_came_back_and_between_all_after_a_second_fa
         for node in nodes[:2]:
             node.connection.send("ended", code=0, failures=[], finished="", ports=[{"port": 7}], progress="")
         nodes[2] = await job.joins(2, instance_id="another", round_=1)
-        probes = [(await node.hears("probe"))["targets"] for node in nodes]
-        assert [{target["rank"] for target in targets} for targets in probes] == [{2}, {2}, {0, 1}]
+        assert [await node.dials() for node in nodes] == [{2}, {2}, {0, 1}]
 
     lead(a_plan(), story)
     lead(a_plan(), with_a_newcomer)
