@@ -18,6 +18,8 @@ from app.report.redaction import plan_secrets, redact_data
 ROUNDS = "rounds.jsonl"
 LEFT_OUT = "preload.jsonl"
 RESTARTS = "restarts.jsonl"
+LONGEST = 1 << 16
+"""Characters of an exception: the missing keys of a checkpoint may be megabytes, and a search in them half a minute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +163,8 @@ def read_error_file(file: Path, run_id: str) -> RoundRecord | None:
         extra = fields["extraInfo"]
         return RoundRecord(
             run_id=run_id,
-            message=str(fields["message"]),
-            traceback=str(extra.get("py_callstack", "")),
+            message=str(fields["message"])[:LONGEST],
+            traceback=str(extra.get("py_callstack", ""))[:LONGEST],
             code=int(fields.get("errorCode", 1)),
             time=float(extra.get("timestamp", file.stat().st_mtime)),
         )

@@ -35,10 +35,11 @@ from app.report.culprit import examine
 from app.report.history import forget_restarts, keep_restart, keep_round, restart_in_words
 from app.report.node_report import MEMORY_KILLS, forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
-from app.supervise.files import SIGNALS, in_time, off_loop, start_thread
+from app.supervise.files import in_time, off_loop, start_thread
 from app.supervise.gpu_memory import ANSWER, until_free
 from app.supervise.hang import read_ended, watched
 from app.supervise.health import State
+from app.supervise.preloading import SIGNALS
 from app.supervise.progress import Progress
 from app.supervise.restart_guard import forget_final, reserve_final, write_final
 from app.supervise.restarts import MARKS, follow, marks_file

@@ -4,14 +4,21 @@ while that one loads torch. So this file imports little."""
 import contextlib
 import os
 import resource
+import signal
+import sys
 from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
 
 from app.config.console import say
+from app.config.exitcodes import ExitCode
 from app.engine.command import environment
 from app.engine.warm import Preloaded
 from app.plan import Plan
 
 MOST_FILES = 65_536
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""All stop the job. Only the main thread takes them, which blocks them for its last moments."""
 
 
 @contextlib.contextmanager
@@ -25,6 +32,8 @@ def preloaded(plan: Plan) -> Iterator[Preloaded]:
         say(f"PRELOAD: left out {name}: {why}")
         start_thread(lambda: keep_left_out(plan, name, why), "history")
 
+    for number in SIGNALS:
+        signal.signal(number, _leave)
     allow_many_files()
     process = Preloaded(plan.script.preload, environment(plan, os.environ, run_id=""), tell)
     try:
@@ -32,6 +41,11 @@ def preloaded(plan: Plan) -> Iterator[Preloaded]:
         yield process
     finally:
         process.stop()
+
+
+def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
+    """A stop before the event loop takes them."""
+    sys.exit(ExitCode.STOPPED)
 
 
 def allow_many_files() -> None:
