@@ -29,7 +29,7 @@ from app.config.problems import Problem, problem
 from app.config.values import Value, plain
 
 T = TypeVar("T")
-Scope = Literal["cluster", "node", "worker", "compose"]
+Scope = Literal["cluster", "node", "worker", "compose", "desk"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Setting:
     default: str | None = None
     scope: Scope
     """`cluster`: what it means must be equal on all nodes. `node`: may differ. `worker`: handed to the workers.
-    `compose`: only compose.yaml reads it."""
+    `compose`: only compose.yaml reads it. `desk`: only `torchrun-compose` on the desk."""
     check: str
     """Where doctor shows a wrong value, as in `app.config.problems`."""
     may_be_empty: bool = False
@@ -134,6 +134,8 @@ class Settings:
     restart: Value[str] | None = optional(str, scope="compose")
     stop_grace_period: Value[float | None] = setting(duration, "60s", scope="compose")
     tensorboard_port: Value[str] | None = optional(str, scope="compose")
+    hosts: Value[tuple[str, ...]] | None = optional(entries, scope="desk")
+    host_dir: Value[Path] = setting(path, "torchrun-compose", scope="desk")
 
     values: Mapping[str, Value[str]] = field(repr=False)
     """Every variable that is set, documented or not, without its surrounding spaces; secrets of the user's included."""
@@ -204,8 +206,7 @@ def _default(each: Setting, text: str) -> Value[Any]:
 
 def refused(wrong: Malformed, given: Value[Any], check: str) -> Problem:
     """A value that means nothing, as a problem."""
-    what = "{given} " + wrong.what.replace("{", "{{").replace("}", "}}")
-    return problem(f"{check}.{wrong.id}", "error", what=what, fix=wrong.fix, given=given)
+    return problem(f"{check}.{wrong.id}", given=given, **wrong.values)
 
 
 def _missing_file(environ: Mapping[str, str], env_file: Path | None) -> list[Problem]:
@@ -214,6 +215,4 @@ def _missing_file(environ: Mapping[str, str], env_file: Path | None) -> list[Pro
         return []
     if env_file.exists():
         return []
-    what, fix = "{given}: there is no such file", "Correct the path or unset ENV_FILE"
-    given = plain("ENV_FILE", str(env_file), "environment")
-    return [problem("settings.env-file-missing", "error", what=what, fix=fix, given=given)]
+    return [problem("settings.env-file-missing", given=plain("ENV_FILE", str(env_file), "environment"))]
