@@ -45,11 +45,11 @@ class Agent:
         return self.process.wait(seconds)
 
     def text(self) -> str:
-        """All output so far, and what torchrun told of its workers if it has ended."""
+        """All output so far without its ranks, and what torchrun told of its workers if it has ended."""
         told = self.told.read() if self.process.poll() is not None else b""
         if told:
             self.log.write_text(self.log.read_text(errors="replace") + told.decode())
-        return self.log.read_text(errors="replace")
+        return re.sub(r"^\[rank \d+\] ", "", self.log.read_text(errors="replace"), flags=re.MULTILINE)
 
     def ranks(self) -> list[psutil.Process]:
         """The worker processes, in rank order."""
