@@ -13,10 +13,10 @@ from pathlib import Path
 
 from benchmarks.pairs import PROJECT, environ, ours, settings, tell, torchrun
 
-PAIRS, SHORT, LONG = 5, 10, 110
+PAIRS, SHORT, LONG = 5, 10, 60
 SEQUENCES, CONTEXT = 32, 128
 SCRIPT = ["-m", "app.train", f"--batch={SEQUENCES}", "--micro-batch=16", f"--context={CONTEXT}"]
-SCRIPT += ["--eval-every=0", "--sample=0", "--checkpoint-every=50"]
+SCRIPT += ["--eval-every=0", "--sample=0", "--checkpoint-every=25"]
 
 
 def main() -> int:

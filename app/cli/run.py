@@ -1,5 +1,6 @@
 """`run`: this node's plan is made, told in five lines, and carried out."""
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,22 +50,30 @@ def start(script: Sequence[str], environ: Mapping[str, str], env_file: Path) -> 
     except UserError as error:
         from app.supervise.unfit import tell_node_0
 
-        tell_node_0(settings, error.message)
-        raise
+        told = clean(settings, error.message)
+        tell_node_0(settings, told)
+        raise UserError(told, error.code) from None
 
 
 def carry_out(settings: Settings) -> int:
     plan = make_plan(settings, probe_for(settings))
     if not isinstance(plan, Plan):
         raise refusal(plan)
-    with preloaded(plan) as process:
+    with preloaded(plan, functools.partial(clean, settings)) as process:
         # More than half of the launcher's own processor time goes into these, and torch is being loaded meanwhile.
         from app.cli.explain import short
-        from app.report.redaction import redact, settings_secrets
+        from app.config.redaction import redact, settings_secrets
         from app.supervise.node import supervise
 
-        secrets = settings_secrets(settings, plan)
+        secrets = settings_secrets(settings)
         show(f"{redact(short(plan), secrets)}\n", sys.stdout)
         for warning in plan.warnings:
             show(f"warning: {redact(warning.message, secrets)}\n", sys.stderr)
-        return supervise(plan, process)
+        return supervise(plan, process, secrets)
+
+
+def clean(settings: Settings, text: str) -> str:
+    """Without secrets."""
+    from app.config.redaction import redact, settings_secrets
+
+    return redact(text, settings_secrets(settings))

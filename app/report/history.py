@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from app.config.redaction import redact_data
 from app.engine.outcome import Failure, Outcome
 from app.plan import Plan
-from app.report.redaction import plan_secrets, redact_data
+from app.report.redaction import plan_secrets
 
 ROUNDS = "rounds.jsonl"
 LAST_WORDS = 100
@@ -105,7 +106,7 @@ def forget_restarts(plan: Plan) -> None:
 
 
 def _keep(file: Path, fields: Mapping[str, object]) -> None:
-    with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as stream:
+    with contextlib.suppress(OSError), open(file, "a", encoding="utf-8", opener=private) as stream:
         stream.write(json.dumps({"time": time.time(), **fields}) + "\n")
 
 

@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -22,13 +22,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 @contextlib.contextmanager
-def preloaded(plan: Plan) -> Iterator[Preloaded]:
-    """What PRELOAD names begins to be loaded before the nodes meet, since that takes as long."""
+def preloaded(plan: Plan, clean: Callable[[str], str]) -> Iterator[Preloaded]:
+    """What PRELOAD names begins to be loaded before the nodes meet, as that takes long. `clean` removes secrets."""
 
     def tell(name: str, why: str) -> None:
         from app.report.history import keep_left_out
         from app.supervise.files import start_thread
 
+        why = clean(why)
         say(f"PRELOAD: left out {name}: {why}")
         start_thread(lambda: keep_left_out(plan, name, why), "history")
 
