@@ -29,7 +29,7 @@ from app.config.problems import Problem, problem
 from app.config.values import Value, plain
 
 T = TypeVar("T")
-Scope = Literal["cluster", "node", "worker", "compose"]
+Scope = Literal["cluster", "node", "worker", "compose", "desk"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Setting:
     default: str | None = None
     scope: Scope
     """`cluster`: what it means must be equal on all nodes. `node`: may differ. `worker`: handed to the workers.
-    `compose`: only compose.yaml reads it."""
+    `compose`: only compose.yaml reads it. `desk`: only `torchrun-compose` on the desk."""
     check: str
     """Where doctor shows a wrong value, as in `app.config.problems`."""
     may_be_empty: bool = False
@@ -136,6 +136,8 @@ class Settings:
     restart: Value[str] | None = optional(str, scope="compose")
     stop_grace_period: Value[float | None] = setting(duration, "60s", scope="compose")
     tensorboard_port: Value[str] | None = optional(str, scope="compose")
+    hosts: Value[tuple[str, ...]] | None = optional(entries, scope="desk")
+    host_dir: Value[Path] = setting(path, "torchrun-compose", scope="desk")
 
     values: Mapping[str, Value[str]] = field(repr=False)
     """Every variable that is set, documented or not, without its surrounding spaces; secrets of the user's included."""

@@ -48,7 +48,9 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_default(tmp_pa
     assert given(settings, "MAX_RESTARTS") == ("3", "default")
 
 
-@pytest.mark.parametrize("setting", [each for each in TABLE if each.scope != "compose"], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "setting", [each for each in TABLE if each.scope not in ("compose", "desk")], ids=lambda each: each.name
+)
 def test_shell_beats_file_beats_default_for_every_setting(setting: Setting, tmp_path: Path) -> None:
     name = setting.name
     one, two = WORDS.get(name, ("41", "42"))
@@ -273,7 +275,9 @@ VALID = {
 }
 
 
-@pytest.mark.parametrize("setting", [each for each in TABLE if each.scope != "compose"], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "setting", [each for each in TABLE if each.scope not in ("compose", "desk")], ids=lambda each: each.name
+)
 def test_the_nodes_compare_exactly_what_the_settings_of_the_cluster_come_to(setting: Setting) -> None:
     def equal(text: str) -> dict[str, str]:
         environ = {"NODES": "10.0.0.1,10.0.0.2", "NPROC_PER_NODE": "1", setting.name: text}
@@ -292,7 +296,7 @@ def test_compose_passes_every_setting_on_and_reads_those_of_its_own() -> None:
     fragments = "".join(file.read_text(encoding="utf-8") for file in (PROJECT / "hardware").glob("*.yaml"))
     block = stack.split("    environment:\n")[1].split("\n\n")[0]
     passed = re.findall(r"^ {6}([A-Z][A-Z0-9_]+):", block, re.MULTILINE)
-    inside = {setting.name for setting in TABLE if setting.scope != "compose"}
+    inside = {setting.name for setting in TABLE if setting.scope not in ("compose", "desk")}
     assert set(passed) == inside | {"ENV_FILE", "RUNS", "STACK_DIR", "WORKSPACE"}
     # BASE_IMAGE is a build argument without a value, which Compose fills in the same way.
     read_by_compose = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+)", stack + fragments)) | {"BASE_IMAGE"}

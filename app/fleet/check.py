@@ -1,0 +1,153 @@
+"""`check`: can every host be used? One row each; what is missing has a sentence and the command that installs it."""
+
+import asyncio
+import re
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from app.config.options import Parser
+from app.config.problems import Problem, problem
+from app.config.table import columns
+from app.fleet.hosts import Desk, Host
+from app.fleet.remote import Result, disconnect, everywhere, explain_failure
+
+COMPOSE = (2, 24)
+"""What compose.yaml needs."""
+LEAST_FREE = 20
+"""GB for the image and its layers."""
+CLOCK = 1.0
+"""Seconds that two clocks may differ."""
+HEAD = ("host", "ssh", "arch", "Docker", "Compose", "toolkit", "GPUs", "free", "clock", "image")
+ENGINE_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
+# Each line: name, exit code, first line of what was said. `docker info` is asked once, for it is slow.
+PROBE = r"""
+say() { n=$1; shift; t=$("$@" 2>&1); printf '%s\t%s\t%s\n' "$n" "$?" "$(printf %s "$t" | tr '\n\t' '; ')"; }
+root() { df -Pk "$(docker info --format '{{.DockerRootDir}}' 2>/dev/null)" 2>/dev/null || df -Pk .; }
+say time date +%s.%N
+say arch uname -m
+say docker docker version --format '{{.Server.Version}}'
+say compose docker compose version --short
+say runtimes docker info --format '{{range $k, $v := .Runtimes}}{{$k}} {{end}}'
+say gpus nvidia-smi --query-gpu=name --format=csv,noheader
+say disk root
+say image docker image inspect --format '{{.Id}} {{.Architecture}}' IMAGE
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """One host's row and what is wrong there."""
+
+    host: Host
+    cells: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+def check(desk: Desk, arguments: Sequence[str]) -> int:
+    """0 when every host can be used, 1 when one cannot."""
+    Parser(prog="check", description="Can every host be used? What is missing, and what installs it.").read(arguments)
+    rows = asyncio.run(examine(desk))
+    print("\n".join(columns([HEAD, *((each.host.name, *each.cells) for each in rows)])))
+    found = [each for row in rows for each in row.problems]
+    for each in found:
+        print(f"{'warning' if each.severity == 'warning' else 'problem'}: {each.message}")
+    return int(any(each.severity == "error" for each in found))
+
+
+async def examine(desk: Desk) -> list[Checked]:
+    """All hosts at once; those that do not answer are named by then."""
+    sent = time.time()
+    results = await everywhere(desk, PROBE.replace("IMAGE", shlex.quote(image_name(desk))), deadline=20)
+    rows = [checked(desk, each, sent) for each in results]
+    for row in rows:
+        if any(each.id == "docker.permission" for each in row.problems):
+            disconnect(row.host)
+    return rows
+
+
+def image_name(desk: Desk) -> str:
+    """The trainer's image, as compose.yaml names it."""
+    hardware = desk.settings.hardware
+    return desk.settings.text("IMAGE") or f"torchrun-compose:{hardware.value if hardware else 'cpu'}"
+
+
+def checked(desk: Desk, result: Result, sent: float) -> Checked:
+    """One host's row out of what it said."""
+    host = result.host
+    if result.failure is not None:
+        return Checked(host=host, cells=("no",), problems=(result.failure,))
+    said = {name: (int(code), text.strip()) for name, code, text in _fields(result.out.decode("utf-8", "replace"))}
+    problems: list[Problem] = []
+    for name in ("docker", "compose"):
+        if said[name][0] and not problems:
+            # Without Docker the lines after it say the same again.
+            problems.append(explain_failure(host, *said[name]))
+    version = tuple(map(int, re.findall(r"\d+", said["compose"][1])[:2]))
+    if not said["compose"][0] and version < COMPOSE:
+        what = "Compose on {host} is {found}, and compose.yaml needs {needed} or newer"
+        fix = "There: `sudo apt-get install docker-compose-plugin`"
+        found = said["compose"][1]
+        problems.append(problem("compose.old", "error", what=what, fix=fix, host=host.name, found=found, needed="2.24"))
+    skew = float(said["time"][1]) - (sent + result.seconds / 2) if re.match(r"\d+\.\d", said["time"][1]) else 0.0
+    skew = max(0.0, abs(skew) - result.seconds / 2)
+    if skew > CLOCK:
+        what, fix = "The clock of {host} is {skew:.0f} s off this machine's", "There: `sudo timedatectl set-ntp true`"
+        problems.append(problem("host.clock", "warning", what=what, fix=fix, host=host.name, skew=skew))
+    free = _free(said["disk"][1])
+    if free is not None and free < LEAST_FREE:
+        what = "{host} has {free:.0f} GB free, and an image with CUDA takes about {least} GB"
+        fix = "There: `docker system df` shows what fills it"
+        problems.append(problem("disk.low", "warning", what=what, fix=fix, host=host.name, free=free, least=LEAST_FREE))
+    problems += _hardware(desk, host, said)
+    gpus = [name for name in said["gpus"][1].split(";") if name.strip()] if not said["gpus"][0] else []
+    cells = (
+        f"{result.seconds * 1000:.0f} ms",
+        said["arch"][1],
+        said["docker"][1] if not said["docker"][0] else "no",
+        said["compose"][1] if not said["compose"][0] else "no",
+        "yes" if re.search(r"\bnvidia\b", said["runtimes"][1]) else "no",
+        f"{len(gpus)} x {gpus[0].strip()}" if gpus else "none",
+        f"{free:.0f} GB" if free is not None else "?",
+        f"{skew:.1f} s off" if skew > CLOCK else "ok",
+        said["image"][1].partition(" ")[0].removeprefix("sha256:")[:12] if not said["image"][0] else "none yet",
+    )
+    return Checked(host=host, cells=cells, problems=tuple(problems))
+
+
+def _fields(text: str) -> list[list[str]]:
+    return [parts for line in text.splitlines() if len(parts := line.split("\t", 2)) == 3]
+
+
+def _free(text: str) -> float | None:
+    """GB that df's last line has left."""
+    found = re.search(r"\s(\d+)\s+\d+%\s", text)
+    return int(found[1]) / 1e6 if found else None
+
+
+def _hardware(desk: Desk, host: Host, said: Mapping[str, tuple[int, str]]) -> list[Problem]:
+    hardware = desk.settings.hardware
+    found: list[Problem] = []
+    if (
+        hardware
+        and hardware.value.startswith("nvidia")
+        and not said["docker"][0]
+        and "nvidia" not in said["runtimes"][1]
+    ):
+        what, fix = (
+            "{hardware}, and {host} has no NVIDIA container toolkit",
+            (
+                "There: `sudo apt-get install nvidia-container-toolkit && sudo nvidia-ctk runtime configure "
+                "--runtime=docker && sudo systemctl restart docker`"
+            ),
+        )
+        found.append(problem("docker.no-toolkit", "error", what=what, fix=fix, hardware=hardware, host=host.name))
+    machine, image = said["arch"][1], said["image"][1].partition(" ")[2]
+    if not said["image"][0] and image and ENGINE_ARCH.get(machine, machine) != image:
+        what = "The image on {host} is for {image}, and the machine is {machine}"
+        fix = "Build it on a host of the same kind: `torchrun-compose push --build-on HOST`"
+        found.append(
+            problem("image.other-arch", "error", what=what, fix=fix, host=host.name, image=image, machine=machine)
+        )
+    return found

@@ -1,0 +1,282 @@
+"""One way to run a command on the hosts: the user's own ssh program with its configuration, on all hosts at once, each
+with a deadline of its own; what comes back is bounded and printable."""
+
+import asyncio
+import contextlib
+import functools
+import os
+import re
+import shlex
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.config.errors import printable
+from app.config.problems import Problem, problem
+from app.fleet.hosts import Desk, Host
+
+CONNECT = 5
+"""Seconds until a host that does not answer is named."""
+LIMIT = 16 << 20
+"""Bytes of a command's output that are kept."""
+CHUNK = 1 << 16
+SSH_FAILED = 255
+DRAIN = 0.3
+"""Seconds for the end of a command's output once it has ended: a shared connection may keep the pipe open."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """How a command ended on a host."""
+
+    host: Host
+    code: int
+    """255 where ssh itself failed or the deadline passed: `failure` then says why."""
+    out: bytes
+    err: str
+    seconds: float
+    failure: Problem | None = None
+    """Why the command could not do its work, in one sentence with the fix; None if it ended with 0."""
+
+    @property
+    def text(self) -> str:
+        """Standard output as text, control characters spelt out."""
+        return lines_of(self.out)
+
+
+def lines_of(raw: bytes) -> str:
+    """Text of a host for this terminal: no escape sequence of its may act here."""
+    return "\n".join(printable(line.expandtabs()) for line in raw.decode("utf-8", "replace").splitlines())
+
+
+Command = str | Callable[[Host], str]
+
+
+def in_folder(desk: Desk, *words: str, also: str = "") -> str:
+    """A command line in the project's folder on a host; `also` are shell words before it, such as NAME=value."""
+    return f"cd {shlex.quote(desk.folder)} && {also}{' ' if also else ''}{shlex.join(words)}"
+
+
+async def run(
+    host: Host,
+    command: str,
+    *,
+    stdin: bytes | Path = b"",
+    deadline: float = 60,
+    limit: int = LIMIT,
+    sink: Callable[[bytes], None] | None = None,
+) -> Result:
+    """Runs a command line of sh on a host. Never raises for what happens there.
+
+    `sink` gets standard output as it comes, in place of `Result.out`.
+    """
+    began = time.monotonic()
+    out, err = bytearray(), bytearray()
+
+    def keep(store: bytearray, data: bytes) -> None:
+        store += data[: max(0, limit - len(store))]
+
+    with stdin.open("rb") if isinstance(stdin, Path) else tempfile.TemporaryFile() as source:
+        if isinstance(stdin, bytes):
+            source.write(stdin)
+            source.seek(0)
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            *ssh(host), remote(command), stdin=source, stdout=pipe, stderr=pipe
+        )
+    readers = [
+        asyncio.ensure_future(_read(process.stdout, sink or functools.partial(keep, out))),
+        asyncio.ensure_future(_read(process.stderr, functools.partial(keep, err))),
+    ]
+    late = False
+    try:
+        await asyncio.wait_for(process.wait(), deadline)
+    except TimeoutError:
+        late = True
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        # Data of a process that has ended is read to its end; only a pipe that somebody else holds is given up.
+        await asyncio.wait(readers, timeout=DRAIN if late or process.returncode == SSH_FAILED else None)
+        for reader in readers:
+            reader.cancel()
+    code = SSH_FAILED if late else process.returncode or 0
+    said = lines_of(bytes(err))
+    failure = None if code == 0 else explain_failure(host, code, said, late=deadline if late else 0)
+    return Result(host=host, code=code, out=bytes(out), err=said, seconds=time.monotonic() - began, failure=failure)
+
+
+async def _read(stream: asyncio.StreamReader | None, sink: Callable[[bytes], None]) -> None:
+    while stream and (data := await stream.read(CHUNK)):
+        sink(data)
+
+
+async def everywhere(
+    desk: Desk, command: Command, *, stdin: bytes | Path = b"", deadline: float = 60, limit: int = LIMIT
+) -> list[Result]:
+    """The same on all hosts at once; results in the order of the hosts. None holds up another."""
+    lines = [command if isinstance(command, str) else command(host) for host in desk.hosts]
+    return list(
+        await asyncio.gather(
+            *(
+                run(host, line, stdin=stdin, deadline=deadline, limit=limit)
+                for host, line in zip(desk.hosts, lines, strict=True)
+            )
+        )
+    )
+
+
+async def contact(desk: Desk) -> list[Result]:
+    """Whether each host can be used at all, within CONNECT seconds: before anything that takes longer."""
+    return await everywhere(desk, "true", deadline=CONNECT + 1)
+
+
+async def stream(host: Host, command: str) -> AsyncIterator[bytes]:
+    """Standard output and error of a command as it comes. Ends with the command; closing it ends ssh."""
+    process = await asyncio.create_subprocess_exec(
+        *ssh(host),
+        remote(command),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        while process.stdout and (data := await process.stdout.read(CHUNK)):
+            yield data
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            await process.wait()
+
+
+def remote(command: str) -> str:
+    """For sh, whatever the user's login shell there is."""
+    return f"exec sh -c {shlex.quote(command)}"
+
+
+def ssh(host: Host, *, interactive: bool = False) -> list[str]:
+    """The start of an ssh command: no questions, a bounded connect, one shared connection a host."""
+    options = [] if interactive else ["-T", "-o", "BatchMode=yes"]
+    options += ["-o", f"ConnectTimeout={CONNECT}", "-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=2"]
+    return ["ssh", *options, *sharing(host.name), "--", host.name]
+
+
+@functools.cache
+def sharing(name: str) -> tuple[str, ...]:
+    """Options for one connection for all commands; none where the user's configuration has its own, or forbids it."""
+    found = subprocess.run(["ssh", "-G", "--", name], capture_output=True, text=True, check=False, timeout=10).stdout
+    if re.search(r"^controlpath (?!none)", found, re.MULTILINE):
+        return ()
+    # A socket's path is limited to about 104 bytes, which rules out macOS's own temporary folder.
+    folder = Path("/tmp", f"torchrun-compose-{os.getuid()}")  # noqa: S108 - of this user alone, checked below
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        state = folder.lstat()
+    except OSError:
+        return ()
+    if folder.is_symlink() or state.st_uid != os.getuid() or state.st_mode & 0o077:
+        return ()
+    return ("-o", "ControlMaster=auto", "-o", f"ControlPath={folder}/%C", "-o", "ControlPersist=60")
+
+
+def disconnect(host: Host) -> None:
+    """Ends the shared connection: a new group of the user, for one, is seen by new connections only."""
+    subprocess.run(["ssh", *sharing(host.name), "-O", "exit", "--", host.name], capture_output=True, check=False)
+
+
+SSH_FAILURES: Sequence[tuple[str, str, str, str]] = (
+    (
+        r"REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "ssh.host-key-changed",
+        "{host} has another host key than before",
+        "If it was set up anew, `ssh-keygen -R {host}` and `ssh {host}` once; if not, somebody may be in between",
+    ),
+    (
+        r"Host key verification failed|No .* host key is known",
+        "ssh.host-key-unknown",
+        "{host}'s host key is not known here yet",
+        "Run `ssh {host}` once, compare the fingerprint, and answer yes",
+    ),
+    (
+        r"Permission denied \(|Too many authentication failures",
+        "ssh.key-refused",
+        "{host} refuses the keys of this user",
+        "Run `ssh-copy-id {host}`; for a key with a passphrase, `ssh-add` first",
+    ),
+    (
+        r"Could not resolve hostname|Name or service not known",
+        "ssh.unknown-name",
+        "{host} has no address",
+        "Correct HOSTS, or add the name to ~/.ssh/config",
+    ),
+    (
+        r"Connection refused",
+        "ssh.no-server",
+        "{host} answers, but no ssh server listens there",
+        "Start it there: `sudo systemctl start ssh`, or name its port in ~/.ssh/config",
+    ),
+    (
+        r"timed out|No route to host|is unreachable|Host is down|not responding",
+        "ssh.host-down",
+        "{host} does not answer",
+        "Is it switched on, and is its ssh port open to this machine?",
+    ),
+)
+HOST_FAILURES: Sequence[tuple[str, str, str, str]] = (
+    (
+        r"permission denied while trying to connect to the [Dd]ocker|docker\.sock.*permission denied",
+        "docker.permission",
+        "This user may not use Docker on {host}",
+        "There: `sudo usermod -aG docker $USER`, then try again",
+    ),
+    (
+        r"docker: (command )?not found|docker: No such file|docker: inaccessible",
+        "docker.missing",
+        "{host} has no Docker",
+        "There: `curl -fsSL https://get.docker.com | sudo sh`",
+    ),
+    (
+        r"[Cc]annot connect to the Docker daemon|failed to connect to the docker API",
+        "docker.not-running",
+        "Docker does not run on {host}",
+        "There: `sudo systemctl enable --now docker`",
+    ),
+    (
+        r"'compose' is not a docker command|unknown (shorthand )?flag: .* in -|unknown command: docker compose",
+        "compose.missing",
+        "{host} has no Docker Compose",
+        "There: `sudo apt-get install docker-compose-plugin`, or docker-compose on Debian 13",
+    ),
+    (
+        r"No space left on device|Disk quota exceeded",
+        "disk.full",
+        "{host} has no space left",
+        "There: `docker system df` and `df -h` show what fills it; `docker image prune` removes old images",
+    ),
+    (
+        r"could not select device driver",
+        "docker.no-toolkit",
+        "Docker on {host} cannot hand out GPUs",
+        "Install the NVIDIA container toolkit there, or set HARDWARE=cpu",
+    ),
+)
+
+
+def explain_failure(host: Host, code: int, said: str, *, late: float = 0) -> Problem:
+    """One sentence for what ssh or the command on the host complained of."""
+    if late:
+        what = (
+            "{host} did not answer within {late:g} s" if late <= CONNECT + 1 else "{host} did not finish in {late:g} s"
+        )
+        return problem("ssh.host-down", "error", what=what, fix="Try `ssh {host}`", host=host.name, late=late)
+    for pattern, id, what, fix in (*(SSH_FAILURES if code == SSH_FAILED else ()), *HOST_FAILURES):
+        if re.search(pattern, said):
+            return problem(id, "error", what=what, fix=fix, host=host.name)
+    kind, what = ("ssh.failed", "{host}: {said}") if code == SSH_FAILED else ("host.failed", "{host}: {said} ({code})")
+    last = next((line for line in reversed(said.splitlines()) if line.strip()), "the command failed without a word")
+    return problem(kind, "error", what=what, host=host.name, said=last.strip().rstrip("."), code=code)
