@@ -41,37 +41,17 @@ def decide_minimum(settings: Settings, size: int | None, ledger: Ledger) -> int:
         ledger.take("timeouts", spares, "of the nodes wait, and take the place of those that are lost")
     training = (size or 1) - spares.value
     if size is not None and training < 1:
-        ledger.refuse(
-            "timeouts.spares",
-            what="{given}, but the job has {nodes:node}: none is left to train",
-            fix=f"Set at most {size - 1}",
-            given=spares,
-            nodes=size,
-        )
+        ledger.refuse("timeouts.spares", given=spares, nodes=size, most=size - 1)
     if least is None:
         return max(1, training)
     ledger.take("timeouts", least, "a restart may go on with fewer nodes, down to these")
     ledger.take("timeouts", settings.regrow, "what lets a node that comes back in again")
     if size is not None and least.value > training >= 1:
-        ledger.refuse(
-            "timeouts.min-nodes",
-            what="{given}, but the job trains on {nodes:node}",
-            fix=f"Set at most {training}",
-            given=least,
-            nodes=training,
-        )
+        ledger.refuse("timeouts.min-nodes", given=least, nodes=training)
     return least.value
 
 
 def _check_grace(settings: Settings, host: Host, ledger: Ledger) -> None:
     waits, grace = settings.stop_grace_period.value, settings.stop_grace
     if host.container and waits is not None and grace.value + ENDING > waits:
-        ledger.warn(
-            "timeouts.stop-grace",
-            what="{given} is more than Docker waits (STOP_GRACE_PERIOD, {waits:g} s): workers would be killed while "
-            "they save",
-            fix="Set STOP_GRACE_PERIOD={needed:g}s or more in .env",
-            given=grace,
-            waits=waits,
-            needed=grace.value + ENDING,
-        )
+        ledger.warn("timeouts.stop-grace", given=grace, waits=waits, needed=grace.value + ENDING)
