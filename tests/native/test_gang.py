@@ -361,7 +361,7 @@ def test_a_node_that_comes_back_is_let_in_at_the_next_checkpoint(tmp_path: Path)
         launchers[2].wait_for(r"trains: rank 1 of 2, place \[1, 0, 1\]")
         back = job.start(1, FOREVER)
         back.wait_for("round 2 runs without this node; it joins the next one at the next checkpoint")
-        launchers[2].wait_for("trains: rank 2 of 3")
+        back.wait_for("trains: rank 1 of 3")
         assert "node 1 (127.0.0.2) joins at this checkpoint" in launchers[0].text
         assert "restart 2 of" not in launchers[0].text
         back.signal(signal.SIGTERM)
