@@ -15,7 +15,7 @@ from app.gang.connect import Waiting
 from app.gang.connection import Connection, text
 from app.gang.connectivity import Blocked
 from app.gang.membership import NodeConnection
-from app.gang.messages import LAST_ROUND, Hello, Say, read_ports
+from app.gang.messages import LAST_ROUND, Hello, Say
 from app.gang.mirror.step import copy_in_background, copy_last, share_checkpoints
 from app.gang.places import assign
 from app.gang.round import RoundState
@@ -127,7 +127,7 @@ class Coordinator(Session):
         self._given_up = {*missing}
         if doubtful and self.round == 0:
             self.tell(f"warning: the nodes differ, which may be intended:\n{doubtful}")
-        nodes = await self._take_places()
+        nodes = self._take_places()
         if self.round == 0:
             # A node 0 that was started again goes on where the others were.
             self.round = max(node.hello.round for node in nodes.values())
@@ -148,14 +148,8 @@ class Coordinator(Session):
         self._enough_since = self._enough_since or time.monotonic()
         return time.monotonic() - self._enough_since > SPARE
 
-    async def _take_places(self) -> dict[int, NodeConnection]:
-        """The nodes of the next round in their places, once every node that waited has opened its ports again."""
-        waiting = [node for rank, node in self.membership.all().items() if rank in self._waiting]
-        self._waiting.clear()
-        replies = await asyncio.gather(*(self.ask(node.hello.rank, "ready", {}, PROGRESS) for node in waiting))
-        for node, reply in zip(waiting, replies, strict=True):
-            if reply:
-                node.hello = replace(node.hello, ports=read_ports(reply), progress=text(reply, "progress", 200))
+    def _take_places(self) -> dict[int, NodeConnection]:
+        """The nodes of the next round in their places."""
         here = self.membership.all()
         before, self._owners = self._owners, assign(self._owners, here)
         for old, new in zip(before, self._owners, strict=True):
@@ -236,8 +230,8 @@ class Coordinator(Session):
             self.tell(f"warning: checkpoints were not compared: {type(error).__name__}: {error}")
             return False
         # What came from elsewhere is no progress of the round that follows.
-        for rank, node in self.membership.all().items() if changed else ():
-            if reply := await self.ask(rank, "progress", {}, PROGRESS):
+        for rank, node in self.membership.all().items():
+            if (changed or rank in self._waiting) and (reply := await self.ask(rank, "progress", {}, PROGRESS)):
                 node.hello = replace(node.hello, progress=text(reply, "progress", 200))
         return False
 
@@ -259,6 +253,7 @@ class Coordinator(Session):
         before = {rank: node.hello.progress for rank, node in nodes.items()}
         run_id = f"{self.plan.run_name}-{self.round}-{next(iter(nodes.values())).hello.instance_id[:6]}"
         self._places = nodes
+        self._waiting.clear()
         for index, node in enumerate(nodes.values()):
             place = {"node_rank": index, "nnodes": len(nodes), "failures": min(self.failures, LAST_ROUND)}
             node.connection.send("go", round=self.round, run_id=run_id, **place)

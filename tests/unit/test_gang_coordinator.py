@@ -44,6 +44,7 @@ class Node:
     """FAKE: the participant's side of one connection, which says what a test lets it say."""
 
     connection: Connection
+    ports: object = ()
     heard: list[Message] = field(default_factory=list)
     closed: bool = False
     progress: str = ""
@@ -54,12 +55,10 @@ class Node:
         with contextlib.suppress(OSError):
             while True:
                 message = await self.connection.receive()
-                if message.get("question") == "checkpoints":
-                    answer = await no_folder("checkpoints", message)
+                if message["kind"] == "ask":
+                    known = {"listen": {"ports": self.ports}, "progress": {"progress": self.progress}}
+                    answer = known.get(str(message["question"])) or await no_folder("checkpoints", message)
                     self.connection.send("answer", number=message["number"], **answer)
-                if message.get("question") in ("progress", "ready"):
-                    told = {"progress": self.progress, "ports": [{"port": 2000}]}
-                    self.connection.send("answer", number=message["number"], **told)
                 if message["kind"] == "probe":
                     self.probes.append(message["targets"])
                 self.heard.append(message)
@@ -101,7 +100,7 @@ class Job:
     async def joins(
         self, rank: int, instance_id: str = "", facts: Mapping[str, str] | None = None, round_: int = 0, nnodes: int = 3
     ) -> Node:
-        node = Node(await self.connect())
+        node = Node(await self.connect(), [{"port": 1000 + rank}])
         hello = {
             "run": self.coordinator.plan.run_name,
             "rank": rank,
@@ -112,7 +111,6 @@ class Job:
             "facts": dict(facts or {"torch": "2"}),
             "round": round_,
             "failures": 0,
-            "ports": [{"port": 1000 + rank}],
             "progress": "",
         }
         await introduce(node.connection, b"", hello)
@@ -207,7 +205,7 @@ def test_a_stop_on_a_node_that_waits_for_the_next_round_stops_the_job() -> None:
         late.connection.send("stop")
         assert (await nodes[0].hears("halt"))["why"] == "stop"
         for node in nodes:
-            node.connection.send("ended", code=143, failures=[], finished="", ports=[], progress="")
+            node.connection.send("ended", code=143, failures=[], finished="", progress="")
         for node in (*nodes, late):
             assert (await node.hears("verdict"))["code"] == ExitCode.STOPPED
 
@@ -267,7 +265,6 @@ def test_any_message_at_any_time_is_no_crash_of_node_0(said: str) -> None:
         "failed": [{"rank": 2, "port": 1, "why": "x"}],
         "code": 1,
         "failures": [{"rank": 5, "exitcode": 1, "text": "x", "time": 1, "halted": False}],
-        "ports": [],
         "progress": "x",
         "ranks": [{"rank": 1, "seconds": 9, "at": "x", "collective": "", "group": "", "sequence": 1}],
     }

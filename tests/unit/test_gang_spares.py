@@ -70,8 +70,6 @@ def test_a_spare_takes_the_place_of_a_lost_node_at_once_and_that_one_is_the_spar
         await nodes[0].hears("halt")
         end(nodes[0], 1)
         assert await all_go([nodes[0], nodes[2]], 2) == [go(0, 2), go(1, 2)]
-        # The spare had closed its ports, and told those that it has opened anew.
-        assert [target["port"] for target in nodes[0].probes[1]] == [2000]
         back = await job.joins(1, instance_id="another instance", round_=1)
         assert (await back.hears("wait"))["round"] == 2
         end(nodes[0], 0)
