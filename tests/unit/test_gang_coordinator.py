@@ -56,7 +56,10 @@ class Node:
             while True:
                 message = await self.connection.receive()
                 if message["kind"] == "ask":
-                    known = {"listen": {"ports": self.ports}, "progress": {"progress": self.progress}}
+                    known: dict[str, Mapping[str, object]] = {
+                        "listen": {"ports": self.ports},
+                        "progress": {"progress": self.progress},
+                    }
                     answer = known.get(str(message["question"])) or await no_folder("checkpoints", message)
                     self.connection.send("answer", number=message["number"], **answer)
                 if message["kind"] == "probe":
