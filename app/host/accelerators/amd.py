@@ -96,6 +96,10 @@ def loads(root: Path, gpus: Gpus) -> tuple[GpuLoad, ...]:
     return tuple(found)
 
 
+def memory(root: Path, gpus: Gpus) -> dict[int, int]:
+    return {each.index: each.used for each in state(root, gpus).health}
+
+
 def read_resets(log: str, since: float) -> tuple[GpuFault, ...]:
     """`amdgpu 0000:c1:00.0: amdgpu: GPU reset begin!`, and those that failed."""
     found = []
@@ -129,5 +133,6 @@ VENDOR = Vendor(
     read=read_gpus,
     state=state,
     loads=loads,
+    memory=memory,
     faults=read_resets,
 )
