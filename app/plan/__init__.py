@@ -79,6 +79,8 @@ class Draft:
     """What could be decided, also where something is wrong: what `explain` shows."""
 
     plan: Plan | None
+    rank: int | None = None
+    """Of this node, where it could be decided."""
     run_dir: Path
     problems: tuple[Problem, ...]
     decisions: tuple[Decision, ...]
@@ -144,13 +146,10 @@ def draft(settings: Settings, host: Host) -> Draft:
             decisions=tuple(ledger.decisions),
             warnings=tuple(ledger.warnings),
         )
-    return _draft(plan, script.run_dir, ledger)
-
-
-def _draft(plan: Plan | None, run_dir: Path, ledger: Ledger) -> Draft:
     return Draft(
         plan=plan,
-        run_dir=run_dir,
+        rank=None if nodes is None else nodes.rank,
+        run_dir=script.run_dir,
         problems=tuple(ledger.problems),
         decisions=tuple(ledger.decisions),
         warnings=tuple(ledger.warnings),

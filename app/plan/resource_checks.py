@@ -19,7 +19,7 @@ MEMORY_PER_PROCESS = 1 << 30
 
 def check_needs(host: Host, workers: LocalWorkers, transport: str, ledger: Ledger) -> None:
     """Limits as facts in the plan, and warnings or problems where they are too low for it."""
-    ledger.decide("limits", "limits", count(host.limits.cpus, "CPU"), "detected", _summary(host))
+    ledger.decide("limits", "limits", count(host.limits.cpus, "CPU"), "detected", describe_limits(host))
     rdma = workers.backend == "nccl" and transport != "sockets"
     if rdma and (blocked := memlock_obstacle(host, transport)):
         ledger.problems.append(blocked)
@@ -150,7 +150,7 @@ def _slot(nic: Nic) -> str:
     return nic.pci[-1].rpartition(".")[0] if nic.pci else ""
 
 
-def _summary(host: Host) -> str:
+def describe_limits(host: Host) -> str:
     limits = host.limits
     parts = [
         f"memory {_size(limits.memory)}",

@@ -144,7 +144,11 @@ def test_rdma_error_counters_are_told_with_their_meaning(tmp_path: Path) -> None
     ill = replace(facts.live, rdma={"mlx5_4:1": {"symbol_error": 70000, "link_downed": 3, "port_xmit_data": 10**12}})
     finding = bad(check_node(replace(facts, live=ill)))["rdma"]
     assert finding.id == "rdma-errors"
-    assert finding.values == {"port": "mlx5_4:1", "counters": "symbol_error 70000 (bit errors on the cable)"}
+    assert finding.values == {
+        "port": "mlx5_4:1",
+        "counters": "symbol_error 70000 (bit errors on the cable)",
+        "place": "mlx5_4/ports/1",
+    }
 
 
 def test_a_host_name_without_address_is_told_and_one_on_loopback_is_not_alarmed(tmp_path: Path) -> None:
