@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from app.config.exitcodes import ExitCode
 from app.doctor.cluster_checks.speed import judge_speed
-from app.doctor.cluster_checks.transport import Collective, judge_transport
+from app.doctor.cluster_checks.transport import CollectiveCheck, judge_transport
 from app.doctor.collect.live import within
 from app.doctor.collect.packets import PacketEcho, full_size
 from app.doctor.coordinator import DoctorCoordinator
@@ -33,7 +33,7 @@ DISK_PATIENCE = 10.0
 HEARTBEAT = 16.0
 """Seconds: measuring keeps a small machine busy."""
 Done = TypeVar("Done")
-Reduce = Callable[[Facts, Plan, str, int, int], Awaitable[Collective]]
+Reduce = Callable[[Facts, Plan, str, int, int], Awaitable[CollectiveCheck]]
 """Runs this node's part of the all-reduce: (facts, plan, run id, place, number of nodes)."""
 
 
@@ -151,7 +151,7 @@ class DoctorAnswers:
         try:
             found = await self.reduce(self.facts, self.plan, text(message, "run_id", 64), place, size)
         except OSError as error:
-            found = Collective(failure=f"this node could not start it: {error.strerror or error}.")
+            found = CollectiveCheck(failure=f"this node could not start it: {error.strerror or error}.")
         speed = tuple(judge_speed(found.speeds, place, self.plan.network.interface))
         if size > 1 and not speed:
             speed = (skipped("speed", "not measured, since the all-reduce failed"),)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from app.doctor.collect.packets import Peer
 from app.doctor.findings import CHECKS, Finding, Row, Severity, from_sentence, to_dict
-from app.doctor.results import Node
+from app.doctor.results import NodeResults
 from app.gang.connection import Message, ProtocolError, integer, items, text
 from app.gang.messages import Hello
 
@@ -12,11 +12,11 @@ COLLECTIVE = 75.0
 """Seconds from the start of torchrun to its end: import of torch, up to 15 steps of pairs, the all-reduces."""
 
 
-def read_node(message: Message | None, hello: Hello, address: str) -> Node:
+def read_node(message: Message | None, hello: Hello, address: str) -> NodeResults:
     """A node from its hello and its results; None for one that was lost before it told them. Raises ProtocolError."""
     if message is None:
         message = {"interface": "", "mtu": 0, "transport": "", "findings": []}
-    return Node(
+    return NodeResults(
         rank=hello.rank,
         address=address,
         host=hello.host,

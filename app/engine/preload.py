@@ -74,7 +74,7 @@ def main(control: socket.socket, core: list[str], extra: list[str]) -> Task:
     gc.freeze()
     gc.enable()
     tell(control, "ready", time.monotonic() - begun)
-    task = Server(control).serve()
+    task = PreloadServer(control).serve()
     become(task, environ)
     return task
 
@@ -112,7 +112,7 @@ def cuda_in_use() -> bool:
     return bool(cuda and cuda.is_initialized())
 
 
-class Server:
+class PreloadServer:
     """Forks what is asked for over sockets: the launcher's, and one for each agent.
 
     Answers with ["started", pid], ["refused", errno], and ["ended", pid, exit code]. When an asker is gone its children

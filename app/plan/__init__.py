@@ -16,7 +16,7 @@ from app.plan.exports import Exports, common_exports, environment, keep_others, 
 from app.plan.network import decide_interface
 from app.plan.node_list import NodeList, names_to_resolve
 from app.plan.nodes import decide_listed
-from app.plan.parts import Checkpoints, LocalWorkers, Network, Nodes, Script, Timeouts
+from app.plan.parts import CheckpointExchange, JobNodes, LocalWorkers, Network, Script, Timeouts
 from app.plan.ports import Ports, decide_ports
 from app.plan.rdma import decide_rdma
 from app.plan.resource_checks import check_needs
@@ -40,11 +40,11 @@ class Plan:
     """Everything that a launch on this node uses."""
 
     run_name: str
-    nodes: Nodes
+    nodes: JobNodes
     network: Network
     workers: LocalWorkers
     script: Script
-    checkpoints: Checkpoints
+    checkpoints: CheckpointExchange
     timeouts: Timeouts
     max_restarts: int
     stopped_exit_code: int
@@ -171,8 +171,8 @@ def _decide_nodes(settings: Settings, host: Host, ledger: Ledger) -> NodeList | 
     return decide_classic(settings, host, ledger)
 
 
-def _nodes(nodes: NodeList, minimum: int) -> Nodes:
-    return Nodes(
+def _nodes(nodes: NodeList, minimum: int) -> JobNodes:
+    return JobNodes(
         rank=nodes.rank,
         rank_source=nodes.rank_source,
         addresses=nodes.addresses,

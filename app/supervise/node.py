@@ -35,8 +35,8 @@ from app.report.node_report import MEMORY_KILLS, forget_report, make_report, rea
 from app.supervise import traffic
 from app.supervise.files import SIGNALS, in_time, off_loop, start_thread
 from app.supervise.hang import read_ended, watched
-from app.supervise.health import State
-from app.supervise.progress import Progress
+from app.supervise.health import NodeState
+from app.supervise.progress import TrainingProgress
 from app.supervise.restart_guard import forget_final, reserve_final, write_final
 from app.supervise.runtime_dir import one_job, runtime_dir
 
@@ -138,8 +138,8 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
     coordinator = Coordinator(plan, token, say, lambda: down_link(plan.network.interface))
     server = await _listen(plan, coordinator)
     leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
-    progress = Progress(plan, folder, say, lambda: node.engine)
-    state = State(folder, lambda: progress.text)
+    progress = TrainingProgress(plan, folder, say, lambda: node.engine)
+    state = NodeState(folder, lambda: progress.text)
     checkpoints = Checkpoints(plan, token, say)
 
     async def answer(question: str, told: Message) -> Mapping[str, object]:

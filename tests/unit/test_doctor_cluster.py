@@ -7,12 +7,12 @@ import pytest
 
 from app.doctor.cluster_checks import judge
 from app.doctor.findings import Finding, Row, Severity, green, wrong
-from app.doctor.results import Measured, Node
+from app.doctor.results import Measured, NodeResults
 from app.gang.messages import read_facts
 
 
-def node(rank: int, **changes: object) -> Node:
-    known = Node(
+def node(rank: int, **changes: object) -> NodeResults:
+    known = NodeResults(
         rank=rank,
         address=f"10.0.0.{rank + 1}",
         host=f"gpu-{rank}",

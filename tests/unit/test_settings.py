@@ -252,7 +252,7 @@ def test_every_variable_that_we_know_passes_from_the_shell() -> None:
     # torchrun's own, what the image sets, and folders, which are others in the container.
     not_passed = re.compile(r"TORCHELASTIC_|.*(_HOME|_VERSION|_CACHE_PATH|_CACHE_DIR|_EXTENSIONS_DIR)$")
     assert {name for name in known_variables() if not not_passed.match(name)} <= passed
-    of_train = {item.metadata["variable"] or f"TRAIN_{item.name.upper()}" for item in fields(train.Settings)}
+    of_train = {item.metadata["variable"] or f"TRAIN_{item.name.upper()}" for item in fields(train.TrainSettings)}
     assert of_train <= passed
     assert len(listed) == len(set(listed))
     for file in (PROJECT / "hardware").glob("*.yaml"):

@@ -12,7 +12,7 @@ FAR = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlowPart:
+class SlowPlace:
     """A node or path that bench calls slow (`app.bench.figures.SlowPart`)."""
 
     id: str
@@ -39,15 +39,15 @@ class Speeds:
     """What bench found about one node."""
 
     pairs: tuple[Pair, ...] = ()
-    slow: tuple[SlowPart, ...] = ()
+    slow: tuple[SlowPlace, ...] = ()
 
 
 def read_speeds(found: Mapping[str, Any], rank: int) -> Speeds:
     """From bench's result file: what concerns the node with this rank."""
     pairs = tuple(Pair(**each) for each in found["pairs"] if rank in (each["source"], each["target"]))
-    fields = SlowPart.__dataclass_fields__
+    fields = SlowPlace.__dataclass_fields__
     slow = tuple(
-        SlowPart(**{name: each[name] for name in fields} | {"nodes": tuple(each["nodes"])}) for each in found["slow"]
+        SlowPlace(**{name: each[name] for name in fields} | {"nodes": tuple(each["nodes"])}) for each in found["slow"]
     )
     return Speeds(pairs=pairs, slow=tuple(part for part in slow if rank in part.nodes))
 
@@ -67,7 +67,7 @@ def judge_speed(speeds: Speeds, rank: int, interface: str) -> Iterator[Finding]:
         yield green("speed", text, rate=rate(min(pair.bandwidth for pair in speeds.pairs)), peers=peers, rtt=rtt)
 
 
-def _slow(part: SlowPart, rank: int, interface: str) -> Finding:
+def _slow(part: SlowPlace, rank: int, interface: str) -> Finding:
     sends = part.nodes[0] == rank
     values: dict[str, Value] = {"rate": rate(part.bandwidth), "expected": rate(part.expected), "interface": interface}
     if part.id == "slow-node":

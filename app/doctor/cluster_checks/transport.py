@@ -54,7 +54,7 @@ def read_nccl(log: str) -> NcclLog:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Collective:
+class CollectiveCheck:
     """One node's part of the all-reduce, and what the plan expected of it."""
 
     failure: str = ""
@@ -80,7 +80,7 @@ class Collective:
     speeds: Speeds = field(default_factory=Speeds)
 
 
-def judge_transport(found: Collective) -> Finding:
+def judge_transport(found: CollectiveCheck) -> Finding:
     """The verdict on what was really used, against what the hardware offers."""
     if found.failure:
         return wrong("all-reduce-failed", reason=found.failure)
@@ -100,7 +100,7 @@ def judge_transport(found: Collective) -> Finding:
     return green("all-reduce", how + "through {transport}", **values, transport=_used(found))
 
 
-def _nccl_fallback(found: Collective) -> Finding | None:
+def _nccl_fallback(found: CollectiveCheck) -> Finding | None:
     log = found.log
     if not log.network:
         # One GPU a node, or all ranks on one node: nothing went over a network that could be judged.
@@ -118,7 +118,7 @@ def _named(log: NcclLog) -> str:
     return ", ".join(log.devices) or "devices unknown"
 
 
-def _used(found: Collective) -> str:
+def _used(found: CollectiveCheck) -> str:
     log = found.log
     if found.backend == "nccl" and log.network:
         direct = f", {log.direct} of {log.channels} channels with GPUDirect" if log.channels else ""

@@ -68,7 +68,7 @@ class Progress:
 
 
 @dataclass(slots=True, kw_only=True)
-class Result:
+class TransferResult:
     arrived: list[Transfer] = field(default_factory=list)
     same: int = 0
     """Of them, files that this node had with the same content."""
@@ -210,14 +210,14 @@ class Fetcher:
         self._work: queue.SimpleQueue[tuple[int, Sequence[Transfer], Sequence[tuple[int, int]]]] = queue.SimpleQueue()
         self._partial: dict[str, _Incoming] = {}
         self._stopped = ""
-        self.result = Result()
+        self.result = TransferResult()
         self.progress = Progress(total=0, files=0)
 
     def stop(self, why: str) -> None:
         self._stopped = self._stopped or why
         self._open.close()
 
-    def run(self, transfers: Sequence[Transfer], rank: int) -> Result:
+    def run(self, transfers: Sequence[Transfer], rank: int) -> TransferResult:
         """Raises OSError where the state file cannot be written: nothing was fetched then."""
         self.progress = Progress(total=sum(one.entry.stored for one in transfers), files=len(transfers))
         self._disk.begin()
