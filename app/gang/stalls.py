@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from app.config.problems import few
 from app.engine.outcome import Collective, Stall
 
 NAMED = 4
@@ -152,7 +153,7 @@ def _place(stall: Stall) -> str:
 
 
 def _few(told: Sequence[str]) -> str:
-    return "; ".join(told[:NAMED]) + (f"; and {len(told) - NAMED} more" if len(told) > NAMED else "")
+    return few(told, NAMED, "; ")
 
 
 def _ranks(entries: Sequence[Entered]) -> str:
