@@ -7,10 +7,10 @@ from app.config.problems import count
 from app.config.values import Value
 from app.host import Host
 from app.host.addresses import is_link_local
+from app.host.nccl_names import matching
 from app.host.nics import Nic
 from app.host.rdma import RdmaPort
 from app.plan.decisions import Ledger
-from app.plan.env_warnings import matching
 from app.plan.exports import Exports
 from app.plan.gid import decide_gid
 from app.plan.local import Own
