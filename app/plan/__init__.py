@@ -173,11 +173,7 @@ def _decide_nodes(settings: Settings, host: Host, ledger: Ledger) -> NodeList | 
 
 def _nodes(nodes: NodeList, minimum: int) -> JobNodes:
     return JobNodes(
-        rank=nodes.rank,
-        rank_source=nodes.rank_source,
-        addresses=nodes.addresses,
-        names=nodes.names,
-        minimum=minimum,
+        rank=nodes.rank, rank_source=nodes.rank_source, addresses=nodes.addresses, names=nodes.names, minimum=minimum
     )
 
 

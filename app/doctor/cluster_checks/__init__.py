@@ -130,12 +130,4 @@ def judge_collective(measured: Measured) -> Found:
             yield from ((rank, skipped(check, measured.no_collective)) for check in checks)
 
 
-JUDGEMENTS = (
-    judge_present,
-    judge_agree,
-    judge_reach,
-    judge_mtu,
-    judge_clock,
-    judge_shared,
-    judge_collective,
-)
+JUDGEMENTS = (judge_present, judge_agree, judge_reach, judge_mtu, judge_clock, judge_shared, judge_collective)
