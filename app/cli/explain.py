@@ -157,7 +157,7 @@ def _without(found: Draft, secrets: Sequence[str]) -> Draft:
     def clean(text: str) -> str:
         return redact(text, secrets)
 
-    def told(problem: Problem) -> Problem:
+    def cleaned(problem: Problem) -> Problem:
         values = {name: clean(value) if isinstance(value, str) else value for name, value in problem.values.items()}
         return replace(problem, values=values, details=tuple(map(clean, problem.details)))
 
@@ -173,8 +173,8 @@ def _without(found: Draft, secrets: Sequence[str]) -> Draft:
     return replace(
         found,
         decisions=tuple(decisions),
-        warnings=tuple(map(told, found.warnings)),
-        problems=tuple(map(told, found.problems)),
+        warnings=tuple(map(cleaned, found.warnings)),
+        problems=tuple(map(cleaned, found.problems)),
     )
 
 

@@ -124,10 +124,10 @@ def count(number: int, noun: str, plural: str = "") -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
-def few(told: Sequence[str], most: int, between: str = ", ") -> str:
+def few(items: Sequence[str], most: int, between: str = ", ") -> str:
     """The first of a list that may be long, and how many more there are."""
-    rest = len(told) - most
-    return between.join(told[:most]) + (f"{between.rstrip(', ')} and {rest} more" if rest > 0 else "")
+    rest = len(items) - most
+    return between.join(items[:most]) + (f"{between.rstrip(', ')} and {rest} more" if rest > 0 else "")
 
 
 def refusal(problems: Iterable[Problem]) -> UserError:

@@ -12,7 +12,7 @@ from app.config.exitcodes import ExitCode
 from app.doctor.cluster_checks import judge
 from app.doctor.collect.packets import Peer
 from app.doctor.findings import Row
-from app.doctor.protocol import COLLECTIVE, read_findings, read_node, read_peer, told_peer, told_row
+from app.doctor.protocol import COLLECTIVE, peer_fields, read_findings, read_node, read_peer, row_fields
 from app.doctor.results import Measured
 from app.gang.connect import Waiting
 from app.gang.connection import Message, integer, items, text
@@ -44,9 +44,9 @@ class DoctorCoordinator(Session):
     def objection(self, hello: Hello) -> str:
         if not self._open:
             return "doctor has begun without this node: start it again on all nodes"
-        if told := self.membership.claimed_twice(hello):
-            self.measured.doubles.append(told)
-        return told
+        if sentence := self.membership.claimed_twice(hello):
+            self.measured.doubles.append(sentence)
+        return sentence
 
     def lose(self, node: NodeConnection, why: str, *, silent: bool = False) -> None:
         if not self._open and self.membership.holds(node):
@@ -73,7 +73,7 @@ class DoctorCoordinator(Session):
             await self._all_reduce()
             rows = judge(self.measured)
             for row in rows:
-                await self._ask_all(self._ranks(), "row", **told_row(row))
+                await self._ask_all(self._ranks(), "row", **row_fields(row))
         finally:
             presence.cancel()
         await self.finish(Verdict(code=ExitCode.DONE, text="doctor is done"))
@@ -121,7 +121,7 @@ class DoctorCoordinator(Session):
         for rank in asked:
             mtus = {peer: min(self.measured.nodes[one].mtu for one in (rank, peer)) for peer in self._shares[rank]}
             peers = [
-                {**told_peer(peer, self._echoes[peer]), "mtu": mtu}
+                {**peer_fields(peer, self._echoes[peer]), "mtu": mtu}
                 for peer, mtu in mtus.items()
                 if mtu and peer in self.membership and (rank, peer) not in cut
             ]

@@ -18,7 +18,7 @@ from app.doctor.collect.packets import PacketEcho, full_size
 from app.doctor.coordinator import DoctorCoordinator
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Row, skipped
-from app.doctor.protocol import read_peers, read_row, told_findings
+from app.doctor.protocol import finding_fields, read_peers, read_row
 from app.gang.agreement import gather
 from app.gang.connect import NoAnswerError
 from app.gang.connection import Connection, Message, ProtocolError, dial, dial_inside, integer, items, listen, text
@@ -67,7 +67,7 @@ class DoctorAnswers:
             "interface": plan.network.interface,
             "mtu": (nic.mtu or 0) if nic else 0,
             "transport": plan.network.transport,
-            "findings": told_findings(self.findings),
+            "findings": finding_fields(self.findings),
             "port": self._echo.port,
             "key": self._echo.key,
         }
@@ -155,7 +155,7 @@ class DoctorAnswers:
         speed = tuple(judge_speed(found.speeds, place, self.plan.network.interface))
         if size > 1 and not speed:
             speed = (skipped("speed", "not measured, since the all-reduce failed"),)
-        return {"findings": told_findings((*speed, judge_transport(found)))}
+        return {"findings": finding_fields((*speed, judge_transport(found)))}
 
 
 async def meet(

@@ -34,8 +34,8 @@ def read_row(message: Message) -> Row:
     return Row(rank=rank, address=address, findings=read_findings(message))
 
 
-def told_row(row: Row) -> dict[str, object]:
-    return {"rank": row.rank, "address": row.address, "findings": told_findings(row.findings)}
+def row_fields(row: Row) -> dict[str, object]:
+    return {"rank": row.rank, "address": row.address, "findings": finding_fields(row.findings)}
 
 
 def read_findings(message: Message) -> tuple[Finding, ...]:
@@ -50,7 +50,7 @@ def read_findings(message: Message) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def told_findings(findings: Sequence[Finding]) -> list[dict[str, object]]:
+def finding_fields(findings: Sequence[Finding]) -> list[dict[str, object]]:
     return [to_dict(finding) for finding in findings]
 
 
@@ -68,5 +68,5 @@ def read_peers(message: Message) -> dict[int, Peer]:
     return {integer(one, "rank", 0, 1 << 16): read_peer(one) for one in items(message, "peers", 1 << 10)}
 
 
-def told_peer(rank: int, peer: Peer) -> dict[str, object]:
+def peer_fields(rank: int, peer: Peer) -> dict[str, object]:
     return {"rank": rank, "address": peer.address, "port": peer.port, "key": peer.key}

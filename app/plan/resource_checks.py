@@ -96,8 +96,8 @@ def _warn_first_address(nic: Nic, own: Own, ledger: Ledger) -> None:
     used = next((each.text for each in nic.addresses if ":" not in each.text), own.address)
     if used != own.address and any(each.text == own.address for each in nic.addresses):
         # NCCL is told the family where nodes are listed by IPv6.
-        told = ":" in own.address
-        ledger.warn("network.several-addresses", nic=nic.name, address=own.address, used=used, told=told)
+        ipv6 = ":" in own.address
+        ledger.warn("network.several-addresses", nic=nic.name, address=own.address, used=used, ipv6=ipv6)
 
 
 def speed_of(nic: Nic, host: Host, depth: int = 3) -> int | None:

@@ -276,8 +276,8 @@ def connect(settings: TrainSettings) -> torch.device:
     device, ranks, gpus = torch.device("cpu"), int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if settings.device == "cuda" or (settings.device == "auto" and gpus):
         if ranks > gpus:
-            cure = "lower NPROC_PER_NODE, or set TRAIN_DEVICE=cpu"
-            raise TrainError(f"{node()}: {ranks} ranks need a GPU each and there are {gpus}: {cure}.")
+            fix = "lower NPROC_PER_NODE, or set TRAIN_DEVICE=cpu"
+            raise TrainError(f"{node()}: {ranks} ranks need a GPU each and there are {gpus}: {fix}.")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # Gloo carries the agreement to stop and the checkpoints' messages; neither may wait for the GPU.

@@ -90,7 +90,10 @@ def judge_reach(measured: Measured) -> Found:
         callers = sorted(source for source, target in measured.tried if target == rank)
         if callers:
             verb = "connects" if len(callers) == 1 else "connect"
-            yield rank, green("reach", "{callers} {verb} to it on random ports", callers=told_nodes(callers), verb=verb)
+            yield (
+                rank,
+                green("reach", "{callers} {verb} to it on random ports", callers=told_nodes(callers), verb=verb),
+            )
         else:
             yield rank, skipped("reach", "no other node is here")
 
