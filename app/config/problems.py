@@ -3,7 +3,7 @@
 The sentences are in problems.toml, by id."""
 
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -122,12 +122,6 @@ def _ended(text: str) -> str:
 def count(number: int, noun: str, plural: str = "") -> str:
     """`1 process`, `2 processes`."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
-
-
-def few(items: Sequence[str], most: int, between: str = ", ") -> str:
-    """The first of a list that may be long, and how many more there are."""
-    rest = len(items) - most
-    return between.join(items[:most]) + (f"{between.rstrip(', ')} and {rest} more" if rest > 0 else "")
 
 
 def refusal(problems: Iterable[Problem]) -> UserError:

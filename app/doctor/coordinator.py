@@ -44,9 +44,13 @@ class DoctorCoordinator(Session):
     def objection(self, hello: Hello) -> str:
         if not self._open:
             return "doctor has begun without this node: start it again on all nodes"
-        if sentence := self.membership.claimed_twice(hello):
+        if twin := self.membership.twin(hello):
+            first, second = (f"{self.membership.address(one)} (host {one.host})" for one in (twin, hello))
+            fix = "Remove NODE_RANK where it was set by hand, or set it right."
+            sentence = f"Two nodes say they are node {hello.rank}: {first} and {second}. {fix}"
             self.measured.doubles.append(sentence)
-        return sentence
+            return sentence
+        return ""
 
     def lose(self, node: NodeConnection, why: str, *, silent: bool = False) -> None:
         if not self._open and self.membership.holds(node):

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from app.config.problems import few
 from app.config.project import PROJECT
 from app.plan import Plan
 
@@ -111,7 +110,8 @@ def _by_value(facts: Mapping[int, Facts], name: str) -> list[str]:
 
 def told_nodes(ranks: Sequence[int]) -> str:
     """`node 3`, `nodes 0, 1`, at most six of them."""
-    return f"{'node' if len(ranks) == 1 else 'nodes'} {few([*map(str, ranks)], 6)}"
+    shown = ", ".join(map(str, ranks[:6])) + (f" and {len(ranks) - 6} more" if len(ranks) > 6 else "")
+    return f"node {shown}" if len(ranks) == 1 else f"nodes {shown}"
 
 
 def _driver(root: Path) -> str:

@@ -19,7 +19,7 @@ from app.gang.messages import LAST_ROUND, Hello, Say
 from app.gang.mirror.step import copy_in_background, share_checkpoints
 from app.gang.round import RoundState
 from app.gang.session import LAST_WORD, Session
-from app.gang.verdict import JobEnded, NodeFailure, Verdict, first_causes, lost, summarize, suspect_self
+from app.gang.verdict import JobEnded, NodeFailure, Verdict, first_causes, summarize, suspect_self
 from app.plan import Plan
 
 __all__ = ["LAST_WORD", "LINGER", "Coordinator"]
@@ -53,7 +53,10 @@ class Coordinator(Session):
 
     def objection(self, hello: Hello) -> str:
         """Two nodes that claim one rank at the start end the job."""
-        if told := self.membership.claimed_twice(hello):
+        if twin := self.membership.twin(hello):
+            first, second = (f"{self.membership.address(one)} (host {one.host})" for one in (twin, hello))
+            fix = "Remove NODE_RANK where it was set by hand, or set it right."
+            told = f"two nodes say they are node {hello.rank}: {first} and {second}. {fix}"
             if not self.round:
                 self.conclude(Verdict(code=ExitCode.DISAGREE, text=told))
             return told
@@ -118,9 +121,17 @@ class Coordinator(Session):
     async def _verify_connectivity(self) -> list[NodeFailure]:
         """Returns the failures of nodes lost meanwhile, and before a later round of pairs that do not connect."""
         state = await self.connectivity()
-        failures = [lost(self.membership.name(rank), why, seen) for rank, (why, seen) in state.lost.items()]
+        failures = [
+            NodeFailure(
+                node=self.membership.name(rank), what=f"was lost: {why}", seen=seen, code=ExitCode.LOST, abrupt=True
+            )
+            for rank, (why, seen) in state.lost.items()
+        ]
         failures += [
-            lost(self.membership.name(rank), "no answer", state.limit, abrupt=False) for rank in sorted(state.pending)
+            NodeFailure(
+                node=self.membership.name(rank), what="was lost: no answer", seen=state.limit, code=ExitCode.LOST
+            )
+            for rank in sorted(state.pending)
         ]
         if blocked := state.blocked:
             pairs = [self._blocked(pair) for pair in blocked[:NAMED]]
@@ -144,8 +155,9 @@ class Coordinator(Session):
             while not failures and (not sharing.done() or time.monotonic() < until):
                 event = await self.rest(time.monotonic() + POLL)
                 if event and event.kind == "lost":
-                    name = self.membership.name(event.rank)
-                    failures.append(lost(name, event.why, time.monotonic(), abrupt=False))
+                    what = f"was lost: {event.why}"
+                    node = self.membership.name(event.rank)
+                    failures.append(NodeFailure(node=node, what=what, seen=time.monotonic(), code=ExitCode.LOST))
                 if sharing.done() and until == math.inf:
                     # Whoever asked a lost node may know before the event is read.
                     until = time.monotonic() + (LAST_WORD if sharing.result() else 0.0)

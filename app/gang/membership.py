@@ -5,7 +5,6 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from app.config.problems import few
 from app.gang.agreement import Facts, differences
 from app.gang.connection import Connection, Message
 from app.gang.messages import Hello
@@ -64,15 +63,16 @@ class Membership:
         """Whether `node` is still here, by the same connection."""
         return self._nodes.get(node.hello.rank) is node
 
-    def claimed_twice(self, hello: Hello) -> str:
-        """The sentence about a living node that has the rank of `hello` and is another process, or ""."""
+    def twin(self, hello: Hello) -> Hello | None:
+        """The living node that has the rank of `hello` and is another process."""
         known = self._nodes.get(hello.rank)
-        alive = known is not None and time.monotonic() - known.heard < 3 * self.interval
-        if known is None or not alive or known.hello.instance_id == hello.instance_id:
-            return ""
-        first, second = (f"{self.address(one)} (host {one.host})" for one in (known.hello, hello))
-        fix = "Remove NODE_RANK where it was set by hand, or set it right."
-        return f"two nodes say they are node {hello.rank}: {first} and {second}. {fix}"
+        if (
+            known
+            and known.hello.instance_id != hello.instance_id
+            and time.monotonic() - known.heard < 3 * self.interval
+        ):
+            return known.hello
+        return None
 
     def disagreement(self, hello: Hello) -> str:
         """What a newcomer must not differ in from those who are here, as a table, or ""."""
@@ -152,12 +152,15 @@ class Membership:
         return f"node {rank} ({address})" if address else f"node {rank}"
 
     def names(self, ranks: Collection[int]) -> str:
-        return few([self.name(rank) for rank in sorted(ranks)], 8, "; ")
+        return _few([self.name(rank) for rank in sorted(ranks)])
 
     def reasons(self, ranks: Sequence[int]) -> str:
         """Missing nodes with the reasons."""
-        told = [f"{self.name(rank)}: {self.absent.get(rank, 'nothing heard from it yet')}" for rank in ranks]
-        return few(told, 8, "; ")
+        return _few([f"{self.name(rank)}: {self.absent.get(rank, 'nothing heard from it yet')}" for rank in ranks])
 
     def _listed(self, rank: int) -> str:
         return self._plan.nodes.addresses[rank] if rank < self._plan.nodes.count else ""
+
+
+def _few(shown: Sequence[str]) -> str:
+    return "; ".join(shown[:8]) + (f"; and {len(shown) - 8} more" if len(shown) > 8 else "")

@@ -2,22 +2,24 @@
 
 import asyncio
 import contextlib
+import re
 import secrets
+import signal
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, replace
 
 from app.config.exitcodes import ExitCode
-from app.engine.outcome import Collective, Failure, Outcome
-from app.gang import probes, results
+from app.engine.outcome import Collective, Failure, Outcome, Stall
+from app.gang import probes
 from app.gang.agreement import host_id
 from app.gang.connect import RETRY, BusyError, NoAnswerError, Waiting, connect
 from app.gang.connection import PATIENCE, Connection, Message, ProtocolError, UntrustedError, integer, items, text
 from app.gang.handshake import introduce, is_translated
 from app.gang.membership import BEATS
-from app.gang.messages import LAST_ROUND
-from app.gang.services import Engine, NodeServices, read_assignment
-from app.gang.verdict import JobEnded, Verdict, read_verdict
+from app.gang.messages import LAST_ROUND, MOST_ENTERED, MOST_RANKS, YEAR_2100
+from app.gang.services import Engine, NodeServices, RoundAssignment
+from app.gang.verdict import JobEnded, Verdict
 from app.plan import Plan
 
 BUSY = 5.0
@@ -179,7 +181,8 @@ class Participant:
             if reply["kind"] == "busy":
                 raise BusyError(text(reply, "text"))
             if reply["kind"] != "joined":
-                raise JobEnded(*astuple(read_verdict(reply)))
+                verdict = _verdict(reply)
+                raise JobEnded(verdict.code, verdict.text, verdict.cause, verdict.fix)
         except BaseException:
             connection.close()
             raise
@@ -252,7 +255,12 @@ class Participant:
 
     def _send_stalls(self, connection: Connection) -> None:
         """Tells node 0 that no rank of this node makes progress, and where they are; or that one does again."""
-        stalls = results.stalls(self.services.stalls(), self._run_id) if self._engine else []
+        # What was seen a moment ago may be of the round before.
+        seen = [stall for stall in self.services.stalls() if stall.run_id in ("", self._run_id)]
+        stalls = seen[:MOST_RANKS] if self._engine else []
+        # A line has room for some 128 collectives.
+        most = max(1, min(MOST_ENTERED, 128 // max(1, len(stalls))))
+        stalls = [replace(stall, entered=stall.entered[-most:]) for stall in stalls]
         places = [(stall.rank, stall.at, stall.entered) for stall in stalls]
         if places != self._stalled:
             self._stalled = places
@@ -276,12 +284,12 @@ class Participant:
         """One message of node 0."""
         kind = message["kind"]
         if kind in ("verdict", "refuse"):
-            return read_verdict(message)
+            return _verdict(message)
         if kind == "news":
             self.services.say(text(message, "text", 8000, lines=True))
         elif kind == "probe":
             self._begun = True
-            found = [probes.read_target(item) for item in items(message, "targets", 6 * self.plan.nodes.count)]
+            found = [_target(item) for item in items(message, "targets", 6 * self.plan.nodes.count)]
             self._spawn(self._probe(connection, found))
         elif kind == "ask":
             self._begun = True
@@ -307,7 +315,16 @@ class Participant:
     def _go(self, message: Message) -> None:
         if self.services.launch is None:
             raise ProtocolError("a round of training, which this node did not come for")
-        place = read_assignment(message, self.plan.nodes.count)
+        size, run_id = integer(message, "nnodes", 1, self.plan.nodes.count), text(message, "run_id", 200)
+        # It names files.
+        if not re.fullmatch(r"\w[\w.-]*", run_id, re.ASCII):
+            raise ProtocolError(f"run_id {run_id!r} is not a name")
+        place = RoundAssignment(
+            round=integer(message, "round", 1, 1 << 30),
+            run_id=run_id,
+            node_rank=integer(message, "node_rank", 0, size - 1),
+            nnodes=size,
+        )
         self.close_listener()
         self._round, self._failures = min(place.round, LAST_ROUND), integer(message, "failures", 0, LAST_ROUND)
         self._before = self.services.progress()
@@ -347,18 +364,43 @@ class Participant:
         with contextlib.suppress(OSError):
             await self._open_listener()
         self.services.state("waiting", self._round)
-        told, finished = list[dict[str, object]](), ""
-        if first := results.first_failure(outcome):
-            told = [results.report(outcome, first, await self.services.explain(self._run_id, first))]
-        if not outcome.failures:
-            finished = results.finished(await self.services.ended(), self._run_id, self.plan.workers.nproc)
-        code = results.clamp(outcome.code)
-        self._send("ended", code=code, failures=told, finished=finished, **self._readiness())
+        reports = await self._reports(outcome)
+        finished = "" if outcome.failures else self._finished(await self.services.ended())
+        self._send("ended", code=_clamp(outcome.code), failures=reports, finished=finished, **self._readiness())
+
+    def _finished(self, stalls: Sequence[Stall]) -> str:
+        """After which collective all ranks of this node ended by themselves; "" if not all have, or it is unknown."""
+        ended = [stall for stall in stalls if stall.ended and stall.run_id == self._run_id]
+        if len(ended) < self.plan.workers.nproc:
+            return ""
+        entered = [one for stall in ended for one in stall.entered[-1:] if one.sequence]
+        last = max(entered, key=lambda one: one.sequence, default=None)
+        return f"{last.name} #{last.sequence}" if last else "no collective"
 
     def _fails(self) -> None:
         """A worker failed: the first sign, long before torchrun says which and why."""
         if not self._halted:
             self._send("failing")
+
+    async def _reports(self, outcome: Outcome) -> list[dict[str, object]]:
+        """At most one failure: the first worker's, or torchrun's own."""
+        itself = Failure(rank=-1, exitcode=outcome.code, text="", time=time.time())
+        first = next(iter(outcome.failures), itself)
+        if not outcome.code or (outcome.halted and first is itself):
+            return []
+        at = max(0, min(YEAR_2100, round(first.time * 1000)))
+        found = asdict(await self.services.explain(self._run_id, first))
+        alike = [each for each in outcome.failures if _ended_with(first, each)]
+        return [
+            {
+                "rank": first.rank,
+                "exitcode": _clamp(first.exitcode),
+                "time": at,
+                "halted": outcome.halted,
+                "alike": max(0, len(alike) - 1),
+                **found,
+            }
+        ]
 
     def _end(self, *, gently: bool, grace: float) -> None:
         # Once: a second SIGTERM would cut torchrun's own orderly end short.
@@ -379,3 +421,29 @@ class Participant:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _ended_with(first: Failure, other: Failure) -> bool:
+    """Whether the same signal has ended both at the same moment. torchrun itself ends the others by SIGTERM."""
+    same = first.exitcode == other.exitcode and first.exitcode < 0 and first.exitcode != -signal.SIGTERM
+    return same and abs(first.time - other.time) <= 1.0
+
+
+def _verdict(message: Message) -> Verdict:
+    code = integer(message, "code", 0, 255)
+    known = ExitCode(code) if code in {*ExitCode} else ExitCode.FAILED
+    cause, fix = text(message, "cause", 1000), text(message, "fix", 1000)
+    return Verdict(code=known, text=text(message, "text", 8000, lines=True), cause=cause, fix=fix)
+
+
+def _target(item: Message) -> probes.Target:
+    return probes.Target(
+        rank=integer(item, "rank", 0, 1 << 20),
+        address=text(item, "address", 64),
+        port=integer(item, "port", 1, 65535),
+        key=text(item, "key", 64),
+    )
+
+
+def _clamp(code: int) -> int:
+    return max(-64, min(255, code))

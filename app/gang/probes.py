@@ -8,8 +8,6 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.gang.connection import Message, integer, text
-
 CONNECT = 3.0
 """Seconds for a connection: long enough for one lost SYN."""
 PASS = 4.0
@@ -29,12 +27,6 @@ class Target:
     address: str
     port: int
     key: str
-
-
-def read_target(item: Message) -> Target:
-    """Raises ProtocolError."""
-    rank, port = integer(item, "rank", 0, 1 << 20), integer(item, "port", 1, 65535)
-    return Target(rank=rank, address=text(item, "address", 64), port=port, key=text(item, "key", 64))
 
 
 class ProbeListener:

@@ -9,7 +9,7 @@ from app.config.exitcodes import ExitCode
 from app.engine.outcome import Stall
 from app.gang.messages import Event, Say
 from app.gang.stalls import describe, is_blocked
-from app.gang.verdict import JobEnded, NodeFailure, Weight, left_alone, lost, worker_failure
+from app.gang.verdict import JobEnded, NodeFailure, Weight, left_alone, worker_failure
 
 HALT_GRACE = 2.0
 """Seconds that workers have to end after another node failed; their collectives cannot finish any more."""
@@ -124,7 +124,7 @@ class RoundState:
 
     def _close(self, event: Event, node: str, now: float) -> None:
         if event.kind == "lost":
-            self.failures.append(lost(node, event.why, now, clock=time.time(), silent=event.silent))
+            self.failures.append(lost(event, node, now))
             self._end("failure", HALT_GRACE, f"{node} was lost", now)
             return
         self._codes[event.rank] = event.code
@@ -165,3 +165,15 @@ class RoundState:
             raise JobEnded(ExitCode.STOPPED, f"stopped on {self.stopped_by} before the training was done")
         nobody = NodeFailure(node="torchrun", what="ended without saying why", seen=time.monotonic())
         return left_alone(self.failures, self._finished) or [nobody]
+
+
+def lost(event: Event, node: str, now: float) -> NodeFailure:
+    return NodeFailure(
+        node=node,
+        what=f"was lost: {event.why}",
+        seen=now,
+        clock=time.time(),
+        code=ExitCode.LOST,
+        abrupt=True,
+        silent=event.silent,
+    )

@@ -1,12 +1,11 @@
 """What a participant needs of its node, so that the gang knows neither torchrun nor the machine."""
 
-import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from app.engine.outcome import Explanation, Failure, Outcome, Stall
-from app.gang.connection import Connection, Message, ProtocolError, integer, text
+from app.gang.connection import Connection, Message, ProtocolError
 from app.gang.messages import Say
 
 
@@ -28,16 +27,6 @@ class RoundAssignment:
     run_id: str
     node_rank: int
     nnodes: int
-
-
-def read_assignment(message: Message, nodes: int) -> RoundAssignment:
-    """Raises ProtocolError."""
-    size, run_id = integer(message, "nnodes", 1, nodes), text(message, "run_id", 200)
-    # It names files.
-    if not re.fullmatch(r"\w[\w.-]*", run_id, re.ASCII):
-        raise ProtocolError(f"run_id {run_id!r} is not a name")
-    number, rank = integer(message, "round", 1, 1 << 30), integer(message, "node_rank", 0, size - 1)
-    return RoundAssignment(round=number, run_id=run_id, node_rank=rank, nnodes=size)
 
 
 Answer = Callable[[str, Message], Awaitable[Mapping[str, object]]]

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, astuple, replace
+from dataclasses import replace
 
 from app.config.exitcodes import ExitCode
 from app.gang import probes
@@ -105,11 +105,11 @@ class Session:
         if self.verdict:
             self._told.add(hello.rank)
             self._events.put_nowait(Event(rank=hello.rank, kind="joined"))
-            connection.send("verdict", **asdict(self.verdict))
+            connection.send("verdict", **_told(self.verdict))
             await connection.closed()
             return None
         if objection := self._beyond(hello) or self.objection(hello):
-            connection.send("refuse", **asdict(Verdict(code=ExitCode.DISAGREE, text=objection)))
+            connection.send("refuse", **_told(Verdict(code=ExitCode.DISAGREE, text=objection)))
             raise RefusedError(f"refused: {objection}")
         if before := self.membership.get(hello.rank):
             self.lose(before, "reconnected after its connection dropped")
@@ -128,12 +128,12 @@ class Session:
                 connection.send("busy", text=f"{self.job} is running there")
                 raise RefusedError(f"{self.job} was not started there: it waits to train")
             told = f"{here} runs the {self.job} {self.plan.run_name!r}, which {job} would disturb"
-            connection.send("refuse", **asdict(Verdict(code=ExitCode.DISAGREE, text=f"{told}. Stop it first.")))
+            connection.send("refuse", **_told(Verdict(code=ExitCode.DISAGREE, text=f"{told}. Stop it first.")))
             raise RefusedError(f"it came for {job}, and this is a {self.job}")
         if run != self.plan.run_name:
             told = f"{here} belongs to another job, run {self.plan.run_name!r}; this node's is {run!r}"
             fix = "Set the same RUN_NAME, or another MASTER_PORT."
-            connection.send("refuse", **asdict(Verdict(code=ExitCode.DISAGREE, text=f"{told}. {fix}")))
+            connection.send("refuse", **_told(Verdict(code=ExitCode.DISAGREE, text=f"{told}. {fix}")))
             raise RefusedError(f"its RUN_NAME is {run!r}, here it is {self.plan.run_name!r}")
 
     def _beyond(self, hello: Hello) -> str:
@@ -247,7 +247,7 @@ class Session:
         """Tells everyone the verdict, and waits a little until they have hung up: then they have read it. Those who are
         still missing are told for `linger` seconds, if they come: they would wait until START_TIMEOUT."""
         self.verdict = verdict
-        self.membership.broadcast("verdict", **asdict(verdict))
+        self.membership.broadcast("verdict", **_told(verdict))
         late = {*self.membership.missing()} - {0} if linger else set[int]()
         if late:
             self.say(f"waiting up to {linger:.0f} s to deliver the verdict to {self.membership.names(late)}")
@@ -272,7 +272,7 @@ class Session:
     async def next_event(self, until: float) -> Event | None:
         """The next event; None after a moment, or at `until`. Raises JobEnded once there is a verdict."""
         if self.verdict:
-            raise JobEnded(*astuple(self.verdict))
+            raise JobEnded(self.verdict.code, self.verdict.text, self.verdict.cause, self.verdict.fix)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, min(0.3, until - time.monotonic()))):
                 return await self._events.get()
@@ -296,3 +296,7 @@ class Session:
     def tell(self, what: str) -> None:
         """Prints on all nodes that are here, node 0 included."""
         self.membership.broadcast("news", text=what)
+
+
+def _told(verdict: Verdict) -> dict[str, object]:
+    return {"code": int(verdict.code), "text": verdict.text, "cause": verdict.cause, "fix": verdict.fix}

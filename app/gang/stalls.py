@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from app.config.problems import few
 from app.engine.outcome import Collective, Stall
 
 NAMED = 4
@@ -153,7 +152,7 @@ def _place(stall: Stall) -> str:
 
 
 def _few(told: Sequence[str]) -> str:
-    return few(told, NAMED, "; ")
+    return "; ".join(told[:NAMED]) + (f"; and {len(told) - NAMED} more" if len(told) > NAMED else "")
 
 
 def _ranks(entries: Sequence[Entered]) -> str:

@@ -8,9 +8,7 @@ from enum import IntEnum
 from signal import SIGABRT, SIGKILL, SIGTERM, Signals
 
 from app.config.exitcodes import ExitCode
-from app.config.problems import few
 from app.engine.outcome import Explanation
-from app.gang.connection import Message, integer, text
 from app.gang.messages import WorkerReport
 from app.known_errors.consequences import is_consequence
 
@@ -35,14 +33,6 @@ class Verdict:
     cause: str = ""
     fix: str = ""
     """Of the known error that the first cause is, for all nodes: its logs are on one."""
-
-
-def read_verdict(message: Message) -> Verdict:
-    """Raises ProtocolError."""
-    code = integer(message, "code", 0, 255)
-    known = ExitCode(code) if code in {*ExitCode} else ExitCode.FAILED
-    cause, fix = text(message, "cause", 1000), text(message, "fix", 1000)
-    return Verdict(code=known, text=text(message, "text", 8000, lines=True), cause=cause, fix=fix)
 
 
 class JobEnded(Exception):  # noqa: N818 - an end, not always an error
@@ -126,18 +116,10 @@ def summarize(failures: Sequence[NodeFailure]) -> str:
     named = {each.node for each in causes}
     alike = sorted({each.node for each in failures if each.how and each.how == causes[0].how} - named)
     followers = sorted({each.node for each in failures} - named - {*alike})
-    also = [f"{few(alike, 4)} failed alike"] if alike else []
-    also += [f"{few(followers, 4)} stopped as a result"] if followers and not is_unclear(causes) else []
+    also = [f"{_few(alike)} failed alike"] if alike else []
+    also += [f"{_few(followers)} stopped as a result"] if followers and not is_unclear(causes) else []
     told = "; ".join(f"{each.node} {each.what}{_when(each)}" for each in causes)
     return ("cause unclear: " if is_unclear(causes) else "") + told + (f" ({'; '.join(also)})" if also else "")
-
-
-def lost(
-    node: str, why: str, seen: float, *, clock: float = 0.0, abrupt: bool = True, silent: bool = False
-) -> NodeFailure:
-    """A node that went away, or does not answer."""
-    what = f"was lost: {why}"
-    return NodeFailure(node=node, what=what, seen=seen, clock=clock, code=ExitCode.LOST, abrupt=abrupt, silent=silent)
 
 
 def worker_failure(node: str, report: WorkerReport, seen: float) -> NodeFailure:
@@ -213,3 +195,7 @@ def _weight(report: WorkerReport) -> Weight:
 
 def _when(failure: NodeFailure) -> str:
     return datetime.fromtimestamp(failure.clock, UTC).strftime(", at %H:%M:%S UTC") if failure.clock else ""
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
