@@ -103,8 +103,12 @@ class Torchrun:
     async def watch(self, failing: Callable[[], None]) -> Outcome:
         """Waits for the end. `failing` is called once, as soon as torchrun begins to end its workers."""
         failures: tuple[Failure, ...] = ()
-        closing = told_to_end = killing = False
+        closing = told_to_end = killing = finished = False
         async for event in self._events():
+            if event["event"] == "finished":
+                # A script may end with 0 because it is told to.
+                finished = not self.told_to_end
+                continue
             if event["event"] == "failed":
                 failures = first_cause_first([_failure(fields) for fields in event["failures"]])
             if not closing:
@@ -117,7 +121,7 @@ class Torchrun:
             failures = (Failure(rank=-1, exitcode=1, text=text, time=time.time()),)
         # Within the grace a worker may be killed by others than us.
         halted = killing if failures and failures[0].exitcode == -signal.SIGKILL else told_to_end
-        outcome = Outcome(code=self.process.returncode or 0, failures=failures, halted=halted)
+        outcome = Outcome(code=self.process.returncode or 0, failures=failures, halted=halted, finished=finished)
         self.keep(outcome)
         return outcome
 
