@@ -5,6 +5,7 @@ processes by the classes here, subclasses of torch's.
 """
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -39,7 +40,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 WORKER = Path(__file__).resolve().with_name("worker.py")
 LONGEST = 4096
 """Characters of an error that are told: the missing keys of a checkpoint may be megabytes."""
-SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - as in worker.py
 
 
 def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None) -> int:
@@ -214,7 +214,7 @@ def facts(rank: int, failure: ProcessFailure) -> dict[str, object]:
 
 def spare(pid: int) -> str:
     """What worker.py left where it could not write torch's error file."""
-    path = Path(SPARE.format(pid))
+    path = Path(os.environ.get("TORCHRUN_COMPOSE_STALLS", "").partition(":")[2], f"error-{pid}")
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
