@@ -101,6 +101,8 @@ class Settings:
     log_bytes: Value[int] = setting(whole_number(0), "100000000", scope="node")
     start_timeout: Value[float] = setting(seconds(1), "300")
     min_nodes: Value[int] | None = optional(whole_number(1))
+    spares: Value[int] = setting(whole_number(0), "0")
+    regrow: Value[str] = setting(one_of("checkpoint", "failure"), "checkpoint")
     max_restarts: Value[int] = setting(whole_number(0), "3")
     rejoin_timeout: Value[float] = setting(seconds(1), "120")
     stop_grace: Value[float] = setting(seconds(0), "30")

@@ -298,13 +298,16 @@ class Participant:
             self._begun = True
             number = integer(message, "number", 0, 1 << 60)
             self._watch(self._spawn(self._answer(connection, text(message, "question", 40), number, message)))
+        elif kind == "wait":
+            self.services.state("spare", integer(message, "round", 1, LAST_ROUND))
+            self.services.say(text(message, "text"))
         elif kind == "go":
             self._go(message)
         elif kind == "halt":
             ending = "; stopping local workers" if self._engine else ""
             self.services.say(text(message, "text", lines=True) + ending)
             self._stopped = self._stopped or message.get("why") == "stop"
-            self._end(gently=message.get("why") == "stop", grace=float(integer(message, "grace", 0, 1 << 20)))
+            self._end(gently=message.get("why") in ("stop", "grow"), grace=float(integer(message, "grace", 0, 1 << 20)))
         return None
 
     async def _probe(self, connection: Connection, found: list[probes.Target]) -> None:

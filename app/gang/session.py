@@ -62,7 +62,7 @@ class Session:
         """Why a node may not take part, or ""."""
         raise NotImplementedError
 
-    def welcome(self, connection: Connection) -> None:
+    def welcome(self, connection: Connection, hello: Hello) -> None:
         """A node has become a member."""
 
     def conclude(self, verdict: Verdict) -> None:
@@ -119,7 +119,7 @@ class Session:
             self.lose(before, "reconnected after its connection dropped")
         connection.give_up_after(PATIENCE * self.plan.timeouts.heartbeat)
         connection.send("joined")
-        self.welcome(connection)
+        self.welcome(connection, hello)
         self._events.put_nowait(Event(rank=hello.rank, kind="joined"))
         return self.membership.add(connection, hello)
 
@@ -207,11 +207,14 @@ class Session:
                 self.lose(node, f"protocol error: {error}")
             return None
 
-    async def roll_call(self, waiting: Waiting, settled: Callable[[], bool]) -> None:
-        """Waits until all nodes are here, the time is over, or it is `settled` that waiting for the rest is no use."""
+    async def roll_call(
+        self, waiting: Waiting, settled: Callable[[], bool], enough: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Waits until all nodes are here or `enough` of them, the time is over, or it is `settled` that waiting for the
+        rest is no use."""
         probing = asyncio.create_task(self._probe_missing())
         try:
-            while self.membership.missing() and not waiting.over:
+            while self.membership.missing() and not waiting.over and not enough():
                 waiting.tell(self._whom)
                 await self.rest(min(waiting.until, time.monotonic() + 0.5))
                 if settled():

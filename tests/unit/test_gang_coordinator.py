@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -46,6 +47,8 @@ class Node:
     ports: object = ()
     heard: list[Message] = field(default_factory=list)
     closed: bool = False
+    progress: str = ""
+    probes: list[Any] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def read(self) -> None:
@@ -53,9 +56,14 @@ class Node:
             while True:
                 message = await self.connection.receive()
                 if message["kind"] == "ask":
-                    listening = message["question"] == "listen"
-                    answer = {"ports": self.ports} if listening else await no_folder("checkpoints", message)
+                    known: dict[str, Mapping[str, object]] = {
+                        "listen": {"ports": self.ports},
+                        "progress": {"progress": self.progress},
+                    }
+                    answer = known.get(str(message["question"])) or await no_folder("checkpoints", message)
                     self.connection.send("answer", number=message["number"], **answer)
+                if message["kind"] == "probe":
+                    self.probes.append(message["targets"])
                 self.heard.append(message)
                 self._news.set()
         self.closed = True
@@ -196,7 +204,7 @@ def test_a_stop_on_a_node_that_waits_for_the_next_round_stops_the_job() -> None:
     async def story(job: Job) -> None:
         nodes = await running(job, (0, 1))
         late = await job.joins(2)
-        await late.hears("news")
+        await late.hears("wait")
         late.connection.send("stop")
         assert (await nodes[0].hears("halt"))["why"] == "stop"
         for node in nodes:
