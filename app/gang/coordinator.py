@@ -64,6 +64,8 @@ class Coordinator(Session):
         self._handover = 0.0
         """Seconds from the end of a round to the start of the next; 0 while unknown."""
         self._cause = ""
+        self._proven: Mapping[int, NodeConnection] = {}
+        """The nodes that reached each other when that was tried last."""
         self._has_progressed = False
         """The training made progress in some round, so its script and arguments are good."""
         self._ending_since = 0.0
@@ -172,7 +174,9 @@ class Coordinator(Session):
 
     async def _verify_connectivity(self) -> list[NodeFailure]:
         """Returns the failures of nodes lost meanwhile, and before a later round of pairs that do not connect."""
-        state = await self.connectivity()
+        # A second failure in a row may be the network's.
+        proven = self._proven if self.failures == 1 else {}
+        self._proven, state = {}, await self.connectivity(proven)
         failures = [
             NodeFailure(
                 node=self.membership.name(rank), what=f"was lost: {why}", seen=seen, code=ExitCode.LOST, abrupt=True
@@ -194,6 +198,8 @@ class Coordinator(Session):
             # It worked before: a link that is not quite back gets another round.
             pair = NodeFailure(node="the gang:", what=told, seen=time.monotonic(), code=ExitCode.UNREACHABLE)
             return [pair, *failures]
+        if not failures:
+            self._proven = {rank: node for rank, node in self.membership.all().items() if rank in state.here}
         if self.round == 1 and not failures and len(state.ranks) > 1:
             here = f"all {len(state.ranks)} nodes connected"
             self.tell(f"{here}; configuration matches; every node reaches its peers")

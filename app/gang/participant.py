@@ -363,6 +363,7 @@ class Participant:
         self._engine = None
         if left := self.services.clean():
             self.services.say(f"killed {left} orphaned worker process{'es' if left > 1 else ''}")
+        await self.services.released()
         await self.services.refresh()
         self.services.state("waiting", self._round)
         reports = await self._reports(outcome)

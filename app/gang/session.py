@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TypeVar
 
 from app.config.exitcodes import ExitCode
@@ -240,13 +241,17 @@ class Session:
             self.membership.absent.update(zip(asked, reasons, strict=True))
             self.membership.absent.update({rank: known[rank] for rank in missing if rank in known})
 
-    async def connectivity(self) -> Connectivity:
-        """Lets every node dial its share of the others, and waits for what they found."""
+    async def connectivity(self, proven: Mapping[int, NodeConnection] = MappingProxyType({})) -> Connectivity:
+        """Lets every node dial its share of the others, and waits for what they found. Those of `proven` that are still
+        connected as they were do not dial each other."""
         nodes = self.membership.all()
+        known = frozenset(rank for rank, node in nodes.items() if proven.get(rank) is node)
+        state = Connectivity(ranks=list(nodes), started=time.monotonic(), known=known)
         # A node alone is dialled by nobody.
-        ports = await asyncio.gather(*(self._ports(rank) for rank in nodes if len(nodes) > 1))
-        listening = dict(zip(nodes, ports, strict=False))
-        state = Connectivity(ranks=list(nodes), started=time.monotonic())
+        dialled = [*{peer: None for rank in nodes for peer in state.peers(rank)}]
+        ports = await asyncio.gather(*(self._ports(rank) for rank in dialled))
+        listening = dict(zip(dialled, ports, strict=True))
+        state.started = time.monotonic()
         for rank, node in nodes.items():
             found = [
                 {"rank": peer, "address": self.membership.address(hello), "port": port, "key": hello.key}

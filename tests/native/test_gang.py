@@ -534,7 +534,7 @@ def test_a_node_that_comes_after_a_refusal_is_told_the_same(tmp_path: Path) -> N
     with nodes(tmp_path, 3, ALL_REDUCE) as job:
         first, second = job.start(0, "10"), job.start(1, "10", NPROC_PER_NODE="2")
         first.wait_for(r"waiting up to 10 s to deliver the verdict to node 2 \(127\.0\.0\.3\)")
-        first.wait_for("NPROC_PER_NODE +1", 1)
+        first.wait_for("NPROC_PER_NODE +1", 5)
         late = job.start(2, "10")
         assert ends([first, second, late]) == [4, 4, 4]
     assert first.said[-2:] == second.said[-2:] == late.said[-2:]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from app.config.exitcodes import ExitCode
 from app.engine.outcome import Outcome
-from app.gang.connection import MAX_LINE, Connection, Message
+from app.gang.connection import MAX_LINE, Connection, Message, items
 from app.gang.coordinator import Coordinator
 from app.gang.handshake import introduce
 from app.gang.mirror.pages import pages
@@ -75,6 +75,10 @@ class Node:
                 self._news.clear()
                 await self._news.wait()
         return found[-1]
+
+    async def dials(self) -> set[object]:
+        """The ranks that it is told to try."""
+        return {target["rank"] for target in items(await self.hears("probe"), "targets", 100)}
 
     async def goes(self) -> None:
         """Says that it reaches everybody, and starts."""
@@ -183,6 +187,39 @@ def test_a_blocked_pair_is_the_end_before_the_first_round_and_another_try_in_a_l
         assert "All nodes start again (restart 1 of 3)" in str((await nodes[1].hears("news"))["text"])
 
     lead(a_plan(2), story)
+
+
+def test_reach_is_proven_anew_to_who_came_back_and_between_all_after_a_second_failure_in_a_row() -> None:
+    async def round_fails(nodes: Sequence[Node], ports: Sequence[int]) -> list[set[object]]:
+        """Whom each node is told to dial before the round that follows."""
+        for node in nodes:
+            node.heard.clear()
+        for node, port in zip(nodes, ports, strict=True):
+            node.connection.send("ended", code=1, failures=[], finished="", ports=[{"port": port}], progress="")
+        dialled = [await node.dials() for node in nodes]
+        for node in nodes:
+            node.connection.send("reached", failed=[])
+        for node in nodes:
+            await node.hears("go")
+        return dialled
+
+    async def story(job: Job) -> None:
+        nodes = await running(job)
+        assert await round_fails(nodes, (1, 2, 3)) == [set(), set(), set()]
+        assert await round_fails(nodes, (4, 5, 6)) == [{1, 2}, {0, 2}, {0, 1}]
+
+    async def with_a_newcomer(job: Job) -> None:
+        nodes = await running(job)
+        for node in nodes:
+            node.heard.clear()
+        nodes[2].connection.close()
+        for node in nodes[:2]:
+            node.connection.send("ended", code=0, failures=[], finished="", ports=[{"port": 7}], progress="")
+        nodes[2] = await job.joins(2, instance_id="another", round_=1)
+        assert [await node.dials() for node in nodes] == [{2}, {2}, {0, 1}]
+
+    lead(a_plan(), story)
+    lead(a_plan(), with_a_newcomer)
 
 
 def test_a_node_that_disagrees_and_leaves_does_not_let_the_others_start_without_the_rest() -> None:

@@ -14,8 +14,8 @@ from app.cli.report import bundle, main, reports
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
 from app.config.redaction import REMOVED
+from app.engine.command import command_line, environment
 from app.engine.outcome import Failure, Outcome
-from app.engine.torchrun import command_line, environment
 from app.gang.verdict import Verdict
 from app.plan import Draft, Plan
 from app.report.history import RoundRecord, keep_round
@@ -222,6 +222,7 @@ FULL = NodeReport(
     line="x" * 5000,
     cause="y" * 5000,
     fix="z" * 5000,
+    restarts=({"detection": 0.05, "stop": 0.2},) * 9,
     stalls=("rank0.json", "rank1.json"),
     flight_records=("a", "b"),
     decisions=(),

@@ -100,6 +100,8 @@ class Vendor:
     read: Callable[[Path], Gpus]
     """The GPUs of the machine below a root."""
     state: Callable[[Path, Gpus], GpuState]
-    """Asks the vendor's tools for their health, and which are apart. Never raises."""
+    """Asks the vendor's tools. Never raises."""
+    memory: Callable[[Path, Gpus], Mapping[int, int]]
+    """MiB in use, by index; without those that tell none. Asked often while a job restarts. Never raises."""
     faults: Callable[[str, float], tuple[GpuFault, ...]]
     """Errors in the kernel's log since a time (seconds since the machine started), each kind once."""
