@@ -160,7 +160,7 @@ def _without(found: Draft, secrets: Sequence[str]) -> Draft:
     def sentence(text: str) -> str:
         return clean(text).replace("{", "{{").replace("}", "}}")
 
-    def told(problem: Problem) -> Problem:
+    def cleaned(problem: Problem) -> Problem:
         return replace(
             problem,
             what=sentence(problem.cause),
@@ -181,8 +181,8 @@ def _without(found: Draft, secrets: Sequence[str]) -> Draft:
     return replace(
         found,
         decisions=tuple(decisions),
-        warnings=tuple(map(told, found.warnings)),
-        problems=tuple(map(told, found.problems)),
+        warnings=tuple(map(cleaned, found.warnings)),
+        problems=tuple(map(cleaned, found.problems)),
     )
 
 

@@ -32,7 +32,7 @@ from torch.distributed.run import main as torchrun
 
 from app.engine import torch_private, warm
 from app.engine.output import OwnLines, in_pipes
-from app.engine.warm import Connection, Forked
+from app.engine.warm import Forked, PreloadConnection
 
 Tell = Callable[[dict[str, object]], None]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -50,7 +50,7 @@ def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None)
         # Functions that return what the classes do: they are only called.
         multiprocessing.SubprocessContext = context  # type: ignore[misc]
         if server is not None:
-            handler: Any = partial(Handler, preloaded=Connection(socket.socket(fileno=server)))
+            handler: Any = partial(Handler, preloaded=PreloadConnection(socket.socket(fileno=server)))
             handlers.SubprocessHandler = handler  # type: ignore[attr-defined]
     try:
         torchrun(arguments)
@@ -186,7 +186,7 @@ class Workers(SubprocessContext):
 class Handler(SubprocessHandler):
     """One worker: forked from the preloaded process if it is a script in this Python, and as torch does it if not."""
 
-    def __init__(self, *args: Any, preloaded: Connection, **rest: Any) -> None:  # noqa: ANN401
+    def __init__(self, *args: Any, preloaded: PreloadConnection, **rest: Any) -> None:  # noqa: ANN401
         self._preloaded = preloaded
         super().__init__(*args, **rest)
 

@@ -17,7 +17,7 @@ from app.plan.monitoring import decide_monitoring
 from app.plan.network import decide_interface
 from app.plan.node_list import NodeList, names_to_resolve
 from app.plan.nodes import decide_listed
-from app.plan.parts import Checkpoints, LocalWorkers, Monitoring, Network, Nodes, Script, Timeouts
+from app.plan.parts import CheckpointExchange, JobNodes, LocalWorkers, Monitoring, Network, Script, Timeouts
 from app.plan.ports import Ports, decide_ports
 from app.plan.rdma import decide_rdma
 from app.plan.resource_checks import check_needs
@@ -41,11 +41,11 @@ class Plan:
     """Everything that a launch on this node uses."""
 
     run_name: str
-    nodes: Nodes
+    nodes: JobNodes
     network: Network
     workers: LocalWorkers
     script: Script
-    checkpoints: Checkpoints
+    checkpoints: CheckpointExchange
     timeouts: Timeouts
     monitoring: Monitoring
     max_restarts: int
@@ -81,6 +81,8 @@ class Draft:
     """What could be decided, also where something is wrong: what `explain` shows."""
 
     plan: Plan | None
+    rank: int | None = None
+    """Of this node, where it could be decided."""
     run_dir: Path
     problems: tuple[Problem, ...]
     decisions: tuple[Decision, ...]
@@ -148,13 +150,10 @@ def draft(settings: Settings, host: Host) -> Draft:
             decisions=tuple(ledger.decisions),
             warnings=tuple(ledger.warnings),
         )
-    return _draft(plan, script.run_dir, ledger)
-
-
-def _draft(plan: Plan | None, run_dir: Path, ledger: Ledger) -> Draft:
     return Draft(
         plan=plan,
-        run_dir=run_dir,
+        rank=None if nodes is None else nodes.rank,
+        run_dir=script.run_dir,
         problems=tuple(ledger.problems),
         decisions=tuple(ledger.decisions),
         warnings=tuple(ledger.warnings),
@@ -176,8 +175,8 @@ def _decide_nodes(settings: Settings, host: Host, ledger: Ledger) -> NodeList | 
     return decide_classic(settings, host, ledger)
 
 
-def _nodes(nodes: NodeList, minimum: int, settings: Settings) -> Nodes:
-    return Nodes(
+def _nodes(nodes: NodeList, minimum: int, settings: Settings) -> JobNodes:
+    return JobNodes(
         rank=nodes.rank,
         rank_source=nodes.rank_source,
         addresses=nodes.addresses,

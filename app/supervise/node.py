@@ -42,11 +42,11 @@ from app.supervise.gpu_memory import ANSWER, until_free
 from app.supervise.hang import read_ended, watched
 from app.supervise.notify import Notifier
 from app.supervise.preloading import SIGNALS
-from app.supervise.progress import Progress
+from app.supervise.progress import TrainingProgress
 from app.supervise.restart_guard import forget_final, reserve_final, write_final
 from app.supervise.restarts import MARKS, follow, marks_file
 from app.supervise.runtime_dir import one_job, runtime_dir
-from app.supervise.state import State
+from app.supervise.state import NodeState
 
 Clean = Callable[[str], str]
 FILES = 30.0
@@ -140,9 +140,9 @@ async def _take_part(node: "Node", token: bytes) -> tuple[Verdict, bool]:
     coordinator = Coordinator(plan, token, say, lambda: down_link(plan.network.interface))
     server = await _listen(plan, coordinator)
     leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
-    progress = Progress(plan, node.folder, say, lambda: 0 if node.ending else node.engine)
+    progress = TrainingProgress(plan, node.folder, say, lambda: 0 if node.ending else node.engine)
     notifier = Notifier(plan, node.clean, say) if plan.monitoring.notify else None
-    state = State(
+    state = NodeState(
         plan, node.folder, lambda: progress.gained, lambda: trips(coordinator, participant), lambda: node.ranks
     )
     checkpoints = Checkpoints(plan, token, say)

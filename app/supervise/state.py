@@ -26,7 +26,7 @@ Trips = Callable[[], Mapping[int, float | None]]
 not connected, negative where nothing was measured yet."""
 
 
-class State:
+class NodeState:
     """This launcher's state and its file."""
 
     def __init__(

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from app.host.accelerators import amd, nvidia
@@ -35,13 +36,10 @@ def read_state(root: Path, gpus: Gpus) -> GpuState:
     if not gpus.visible:
         return GpuState()
     vendor = vendor_of(gpus)
-    state = vendor.state(root, gpus)
     bridges = {bridge for gpu in gpus.visible for bridge in gpu.pci[:-1]}
-    return GpuState(
-        health=state.health,
-        failure=state.failure,
+    return replace(
+        vendor.state(root, gpus),
         iommu=_iommu(root, [gpu.bus for gpu in gpus.visible if gpu.bus]),
-        apart=state.apart,
         redirecting=tuple(sorted(bridge for bridge in bridges if _redirects(root, bridge))),
         faults=vendor.faults(kernel_log(root / "dev/kmsg"), 0.0),
     )

@@ -89,15 +89,6 @@ class GpuState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LiveState:
-    """What a vendor's own tools say of its GPUs."""
-
-    health: tuple[GpuHealth, ...] = ()
-    failure: str = ""
-    apart: tuple[tuple[int, int, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Vendor:
     """All that a second vendor has to bring along."""
 
@@ -122,7 +113,7 @@ class Vendor:
     """Commands by id of doctor's finding; `{gpu}` is an index. "" or absent where there is none."""
     read: Callable[[Path], Gpus]
     """The GPUs of the machine below a root."""
-    state: Callable[[Path, Gpus], LiveState]
+    state: Callable[[Path, Gpus], GpuState]
     """Asks the vendor's tools. Never raises."""
     loads: Callable[[Path, Gpus], tuple[GpuLoad, ...]]
     """What they do at this moment. Never raises."""
