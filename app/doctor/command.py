@@ -13,17 +13,17 @@ from pathlib import Path
 
 from app.config.errors import UserError
 from app.config.options import Parser
+from app.config.redaction import redact, settings_secrets
 from app.config.settings import Settings, read_settings
 from app.doctor.collect.live import collect
 from app.doctor.facts import Facts
-from app.doctor.findings import Finding, Row, Severity, Value, from_sentence, red
+from app.doctor.findings import Finding, Row, Value, from_sentence, wrong
 from app.doctor.node_checks import check_node
 from app.doctor.table import WORDS, exit_code, to_json, to_lines, to_table, verdict
 from app.host import probe
 from app.plan import Plan, draft
 from app.plan.node_list import names_to_resolve
 from app.plan.script import files_to_look_at
-from app.report.redaction import plan_secrets, redact
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | None) -> int:
@@ -65,19 +65,15 @@ def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row
         token = read_token(plan)
         return asyncio.run(stoppable(meet(facts, plan, token, own.findings, say, all_reduce, wait)))
     except UserError as error:
-        return [_with(own, from_sentence("settings-wrong", "settings", Severity.RED, error.message))]
+        return [_with(own, wrong("settings-wrong", sentence=error.message))]
     except NoAnswerError as error:
-        absent = red("coordinator-missing", "present", "{reason}", reason=str(error))
+        absent = wrong("coordinator-missing", reason=str(error))
         node0 = Row(rank=0, address=plan.nodes.addresses[0], findings=(absent,))
         return [node0, own] if own.rank else [_with(own, absent)]
     except OSError as error:
-        text = "This node cannot listen on {address} (MASTER_PORT {master}, CONTROL_PORT {control}): {reason}."
-        values: dict[str, Value] = {
-            "address": plan.network.address,
-            "master": plan.network.master_port,
-            "control": plan.network.control_port,
-        }
-        return [_with(own, red("cannot-listen", "ports", text, "", reason=why(error), **values))]
+        net = plan.network
+        values: dict[str, Value] = {"address": net.address, "master": net.master_port, "control": net.control_port}
+        return [_with(own, wrong("cannot-listen", None, reason=why(error), **values))]
 
 
 async def stoppable(work: Coroutine[None, None, Sequence[Row]]) -> Sequence[Row]:
@@ -114,9 +110,8 @@ def gather_facts(settings: Settings, root: Path = Path("/")) -> Facts:
     name = socket.gethostname()
     host = probe(root, resolve=(*names_to_resolve(settings), name), paths=files_to_look_at(settings))
     found = draft(settings, host)
-    return Facts(
-        host=host, draft=found, live=collect(root, host, found.plan.script.checkpoint_dir if found.plan else None)
-    )
+    live = collect(root, host, found.plan.script.checkpoint_dir if found.plan else None)
+    return Facts(host=host, draft=found, live=live, secrets=settings_secrets(settings))
 
 
 def own_row(facts: Facts) -> Row:
@@ -127,13 +122,13 @@ def own_row(facts: Facts) -> Row:
 
 
 def without_secrets(row: Row, facts: Facts) -> Row:
-    secrets = plan_secrets(facts.plan, os.environ)
-
     def clean(finding: Finding) -> Finding:
-        told = {
-            name: redact(value, secrets) if isinstance(value, str) else value for name, value in finding.values.items()
+        values = {
+            name: redact(value, facts.secrets) if isinstance(value, str) else value
+            for name, value in finding.values.items()
         }
-        return replace(finding, values=told, fix=redact(finding.fix, secrets))
+        sentence, fix = redact(finding.sentence, facts.secrets), redact(finding.fix, facts.secrets)
+        return from_sentence(finding.id, finding.check, finding.severity, sentence, fix, values)
 
     return replace(row, findings=tuple(map(clean, row.findings)))
 

@@ -1,12 +1,11 @@
 """All that the checks of one node go by."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from app.doctor.collect.live import LiveFacts
 from app.host import Host
 from app.host.nics import Nic
 from app.plan import Draft, Plan
-from app.plan.decisions import Decision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +13,8 @@ class Facts:
     host: Host
     draft: Draft
     live: LiveFacts
+    secrets: tuple[str, ...] = field(repr=False, default=())
+    """Of this node's user, told to nobody."""
 
     @property
     def plan(self) -> Plan | None:
@@ -23,6 +24,3 @@ class Facts:
     def nic(self) -> Nic | None:
         """The interface that carries this node's address."""
         return next((nic for nic in self.host.nics if self.plan and nic.name == self.plan.network.interface), None)
-
-    def decision(self, name: str) -> Decision | None:
-        return next((each for each in self.draft.decisions if each.name == name), None)

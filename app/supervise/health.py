@@ -20,7 +20,7 @@ FRESH = 30.0
 """Seconds after which a state that was not written again means a launcher that hangs."""
 
 
-class State:
+class NodeState:
     """This launcher's state and its file."""
 
     def __init__(self, folder: Path, progress: Callable[[], str]) -> None:

@@ -81,7 +81,7 @@ def _is_complete(name: str) -> bool:
     return not name.startswith(".") and "tmp" not in name and not name.endswith((".new", ".partial"))
 
 
-class Progress:
+class TrainingProgress:
     """The newest that is known of both, brought up to date every second."""
 
     def __init__(self, plan: Plan, folder: Path, say: Callable[[str], None], engine: Callable[[], int]) -> None:

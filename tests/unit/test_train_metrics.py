@@ -8,14 +8,14 @@ from PIL import ImageColor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from app.train.metrics import Metrics, loss_picture, peak_flops, slow_ranks
-from app.train.model import GPT, Linear, learning_rate, uses_bf16
-from app.train.settings import Settings
+from app.train.model import GPT, learning_rate, uses_bf16
+from app.train.settings import TrainSettings
 
 FAST, SLOW, WAITING = (0.01, 0.1, 0.1), (0.01, 0.2, 0.0), (0.0, 0.1, 0.11)
 
 
 def test_the_rate_warms_up_and_falls_to_its_floor() -> None:
-    settings = Settings(steps=100, warmup=10, lr=1.0, min_lr=0.1)
+    settings = TrainSettings(steps=100, warmup=10, lr=1.0, min_lr=0.1)
     rates = [learning_rate(settings, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[10] == max(rates) == 1.0
@@ -93,21 +93,12 @@ def test_a_gpu_that_only_emulates_bf16_uses_it_when_asked(
 
 def test_steps_that_are_done_again_are_in_the_events_once(tmp_path: Path) -> None:
     for first, last in ((1, 5), (3, 6)):
-        metrics = Metrics(Settings(run_dir=str(tmp_path)), ["rank 0"], "", 1)
+        metrics = Metrics(TrainSettings(run_dir=str(tmp_path)), ["rank 0"], "", 1)
         metrics.write([{"step": step, "loss": float(first)} for step in range(first, last + 1)])
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     told = [(event.step, event.value) for event in events.Scalars("loss")]
     assert told == [(1, 1.0), (2, 1.0), (3, 3.0), (4, 3.0), (5, 3.0), (6, 3.0)]
-
-
-def test_a_convolution_is_the_same_product_as_a_linear_layer() -> None:
-    layer, x = Linear(24, 40), torch.randn(3, 7, 24, requires_grad=True)
-    ours, theirs = layer(x), torch.nn.functional.linear(x, layer.weight)
-    torch.testing.assert_close(ours, theirs)
-    (ours_grad,) = torch.autograd.grad(ours.square().sum(), layer.weight)
-    (theirs_grad,) = torch.autograd.grad(theirs.square().sum(), layer.weight)
-    torch.testing.assert_close(ours_grad, theirs_grad)
 
 
 def test_no_token_sees_the_future() -> None:

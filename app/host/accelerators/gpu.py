@@ -75,15 +75,6 @@ class GpuState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LiveState:
-    """What a vendor's own tools say of its GPUs."""
-
-    health: tuple[GpuHealth, ...] = ()
-    failure: str = ""
-    apart: tuple[tuple[int, int, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Vendor:
     """All that a second vendor has to bring along."""
 
@@ -108,7 +99,9 @@ class Vendor:
     """Commands by id of doctor's finding; `{gpu}` is an index. "" or absent where there is none."""
     read: Callable[[Path], Gpus]
     """The GPUs of the machine below a root."""
-    state: Callable[[Path, Gpus], LiveState]
+    state: Callable[[Path, Gpus], GpuState]
     """Asks the vendor's tools. Never raises."""
+    memory: Callable[[Path, Gpus], Mapping[int, int]]
+    """MiB in use, by index; without those that tell none. Asked often while a job restarts. Never raises."""
     faults: Callable[[str, float], tuple[GpuFault, ...]]
     """Errors in the kernel's log since a time (seconds since the machine started), each kind once."""

@@ -4,7 +4,7 @@ import re
 from itertools import combinations
 from pathlib import Path
 
-from app.host.accelerators.gpu import GpuFault, GpuHealth, Gpus, LiveState
+from app.host.accelerators.gpu import GpuFault, GpuHealth, Gpus, GpuState
 from app.host.accelerators.kernel_log import lines_since
 
 SMI_FIELDS = (
@@ -30,13 +30,13 @@ DEAD_XIDS = frozenset({48, 64, 74, 79, 95, 119, 120, 140})
 (NVIDIA: XID errors, the catalogue)."""
 
 
-def state(root: Path, _gpus: Gpus) -> LiveState:
+def state(root: Path, _gpus: Gpus) -> GpuState:
     if root != Path("/"):
-        return LiveState()
+        return GpuState()
     return ask_nvml() or _ask_smi()
 
 
-def ask_nvml() -> LiveState | None:
+def ask_nvml() -> GpuState | None:
     """None where nvidia-ml-py is not installed, or NVML does not answer."""
     try:
         import pynvml as nvml  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -54,7 +54,7 @@ def ask_nvml() -> LiveState | None:
             status = _asked(nvml, "nvmlDeviceGetP2PStatus", first, second, P2P_READ)
             if 0 < status <= len(REASONS):
                 apart.append((one, other, [*REASONS.values()][status - 1]))
-        return LiveState(health=health, apart=tuple(apart))
+        return GpuState(health=health, apart=tuple(apart))
     except nvml.NVMLError:
         return None
     finally:
@@ -82,10 +82,10 @@ def _asked(nvml: object, name: str, *arguments: object) -> int:
         return 0
 
 
-def _ask_smi() -> LiveState:
+def _ask_smi() -> GpuState:
     text, failure = _smi(f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits")
     peers, _ = _smi("topo", "-p2p", "r")
-    return LiveState(health=read_health(text), failure=failure, apart=read_peers(peers))
+    return GpuState(health=read_health(text), failure=failure, apart=read_peers(peers))
 
 
 def _smi(*words: str) -> tuple[str, str]:
