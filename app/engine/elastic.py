@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic import multiprocessing
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
     RunProcsResult,
@@ -28,6 +29,7 @@ from torch.distributed.elastic.multiprocessing import (
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.multiprocessing.subprocess_handler import handlers
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+from torch.distributed.launcher import api as launcher
 from torch.distributed.run import main as torchrun
 
 from app.engine import torch_private, warm
@@ -40,6 +42,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 WORKER = Path(__file__).resolve().with_name("worker.py")
 LONGEST = 4096
 """Characters of an error that are told: the missing keys of a checkpoint may be megabytes."""
+UNTIL_ALL_HAVE_ENDED = 1e7
+"""Seconds for which a node whose ranks are done waits for the others. After torch's 300 it prints a traceback and ends,
+and with node 0 ends the store; who is lost meanwhile or hangs is the launcher's concern."""
 
 
 def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None) -> int:
@@ -49,6 +54,8 @@ def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None)
         context: Any = partial(Workers, signals=signals, grace=grace, tell=tell, own_lines=own_lines)
         # Functions that return what the classes do: they are only called.
         multiprocessing.SubprocessContext = context  # type: ignore[misc]
+        agent: Any = partial(LocalElasticAgent, exit_barrier_timeout=UNTIL_ALL_HAVE_ENDED)
+        launcher.LocalElasticAgent = agent  # type: ignore[attr-defined]
         if server is not None:
             handler: Any = partial(Handler, preloaded=PreloadConnection(socket.socket(fileno=server)))
             handlers.SubprocessHandler = handler  # type: ignore[attr-defined]

@@ -365,8 +365,12 @@ class Participant:
         self._halted = math.inf
         self._stalled, self._run_id = [], place.run_id
         self.services.state("running", self._round)
-        self._engine = self.services.launch(place)
-        self._run = self._spawn(self._run_engine(self._engine))
+        try:
+            self._engine = self.services.launch(place)
+        except OSError as error:  # Such as arguments that are too long: no fault of the connection.
+            self._run = self._spawn(self._tell_end(_broke(error)))
+        else:
+            self._run = self._spawn(self._run_engine(self._engine))
         self._watch(self._run)
 
     def _watch(self, task: asyncio.Task[None]) -> None:
@@ -384,10 +388,12 @@ class Participant:
         try:
             outcome = await engine.watch(self._fails)
         except Exception as error:  # Whatever it said: node 0 waits for this node's end.
-            itself = Failure(rank=-1, exitcode=1, text=f"{type(error).__name__}: {error}", time=time.time())
-            outcome = Outcome(code=1, failures=(itself,))
+            outcome = _broke(error)
         engine.kill()
         self._engine = None
+        await self._tell_end(outcome)
+
+    async def _tell_end(self, outcome: Outcome) -> None:
         if left := self.services.clean():
             self.services.say(f"killed {left} orphaned worker process{'es' if left > 1 else ''}")
         await self.services.released()
@@ -484,3 +490,9 @@ def _target(item: Message) -> probes.Target:
 
 def _clamp(code: int) -> int:
     return max(-64, min(255, code))
+
+
+def _broke(error: Exception) -> Outcome:
+    """The end of a torchrun that could not be started or understood."""
+    itself = Failure(rank=-1, exitcode=1, text=f"{type(error).__name__}: {error}", time=time.time())
+    return Outcome(code=1, failures=(itself,))
