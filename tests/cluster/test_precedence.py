@@ -237,6 +237,7 @@ def as_compose_sees_it(name: str, node: Node, env: dict[str, str], shell: dict[s
             "ENV_FILE": mounts["/etc/torchrun-compose/.env"],
             "IMAGE": service["image"],
             "BASE_IMAGE": service["build"]["args"].get("BASE_IMAGE"),
+            "TORCH": service["build"]["args"]["TORCH"],
             "WHEELHOUSE": service["build"]["additional_contexts"]["wheels"],
             "RENDER_GROUP": service.get("group_add", [""])[-1],
             "RUNS": mounts["/runs"],
