@@ -11,10 +11,10 @@ from pathlib import Path
 from app.cli.explain import to_lines
 from app.config.errors import UserError
 from app.config.options import Parser
+from app.config.redaction import redact, settings_secrets
 from app.config.settings import read_settings
 from app.plan import Draft, draft, probe_for
 from app.report.node_report import READ_BYTES, stored
-from app.report.redaction import redact, settings_secrets
 
 TEXTS = ("report/*/report.*", "report/*/stalls/*.json", "logs/*/*.error.json", "logs/*/rounds.jsonl", "logs/*/*/*/*/*")
 RECORDS = "logs/*/flight_recorder_rank_*"
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
     settings = read_settings(environ, env_file)
     found = draft(settings, probe_for(settings))
     run_dir = found.run_dir
-    secrets = settings_secrets(settings, found.plan)
+    secrets = settings_secrets(settings)
     try:
         if not wanted.bundle:
             print(redact(told(run_dir), secrets))

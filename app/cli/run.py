@@ -9,9 +9,9 @@ from app.config.console import show
 from app.config.errors import UserError
 from app.config.options import Parser, script_line
 from app.config.problems import refusal
+from app.config.redaction import redact, settings_secrets
 from app.config.settings import Settings, read_settings
 from app.plan import Plan, make_plan, probe_for
-from app.report.redaction import redact, settings_secrets
 from app.supervise.node import supervise
 from app.supervise.restart_guard import read_final, write_final
 from app.supervise.unfit import tell_node_0
@@ -50,16 +50,17 @@ def start(script: Sequence[str], environ: Mapping[str, str], env_file: Path) -> 
     try:
         return carry_out(settings)
     except UserError as error:
-        tell_node_0(settings, error.message)
-        raise
+        clean = UserError(redact(error.message, settings_secrets(settings)), error.code)
+        tell_node_0(settings, clean.message)
+        raise clean from None
 
 
 def carry_out(settings: Settings) -> int:
     plan = make_plan(settings, probe_for(settings))
     if not isinstance(plan, Plan):
         raise refusal(plan)
-    secrets = settings_secrets(settings, plan)
+    secrets = settings_secrets(settings)
     show(f"{redact(short(plan), secrets)}\n", sys.stdout)
     for warning in plan.warnings:
         show(f"warning: {redact(warning.message, secrets)}\n", sys.stderr)
-    return supervise(plan)
+    return supervise(plan, secrets)

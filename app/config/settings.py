@@ -132,6 +132,7 @@ class Settings:
     workspace_read_only: Value[str] | None = optional(str, scope="compose")
     data_dir: Value[str] | None = optional(str, scope="compose")
     shm_size: Value[str] | None = optional(str, scope="compose")
+    tmp_size: Value[str] | None = optional(str, scope="compose")
     restart: Value[str] | None = optional(str, scope="compose")
     stop_grace_period: Value[float | None] = setting(duration, "60s", scope="compose")
     tensorboard_port: Value[str] | None = optional(str, scope="compose")

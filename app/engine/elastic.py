@@ -5,6 +5,7 @@ processes by the classes here, subclasses of torch's.
 """
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -30,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_han
 from torch.distributed.run import main as torchrun
 
 from app.engine import torch_private, warm
-from app.engine.output import in_pipes
+from app.engine.output import OwnLines, in_pipes
 from app.engine.warm import Connection
 
 Tell = Callable[[dict[str, object]], None]
@@ -39,14 +40,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 WORKER = Path(__file__).resolve().with_name("worker.py")
 LONGEST = 4096
 """Characters of an error that are told: the missing keys of a checkpoint may be megabytes."""
-SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - as in worker.py
 
 
 def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None) -> int:
     """Runs torchrun; 0, 1, or 128 + the signal that stopped it. `grace` is the seconds that its workers get to end."""
-    signals = Signals()
+    signals, own_lines = Signals(), OwnLines()
     if not torch_private.missing(torch_private.ENGINE):
-        context: Any = partial(Workers, signals=signals, grace=grace, tell=tell)
+        context: Any = partial(Workers, signals=signals, grace=grace, tell=tell, own_lines=own_lines)
         # Functions that return what the classes do: they are only called.
         multiprocessing.SubprocessContext = context  # type: ignore[misc]
         if server is not None:
@@ -70,6 +70,7 @@ def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None)
         raise
     finally:
         signals.ignore()
+        own_lines.close()
 
 
 class Signals:
@@ -131,7 +132,17 @@ class Workers(SubprocessContext):
     """The workers of one node; tells `{"event": "closing"}` as soon as torch begins to end them or one has failed,
     which is up to `grace` seconds before it says why."""
 
-    def __init__(self, *, signals: Signals, grace: int | None, tell: Tell, **rest: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        *,
+        signals: Signals,
+        grace: int | None,
+        tell: Tell,
+        own_lines: OwnLines,
+        **rest: Any,  # noqa: ANN401
+    ) -> None:
+        # From here on the descriptor is the ranks', whose lines are looked at before.
+        own_lines.close()
         try:
             super().__init__(**rest)
         except OSError:
@@ -203,7 +214,7 @@ def facts(rank: int, failure: ProcessFailure) -> dict[str, object]:
 
 def spare(pid: int) -> str:
     """What worker.py left where it could not write torch's error file."""
-    path = Path(SPARE.format(pid))
+    path = Path(os.environ.get("TORCHRUN_COMPOSE_STALLS", "").partition(":")[2], f"error-{pid}")
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from app.config.redaction import redact_data
 from app.engine.outcome import Failure, Outcome
 from app.plan import Plan
-from app.report.redaction import plan_secrets, redact_data
+from app.report.redaction import plan_secrets
 
 ROUNDS = "rounds.jsonl"
 LAST_WORDS = 100
@@ -89,7 +90,7 @@ def keep_round(plan: Plan, run_id: str, outcome: Outcome) -> None:
 def keep_left_out(plan: Plan, module: str, why: str) -> None:
     """A module of PRELOAD that could not be loaded; best effort."""
     line = json.dumps({"time": time.time(), "module": module, "why": why})
-    with contextlib.suppress(OSError), (plan.log_dir / LEFT_OUT).open("a", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), open(plan.log_dir / LEFT_OUT, "a", encoding="utf-8", opener=private) as file:
         file.write(line + "\n")
 
 

@@ -14,12 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from app.config.exitcodes import ExitCode
+from app.config.redaction import redact, redact_data
 from app.host.accelerators import recent_faults
 from app.host.files import entries, number, text
 from app.host.limits import control_groups
 from app.plan import Plan
 from app.report.history import RoundRecord, private, read_left_out, read_rounds
-from app.report.redaction import plan_secrets, redact, redact_data
+from app.report.redaction import plan_secrets
 
 LAST_LINES = 40
 READ_BYTES = 1 << 20

@@ -9,12 +9,13 @@ import resource
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from app.config.console import say
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
+from app.config.redaction import redact
 from app.engine import torchrun
 from app.engine.outcome import Explanation, Failure, Outcome, Stall
 from app.engine.warm import Preloaded
@@ -40,6 +41,7 @@ from app.supervise.progress import Progress
 from app.supervise.restart_guard import forget_final, reserve_final, write_final
 from app.supervise.runtime_dir import one_job, runtime_dir
 
+Clean = Callable[[str], str]
 MOST_FILES = 65_536
 FILES = 30.0
 """Seconds that the file system of the run's folder has for one act."""
@@ -48,8 +50,9 @@ EXAMINE = 3.0
 """Seconds for what a failed worker has left: all nodes wait for it."""
 
 
-def supervise(plan: Plan) -> int:
-    """Joins the job, runs torchrun round by round, and returns the exit code (`ExitCode`).
+def supervise(plan: Plan, secrets: Sequence[str] = ()) -> int:
+    """Joins the job, runs torchrun round by round, and returns the exit code (`ExitCode`). The `secrets` are told to
+    nobody.
 
     Raises UserError where a file or folder of the settings cannot be used."""
     token = read_token(plan)
@@ -57,8 +60,10 @@ def supervise(plan: Plan) -> int:
     _best_effort(reserve_final)
     torchrun.adopt_orphans()
     allow_many_files()
-    with one_job(plan), runtime_dir() as folder, _preloaded(plan) as preloaded:
-        verdict, own_stop = asyncio.run(_take_part(plan, token, folder, preloaded))
+    clean = functools.partial(redact, secrets=secrets)
+    with one_job(plan), runtime_dir() as folder, _preloaded(plan, clean) as preloaded:
+        node = Node(plan=plan, folder=folder, preloaded=preloaded, before=read_counters(), clean=clean)
+        verdict, own_stop = asyncio.run(_take_part(node, token))
     if verdict.code in (ExitCode.DONE, ExitCode.STOPPED):
         _best_effort(forget_final)
     if verdict.code == ExitCode.STOPPED:
@@ -69,10 +74,11 @@ def supervise(plan: Plan) -> int:
 
 
 @contextlib.contextmanager
-def _preloaded(plan: Plan) -> Iterator[Preloaded]:
+def _preloaded(plan: Plan, clean: Clean) -> Iterator[Preloaded]:
     """What PRELOAD names begins to be loaded before the nodes meet, since that takes as long."""
 
     def tell(name: str, why: str) -> None:
+        why = clean(why)
         say(f"PRELOAD: left out {name}: {why}")
         start_thread(lambda: keep_left_out(plan, name, why), "history")
 
@@ -89,37 +95,50 @@ def _best_effort(act: Callable[[], object]) -> None:
         in_time(act, FILES)
 
 
-def tell_end(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: float) -> None:
+def tell_end(node: "Node", verdict: Verdict, started: float) -> None:
     """All that is written and printed of the end, but the verdict itself."""
+    plan = node.plan
     if verdict.code == ExitCode.DONE:
         forget_report(plan)
         say(f"results: {results(plan.script)}")
     elif verdict.code != ExitCode.STOPPED:
-        tell_report(plan, verdict, before, started)
+        tell_report(plan, verdict, node.before, started, node.clean)
 
 
-def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: float) -> None:
+def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: float, clean: Clean = redact) -> None:
     """Writes this node's report, and prints where it is and what the known error in it means. Never raises: whatever is
     wrong with a report (a full disk, a bug), the verdict must be told."""
     try:
         report = make_report(plan, int(verdict.code), verdict.text, before, started)
         # What the culprit's own node knows is more than what another finds in the verdict.
         if verdict.cause or report.names_cause:
-            say(f"cause: {verdict.cause or report.cause}\nfix: {verdict.fix or report.fix}")
+            say(clean(f"cause: {verdict.cause or report.cause}\nfix: {verdict.fix or report.fix}"))
         say(f"report written to {write_report(plan, report)}")
     except Exception as error:
-        say(f"no report: {type(error).__name__}: {error}")
+        say(clean(f"no report: {type(error).__name__}: {error}"))
 
 
 def make_folders(plan: Plan) -> None:
     """What the script finds when it starts: its logs' folder, CHECKPOINT_DIR, HOME. Raises UserError."""
-    for path in filter(None, (plan.log_dir, plan.script.checkpoint_dir, plan.script.home)):
+    home = plan.script.home
+    for path in filter(None, (plan.log_dir, plan.script.checkpoint_dir, home)):
+        make = functools.partial(path.mkdir, parents=True, exist_ok=True)
         try:
-            in_time(functools.partial(path.mkdir, parents=True, exist_ok=True), FILES)
+            in_time(functools.partial(make_home, path) if path == home else make, FILES)
         except TimeoutError:
             raise UserError(f"{path} does not answer within {FILES:.0f} s: is its file server up?") from None
         except OSError as error:
             raise UserError(f"{path} cannot be made: {error.strerror}.") from None
+
+
+def make_home(home: Path) -> None:
+    """Of this user alone: what lies there is run. Others make theirs beside it. Raises OSError."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        home.parent.chmod(0o1777)
+    home.mkdir(0o700, exist_ok=True)
+    if (owner := home.lstat().st_uid) != os.geteuid():
+        say(f"warning: HOME={home} belongs to user {owner}, whose compiled code this job would run. Set HOME")
 
 
 def allow_many_files() -> None:
@@ -131,15 +150,18 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloaded) -> tuple[Verdict, bool]:
+async def _take_part(node: "Node", token: bytes) -> tuple[Verdict, bool]:
     """The verdict, printed, and whether the stop came from this node's own user."""
-    started, before = time.time(), read_counters()
-    node = Node(plan=plan, folder=folder, preloaded=preloaded, before=before)
+    started, plan, preloaded = time.time(), node.plan, node.preloaded
+    try:
+        facts = await off_loop(lambda: gather(plan), FILES) if plan.nodes.count > 1 else {}
+    except TimeoutError:
+        raise UserError(f"The script's files do not answer within {FILES:.0f} s: is their file server up?") from None
     coordinator = Coordinator(plan, token, say, lambda: down_link(plan.network.interface))
     server = await _listen(plan, coordinator)
     leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
-    progress = Progress(plan, folder, say, lambda: 0 if node.ending else node.engine)
-    state = State(folder, lambda: progress.text)
+    progress = Progress(plan, node.folder, say, lambda: 0 if node.ending else node.engine)
+    state = State(node.folder, lambda: progress.text)
     checkpoints = Checkpoints(plan, token, say)
 
     async def answer(question: str, told: Message) -> Mapping[str, object]:
@@ -159,7 +181,7 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
         launch=node.launch,
         clean=lambda: torchrun.sweep(preloaded.pid),
         progress=lambda: progress.text,
-        stalls=lambda: progress.stalls,
+        stalls=lambda: [replace(stall, at=node.clean(stall.at)) for stall in progress.stalls],
         refresh=progress.renew,
         ended=node.ended,
         explain=node.explain,
@@ -170,7 +192,8 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
     )
     # Whatever this node has before its first round is no progress of that.
     await progress.renew()
-    participant = Participant(plan, token, gather(plan) if plan.nodes.count > 1 else {}, services)
+    facts = {name: node.clean(value) for name, value in facts.items()}
+    participant = Participant(plan, token, facts, services)
     _on_signals(participant.stop)
     keeping = asyncio.ensure_future(state.keep())
     beside = [asyncio.ensure_future(each) for each in (node.reap_orphans(), _watch_traffic(plan))]
@@ -189,7 +212,7 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
             # Why this node's participant left by itself, the coordinator does not know.
             coordinator.conclude(verdict)
         try:
-            await off_loop(lambda: tell_end(plan, verdict, before, started), FILES)
+            await off_loop(lambda: tell_end(node, verdict, started), FILES)
         except OSError:
             say(f"no report: RUN_DIR={plan.script.run_dir} does not answer")
         # The last line is what people read first. Node 0 may stay for a while to tell others.
@@ -215,7 +238,8 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
 
 async def _watch_traffic(plan: Plan) -> None:
     if traffic.watched(plan):
-        await traffic.watch(plan, say)
+        with contextlib.suppress(OSError):
+            await traffic.watch(plan, say)
 
 
 def down_link(interface: str, root: Path = Path("/")) -> str:
@@ -259,6 +283,8 @@ class Node:
     preloaded: Preloaded
     before: Mapping[str, int]
     """The machine's counters at the start."""
+    clean: Clean
+    """Removes secrets from what is printed here or told to other nodes."""
     last: torchrun.Torchrun | None = None
 
     @property
@@ -294,9 +320,10 @@ class Node:
         return ()
 
     async def explain(self, run_id: str, failure: Failure) -> Explanation:
+        found = Explanation(words=failure.text)
         with contextlib.suppress(OSError, TimeoutError):
-            return await off_loop(functools.partial(self._examine, run_id, failure), EXAMINE)
-        return Explanation(words=failure.text)
+            found = await off_loop(functools.partial(self._examine, run_id, failure), EXAMINE)
+        return replace(found, **{name: self.clean(text) for name, text in asdict(found).items()})
 
     def _examine(self, run_id: str, failure: Failure) -> Explanation:
         kills = read_counters().get(MEMORY_KILLS, 0) > self.before.get(MEMORY_KILLS, 0)

@@ -118,6 +118,42 @@ def test_the_same_error_at_the_same_place_twice_without_progress_ends_the_job(tm
         assert sum("All nodes start again" in line for line in launcher.said) == 1
 
 
+STUCK = """
+import os, signal, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+last = os.path.join(os.environ["CHECKPOINT_DIR"], "last.pt")
+start = torch.load(last) if os.path.exists(last) else 0
+print("begins at", start, flush=True)
+for step in range(start, 10):
+    dist.barrier()
+    if dist.get_rank() == 0:
+        torch.save(step, last)
+    dist.barrier()
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_checkpoint_that_is_written_again_at_the_same_step_is_no_progress(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, STUCK, MAX_RESTARTS="2") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 90) == [5, 5]
+    for launcher in launchers:
+        assert "3 failures in a row without a new checkpoint (MAX_RESTARTS=2)" in launcher.said[-1]
+        begun = re.findall(r"begins at (\d)", launcher.text)
+        assert begun == ["0", "3", "3"]
+
+
+def test_a_wrong_call_while_the_model_is_built_ends_the_job_after_the_second_round(tmp_path: Path) -> None:
+    script = "from torch import nn\ndef build():\n    return nn.Linear(in_features=3)\nbuild()\n"
+    with nodes(tmp_path, 2, script, MAX_RESTARTS="5") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 90) == [5, 5]
+    for launcher in launchers:
+        assert "failed with TypeError: " in launcher.said[-1]
+        assert sum("All nodes start again" in line for line in launcher.said) <= 1
+
+
 @pytest.mark.parametrize(
     ("end", "words"),
     [

@@ -43,6 +43,7 @@ class Node:
     """FAKE: the participant's side of one connection, which says what a test lets it say."""
 
     connection: Connection
+    ports: object = ()
     heard: list[Message] = field(default_factory=list)
     closed: bool = False
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -51,8 +52,9 @@ class Node:
         with contextlib.suppress(OSError):
             while True:
                 message = await self.connection.receive()
-                if message.get("question") == "checkpoints":
-                    answer = await no_folder("checkpoints", message)
+                if message["kind"] == "ask":
+                    listening = message["question"] == "listen"
+                    answer = {"ports": self.ports} if listening else await no_folder("checkpoints", message)
                     self.connection.send("answer", number=message["number"], **answer)
                 self.heard.append(message)
                 self._news.set()
@@ -93,7 +95,7 @@ class Job:
     async def joins(
         self, rank: int, instance_id: str = "", facts: Mapping[str, str] | None = None, round_: int = 0, nnodes: int = 3
     ) -> Node:
-        node = Node(await self.connect())
+        node = Node(await self.connect(), [{"port": 1000 + rank}])
         hello = {
             "run": self.coordinator.plan.run_name,
             "rank": rank,
@@ -104,7 +106,6 @@ class Job:
             "facts": dict(facts or {"torch": "2"}),
             "round": round_,
             "failures": 0,
-            "ports": [{"port": 1000 + rank}],
             "progress": "",
         }
         await introduce(node.connection, b"", hello)
@@ -199,7 +200,7 @@ def test_a_stop_on_a_node_that_waits_for_the_next_round_stops_the_job() -> None:
         late.connection.send("stop")
         assert (await nodes[0].hears("halt"))["why"] == "stop"
         for node in nodes:
-            node.connection.send("ended", code=143, failures=[], finished="", ports=[], progress="")
+            node.connection.send("ended", code=143, failures=[], finished="", progress="")
         for node in (*nodes, late):
             assert (await node.hears("verdict"))["code"] == ExitCode.STOPPED
 
@@ -259,7 +260,6 @@ def test_any_message_at_any_time_is_no_crash_of_node_0(said: str) -> None:
         "failed": [{"rank": 2, "port": 1, "why": "x"}],
         "code": 1,
         "failures": [{"rank": 5, "exitcode": 1, "text": "x", "time": 1, "halted": False}],
-        "ports": [],
         "progress": "x",
         "ranks": [{"rank": 1, "seconds": 9, "at": "x", "collective": "", "group": "", "sequence": 1}],
     }

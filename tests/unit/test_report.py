@@ -13,6 +13,7 @@ import pytest
 from app.cli.report import bundle, main, told
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
+from app.config.redaction import REMOVED
 from app.engine.outcome import Failure, Outcome
 from app.engine.torchrun import command_line, environment
 from app.gang.verdict import Verdict
@@ -28,7 +29,6 @@ from app.report.node_report import (
     summary,
     write_report,
 )
-from app.report.redaction import REMOVED
 from app.supervise.node import tell_report
 from tests.machines.facts import drafted
 
