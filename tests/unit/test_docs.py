@@ -48,6 +48,7 @@ def test_every_make_command_that_a_page_or_workflow_names_is_one(page: Path) -> 
 
 
 FOREIGN = {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "NET_RAW", "AF_INET6", "OMPI_COMM_WORLD_RANK"}
+FOREIGN |= {"GPU_REHEARSAL", "NCCL_HOSTID", "TESTBED_SUITE", "TEST_PYTHON", "CUDA_VISIBLE_DEVICES"}
 FOREIGN |= {"ROCM_TORCH", "ROCM_INDEX", "CLUSTER_TESTS", "HEALTHY_RUNS", "TORCHRUN_COMPOSE_UPDATE", "NCLL_DEBUG"}
 """Names of the build, of torchrun, of the kernel and of the tests, and a misspelt one as an example."""
 SCRIPTS = ("TRAIN_", "HF_", "WANDB_", "ACCELERATE_")
