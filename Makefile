@@ -3,7 +3,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 BIN := .venv/bin
 # PyTorch's CPU wheels are not on PyPI. A folder with one (PIP_FIND_LINKS) does as well; hashes decide what is accepted.
 TORCH_PAGE := $(if $(PIP_FIND_LINKS),,--find-links=https://download.pytorch.org/whl/cpu/torch/)
-FIGURES := launch_overhead container_speed image roll_call gang_throughput train_speed train_operability train_recovery
+FIGURES := launch_overhead first_all_reduce train_recovery rank_memory warm_throughput container_speed image roll_call \
+  gang_throughput train_speed train_operability
 # Tests run side by side: half of what they do is waiting. On engines each worker has nodes of its own.
 WORKERS ?= 2
 MINUTES ?= 20

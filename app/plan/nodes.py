@@ -1,4 +1,4 @@
-"""Nodes from a list: which entry of NODES this machine is, by its addresses or by NODE_RANK."""
+"""JobNodes from a list: which entry of NODES this machine is, by its addresses or by NODE_RANK."""
 
 from app.config.problems import count
 from app.config.settings import Settings, refused
@@ -13,7 +13,7 @@ Written = Value[tuple[str, ...]]
 
 
 def decide_listed(written: Written, settings: Settings, host: Host, ledger: Ledger) -> NodeList | None:
-    """Nodes, rank and this node's own address; None with a problem in the ledger if they cannot be known."""
+    """JobNodes, rank and this node's own address; None with a problem in the ledger if they cannot be known."""
     names = written.value
     before = len(ledger.problems)
     _check_entries(written, host, ledger)
