@@ -11,6 +11,7 @@ from app.config.options import Parser
 from app.config.problems import Problem, problem
 from app.config.table import columns
 from app.fleet.hosts import Desk, Host
+from app.fleet.image import image_name
 from app.fleet.remote import Result, disconnect, everywhere, explain_failure
 
 COMPOSE = (2, 24)
@@ -65,12 +66,6 @@ async def examine(desk: Desk) -> list[Checked]:
         if any(each.id == "docker.permission" for each in row.problems):
             disconnect(row.host)
     return rows
-
-
-def image_name(desk: Desk) -> str:
-    """The trainer's image, as compose.yaml names it."""
-    hardware = desk.settings.hardware
-    return desk.settings.text("IMAGE") or f"torchrun-compose:{hardware.value if hardware else 'cpu'}"
 
 
 def checked(desk: Desk, result: Result, sent: float) -> Checked:
@@ -146,7 +141,7 @@ def _hardware(desk: Desk, host: Host, said: Mapping[str, tuple[int, str]]) -> li
     machine, image = said["arch"][1], said["image"][1].partition(" ")[2]
     if not said["image"][0] and image and ENGINE_ARCH.get(machine, machine) != image:
         what = "The image on {host} is for {image}, and the machine is {machine}"
-        fix = "Build it on a host of the same kind: `torchrun-compose push --build-on HOST`"
+        fix = "Build it on a host of the same kind: `torchrun-compose push --image HOST`"
         found.append(
             problem("image.other-arch", "error", what=what, fix=fix, host=host.name, image=image, machine=machine)
         )

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ async def run(
     stdin: bytes | Path = b"",
     deadline: float = 60,
     limit: int = LIMIT,
-    sink: Callable[[bytes], None] | None = None,
+    sink: Callable[[bytes], object] | None = None,
 ) -> Result:
     """Runs a command line of sh on a host. Never raises for what happens there.
 
@@ -110,7 +110,7 @@ async def run(
     return Result(host=host, code=code, out=bytes(out), err=said, seconds=time.monotonic() - began, failure=failure)
 
 
-async def _read(stream: asyncio.StreamReader | None, sink: Callable[[bytes], None]) -> None:
+async def _read(stream: asyncio.StreamReader | None, sink: Callable[[bytes], object]) -> None:
     while stream and (data := await stream.read(CHUNK)):
         sink(data)
 
@@ -135,8 +135,8 @@ async def contact(desk: Desk) -> list[Result]:
     return await everywhere(desk, "true", deadline=CONNECT + 1)
 
 
-async def stream(host: Host, command: str) -> AsyncIterator[bytes]:
-    """Standard output and error of a command as it comes. Ends with the command; closing it ends ssh."""
+async def stream(host: Host, command: str, ended: Callable[[int], None] = lambda code: None) -> AsyncGenerator[bytes]:
+    """Standard output and error of a command as it comes. `ended` gets its exit code; closing the stream ends ssh."""
     process = await asyncio.create_subprocess_exec(
         *ssh(host),
         remote(command),
@@ -147,6 +147,7 @@ async def stream(host: Host, command: str) -> AsyncIterator[bytes]:
     try:
         while process.stdout and (data := await process.stdout.read(CHUNK)):
             yield data
+        ended(await process.wait())
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -173,7 +174,8 @@ def sharing(name: str) -> tuple[str, ...]:
     if re.search(r"^controlpath (?!none)", found, re.MULTILINE):
         return ()
     # A socket's path is limited to about 104 bytes, which rules out macOS's own temporary folder.
-    folder = Path("/tmp", f"torchrun-compose-{os.getuid()}")  # noqa: S108 - of this user alone, checked below
+    above = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"  # noqa: S108 - the folder is of this user alone, as is checked
+    folder = Path(above, f"torchrun-compose-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         state = folder.lstat()
