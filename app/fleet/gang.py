@@ -44,7 +44,7 @@ def up(desk: Desk, arguments: Sequence[str]) -> int:
 async def _start(desk: Desk, *, attach: bool) -> int:
     began, clock = time.time(), time.monotonic()
     script = f"{ALONE}exec docker compose --ansi never up --detach --no-build trainer 2>&1"
-    results = await everywhere(desk, lambda host: in_stack(desk, host, script), deadline=STARTED)
+    results = await everywhere(desk, lambda host: in_stack(desk, host, script), what="its start", deadline=STARTED)
     failed = [each for each in results if each.failure]
     for each in failed:
         say(each.failure.message if each.failure else "")
@@ -110,7 +110,7 @@ async def _all(desk: Desk, words: Sequence[str]) -> int:
     script = (
         f"{ALONE}docker compose --ansi never {verb} && docker compose --ansi never ps --all --format '{STATE}' trainer"
     )
-    results = await everywhere(desk, lambda host: in_stack(desk, host, script), deadline=grace + SLACK)
+    results = await everywhere(desk, lambda host: in_stack(desk, host, script), what=verb, deadline=grace + SLACK)
     print(
         "\n".join(
             columns([(each.host.name, each.text.strip() or ("?" if each.failure else "gone")) for each in results])

@@ -17,7 +17,7 @@ from pathlib import Path
 from app.config.console import say
 from app.config.errors import UserError, printable
 from app.fleet.hosts import Desk, Host
-from app.fleet.remote import everywhere, run
+from app.fleet.remote import at_once, everywhere, run
 from app.fleet.stack import compose
 
 # Of its content: image ids differ between Docker's two kinds of image stores for one and the same image.
@@ -164,7 +164,7 @@ async def _build(desk: Desk, source: Host | None, revision: str) -> None:
     """Raises UserError with Docker's last words."""
     words = ["build", "--build-arg", f"REVISION={revision}", "trainer"]
     if source is not None:
-        done = await run(source, compose(desk, source, *words), deadline=TRANSFER)
+        (done,) = await at_once({source: run(source, compose(desk, source, *words), deadline=TRANSFER)}, "the build")
         said = "" if done.code == 0 else done.err
     else:
         own = ["docker", "compose", "--ansi", "never", *words]
@@ -179,7 +179,8 @@ async def _build(desk: Desk, source: Host | None, revision: str) -> None:
 
 async def _pull(desk: Desk) -> dict[Host, str]:
     say("the image is on no host: each pulls it")
-    results = await everywhere(desk, lambda host: compose(desk, host, "pull", "--quiet", "trainer"), deadline=TRANSFER)
+    words = ("pull", "--quiet", "trainer")
+    results = await everywhere(desk, lambda host: compose(desk, host, *words), what=words[0], deadline=TRANSFER)
     failed = {each.host: each.failure.message for each in results if each.failure}
     for text in failed.values():
         say(text)
@@ -215,7 +216,8 @@ async def _send_to(
             await _save_there(name, source, known, archive)
         say(f"sending {what} ({archive.stat().st_size / 1e6:.1f} MB) to {', '.join(host.name for host in hosts)}")
         load = "exec docker load --quiet"
-        done = await asyncio.gather(*(run(host, load, stdin=archive, deadline=TRANSFER) for host in hosts))
+        loads = {host: run(host, load, stdin=archive, deadline=TRANSFER) for host in hosts}
+        done = await at_once(loads, "the image")
     return {each.host: each.failure.message for each in done if each.failure}
 
 

@@ -5,7 +5,7 @@ import contextlib
 import re
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,7 +26,8 @@ MOST_HELD = 20_000
 MOST_FOLDED = 4_000
 LAUNCHER = "torchrun-compose: "
 RANK = re.compile(r"\[rank (\d+)\] ?")
-STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z ?")
+# Compose may clear the line before, whatever it is told.
+STAMP = re.compile(r"(?:\x1b\[2K)*(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z ?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,31 +152,31 @@ class Folder:
 
     def __init__(self, hosts: int) -> None:
         self._hosts, self._next = hosts, 0
-        self._open: OrderedDict[int, _Group] = OrderedDict()
-        self._by_text: dict[tuple[str, bool], _Group] = {}
+        self._open: deque[_Group] = deque()
+        self._by_text: dict[tuple[str, bool], deque[_Group]] = {}
         self._last: dict[tuple[int, int | None], int] = {}
 
     def add(self, line: Line) -> Iterator[str]:
         """The lines that are finished now that `line` has come."""
-        source, key = (line.host.rank, line.rank), (line.text, line.rank is None)
-        group = self._by_text.get(key)
-        if group is None or group.number <= self._last.get(source, -1) or group.number not in self._open:
+        yield from self.flush(line.time - FOLD)
+        source, alike = (line.host.rank, line.rank), self._by_text.setdefault((line.text, line.rank is None), deque())
+        # The first of these lines that stands below all that this rank has said.
+        group = next((each for each in alike if each.number > self._last.get(source, -1)), None)
+        if group is None:
             group = _Group(self._next, line.time, line.text, [])
             self._next += 1
-            self._open[group.number] = self._by_text[key] = group
+            self._open.append(group)
+            alike.append(group)
         group.who.append((line.host, line.rank))
         self._last[source] = group.number
-        yield from self.flush(line.time - FOLD)
 
     def flush(self, before: float = float("inf")) -> Iterator[str]:
         """The lines whose first was said before that time."""
-        while self._open:
-            number, group = next(iter(self._open.items()))
-            if group.time >= before and len(self._open) <= MOST_FOLDED:
-                return
-            del self._open[number]
+        while self._open and (self._open[0].time < before or len(self._open) > MOST_FOLDED):
+            group = self._open.popleft()
             key = (group.text, group.who[0][1] is None)
-            if self._by_text.get(key) is group:
+            self._by_text[key].popleft()
+            if not self._by_text[key]:
                 del self._by_text[key]
             yield f"[{self._label(group.who)}] {group.text}"
 

@@ -22,7 +22,7 @@ from app.config.errors import UserError
 from app.config.options import Parser
 from app.fleet.hosts import Desk, Host
 from app.fleet.image import bring_image
-from app.fleet.remote import Result, contact, everywhere, run
+from app.fleet.remote import Result, at_once, contact, everywhere, run
 from app.fleet.stack import OUTSIDE
 
 PARTS = ("compose.yaml", "hardware", "Dockerfile", ".dockerignore", "entrypoint.py", "app", "requirements", "secrets")
@@ -140,8 +140,8 @@ async def push_files(desk: Desk) -> dict[Host, int | str]:
     listed = await everywhere(desk, filled(LIST, **fill), deadline=120, limit=256 << 20)
     with tempfile.TemporaryDirectory(prefix="torchrun-compose-") as folder:
         packed = Archives(files, Path(folder))
-        sends = [_send(desk, each, packed) for each in listed]
-        return dict(zip(desk.hosts, await asyncio.gather(*sends), strict=True))
+        sends = {each.host: _send(desk, each, packed) for each in listed}
+        return dict(zip(desk.hosts, await at_once(sends, "files"), strict=True))
 
 
 class Archives:

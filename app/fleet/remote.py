@@ -10,20 +10,25 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from app.config.console import say
 from app.config.errors import printable
 from app.config.problems import Problem, problem
 from app.fleet.hosts import Desk, Host
 
+T = TypeVar("T")
 CONNECT = 5
 """Seconds until a host that does not answer is named."""
 LIMIT = 16 << 20
 """Bytes of a command's output that are kept."""
 CHUNK = 1 << 16
 SSH_FAILED = 255
+PATIENCE = 2.0
+"""Seconds without a word."""
 DRAIN = 0.3
 """Seconds for the end of a command's output once it has ended: a shared connection may keep the pipe open."""
 
@@ -116,18 +121,30 @@ async def _read(stream: asyncio.StreamReader | None, sink: Callable[[bytes], obj
 
 
 async def everywhere(
-    desk: Desk, command: Command, *, stdin: bytes | Path = b"", deadline: float = 60, limit: int = LIMIT
+    desk: Desk, command: Command, *, what: str = "", stdin: bytes = b"", deadline: float = 60, limit: int = LIMIT
 ) -> list[Result]:
     """The same on all hosts at once; results in the order of the hosts. None holds up another."""
-    lines = [command if isinstance(command, str) else command(host) for host in desk.hosts]
-    return list(
-        await asyncio.gather(
-            *(
-                run(host, line, stdin=stdin, deadline=deadline, limit=limit)
-                for host, line in zip(desk.hosts, lines, strict=True)
-            )
-        )
+    lines = {host: command if isinstance(command, str) else command(host) for host in desk.hosts}
+    return await at_once(
+        {host: run(host, line, stdin=stdin, deadline=deadline, limit=limit) for host, line in lines.items()}, what
     )
+
+
+async def at_once(works: Mapping[Host, Coroutine[None, None, T]], what: str) -> list[T]:
+    """The results of work on several hosts, in their order. Says for whom it waits, and for `what`."""
+    tasks = {asyncio.ensure_future(work): host.name for host, work in works.items()}
+    pending, pause = set(tasks), PATIENCE
+    try:
+        while pending:
+            done, pending = await asyncio.wait(pending, timeout=pause)
+            if not done and what:
+                say(f"waiting for {', '.join(tasks[task] for task in tasks if task in pending)}: {what}")
+                pause = 5 * PATIENCE
+        return [task.result() for task in tasks]
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
 
 
 async def contact(desk: Desk) -> list[Result]:
@@ -260,6 +277,7 @@ HOST_FAILURES: Sequence[tuple[str, str, str, str]] = (
         "{host} has no space left",
         "There: `docker system df` and `df -h` show what fills it; `docker image prune` removes old images",
     ),
+    (r"no project here yet", "host.empty", "{host} has no project yet", "`torchrun-compose push` brings it"),
     (
         r"could not select device driver",
         "docker.no-toolkit",

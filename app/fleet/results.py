@@ -16,7 +16,7 @@ from app.config.console import say
 from app.config.errors import UserError, printable
 from app.config.options import Parser
 from app.fleet.hosts import Desk, Host
-from app.fleet.remote import Result, contact, run
+from app.fleet.remote import Result, at_once, contact, everywhere, run
 from app.fleet.stack import run_trainer
 
 BUNDLE = 300.0
@@ -68,7 +68,15 @@ def report(desk: Desk, arguments: Sequence[str]) -> int:
     wanted = parser.read(arguments)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = wanted.to or Path(f"report-{desk.settings.run_name.value}-{stamp}.tar.gz")
-    results = asyncio.run(_bundles(desk))
+    results = asyncio.run(
+        everywhere(
+            desk,
+            lambda host: run_trainer(desk, host, "report", "--bundle", "-"),
+            what="its report",
+            deadline=BUNDLE,
+            limit=1 << 30,
+        )
+    )
     reports: dict[str, dict[str, Any]] = {}
     try:
         with tarfile.open(path, "w:gz") as archive:
@@ -82,14 +90,6 @@ def report(desk: Desk, arguments: Sequence[str]) -> int:
     print("\n".join(verdict(reports)))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, of {len([each for each in results if not each.failure])} hosts")
     return int(not reports)
-
-
-async def _bundles(desk: Desk) -> list[Result]:
-    asked = (
-        run(host, run_trainer(desk, host, "report", "--bundle", "-"), deadline=BUNDLE, limit=1 << 30)
-        for host in desk.hosts
-    )
-    return list(await asyncio.gather(*asked))
 
 
 def _add(archive: tarfile.TarFile, result: Result) -> dict[str, Any] | None:
@@ -152,7 +152,8 @@ async def _pull(desk: Desk, kinds: Sequence[str], to: Path) -> int:
     for text in dead.values():
         say(text)
     alive = [host for host in desk.hosts if host not in dead]
-    results = await asyncio.gather(*(_pull_from(desk, host, _of(desk, host, alive, kinds), to) for host in alive))
+    pulls = {host: _pull_from(desk, host, _of(desk, host, alive, kinds), to) for host in alive}
+    results = await at_once(pulls, "results")
     return int(bool(dead) or any(results))
 
 

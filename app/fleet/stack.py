@@ -38,7 +38,7 @@ def compose(desk: Desk, host: Host, *words: str) -> str:
 def in_stack(desk: Desk, host: Host, script: str) -> str:
     """Lines of sh in the project's folder, with the settings of the stack."""
     folder = shlex.quote(desk.folder)
-    lines = [f"cd {folder} 2>/dev/null || {{ echo 'no project here yet: torchrun-compose push' >&2; exit 1; }}"]
+    lines = [f"cd {folder} 2>/dev/null || {{ echo 'no project here yet' >&2; exit 1; }}"]
     if not desk.settings.text("RUN_AS"):
         # What the script writes is the user's own there, as the files of its folder are.
         lines.append('[ "$(id -u)" = 0 ] || export RUN_AS="$(id -u):$(id -g)"')

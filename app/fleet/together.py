@@ -4,6 +4,8 @@ import asyncio
 import functools
 import json
 import os
+import shutil
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +28,13 @@ def doctor(desk: Desk, arguments: Sequence[str]) -> int:
     """One table for all nodes, as each of them makes it; 1 when something is red."""
     if {"-h", "--help"} & {*arguments}:
         Parser(prog="doctor", description="Is this cluster fit to train? Takes doctor's own options.").read(["--help"])
-    results = asyncio.run(everywhere(desk, lambda host: run_trainer(desk, host, "doctor", *arguments), deadline=DOCTOR))
+    # A terminal gets the table, as it would on a node.
+    wide = sys.stdout.isatty() or "COLUMNS" in os.environ
+    options = (f"--env=COLUMNS={shutil.get_terminal_size().columns}", "--env=NO_COLOR=1") if wide else ()
+    asked = functools.partial(run_trainer, options=options)
+    results = asyncio.run(
+        everywhere(desk, lambda host: asked(desk, host, "doctor", *arguments), what="doctor", deadline=DOCTOR)
+    )
     said = [each for each in results if each.out.strip()]
     # Every node ends with the table of all; with --alone each has its own.
     shown = said[:1] if len({each.out for each in said}) == 1 or "--alone" not in arguments else said
@@ -76,10 +84,13 @@ def explain(desk: Desk, arguments: Sequence[str]) -> int:
     parser = Parser(prog="explain", description="What a start would use on each node, and what differs between them.")
     parser.add_argument("--all", action="store_true", help="also what is equal on all nodes")
     wanted = parser.read(arguments)
-    results = asyncio.run(everywhere(desk, lambda host: run_trainer(desk, host, "explain", "--json"), deadline=EXPLAIN))
+    results = asyncio.run(
+        everywhere(desk, lambda host: run_trainer(desk, host, "explain", "--json"), what="explain", deadline=EXPLAIN)
+    )
     told = [(each, _decoded(each)) for each in results]
     plans = {each.host: plan for each, plan in told if plan}
-    print("\n".join(differences(plans, everything=wanted.all)))
+    if plans:
+        print("\n".join(differences(plans, everything=wanted.all)))
     for each, plan in told:
         if plan is None and each.failure:
             say(each.failure.message)
@@ -123,7 +134,8 @@ def shell(desk: Desk, arguments: Sequence[str]) -> int:
     """A shell in the running trainer of one host, or in a fresh container of its image."""
     parser = Parser(prog="shell", description="A shell in the trainer of one host; a fresh one where none runs.")
     parser.add_argument("node", metavar="NODE", help="a host's name or rank")
-    (host,) = desk.only([parser.read(arguments).node]).hosts
+    wanted = parser.read(arguments)
+    (host,) = desk.only([wanted.node]).hosts
     script = (
         'if [ -n "$(docker compose ps --quiet --status running trainer)" ]\n'
         "then exec docker compose exec trainer bash\n"

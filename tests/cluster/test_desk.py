@@ -1,25 +1,209 @@
-"""The desk on real engines, over OpenSSH's own server in each node's network: what it does when all is well."""
+"""The desk on real engines, over OpenSSH's own server in each node's network: every command when all is well."""
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import re
+import signal
+import tarfile
 import time
-from collections.abc import Iterator
-
-import pytest
 
 from tests.testbed import Cluster
-from tests.testbed.desk import DeskBed, desk_beside
+from tests.testbed.desk import DeskBed, Host
+from tests.testbed.stack import Stack
+
+SHORT = "--steps 4 --layers 1 --width 32 --heads 2 --batch 8 --sample 0 --eval-every 0"
+LONG = SHORT.replace("--steps 4", "--steps 100000")
+LAST = "2 nodes ended well"
 
 
-@pytest.fixture
-def desk(cluster2: Cluster) -> Iterator[DeskBed]:
-    with desk_beside(cluster2) as made:
-        yield made
+def stack_of(host: Host) -> Stack:
+    """The stack that the desk has started on a host."""
+    stack = Stack(engine=host.node.engine, folder=host.folder, project="torchrun-compose", exports={})
+    if stack not in host.node.stacks:
+        host.node.stacks.append(stack)
+    return stack
 
 
-def test_check_shows_every_host_in_a_row(desk: DeskBed) -> None:
-    done = desk.run("check")
-    print(done.output)
+def megabytes_of_files(output: str) -> float:
+    found = re.search(r"files: ([\d.]+) MB sent", output)
+    assert found, output
+    return float(found[1])
+
+
+def test_check_shows_every_host_in_a_row(desk2: DeskBed) -> None:
+    done = desk2.run("check")
     assert done.code == 0, done.output
     rows = [line.split() for line in done.output.splitlines() if line.startswith("gpu-")]
     assert [row[0] for row in rows] == ["gpu-a", "gpu-b"]
+    for host, row in zip(desk2.hosts, rows, strict=True):
+        assert row[4] == host.node.engine.client.version()["Version"]
+        image = host.node.engine.client.images.get("torchrun-compose:cpu").id
+        assert row[-1] == str(image).removeprefix("sha256:")[:12]
+
+
+def test_a_second_push_after_an_edit_sends_the_edit_alone_within_three_seconds(desk2: DeskBed) -> None:
+    first = desk2.run("push")
+    assert first.code == 0, first.output
+    assert megabytes_of_files(first.output) > 0.1
+    loop = desk2.project / "app/train/loop.py"
+    took = []
+    for edit in range(3):
+        loop.write_text(f"{loop.read_text()}# edit {edit}\n")
+        began = time.monotonic()
+        done = desk2.run("push")
+        took.append(time.monotonic() - began)
+        assert done.code == 0, done.output
+        assert megabytes_of_files(done.output) < 0.1
+        assert [(host.folder / "app/train/loop.py").read_text() for host in desk2.hosts] == [loop.read_text()] * 2
+    assert min(took) < 3, took
+    # The user's there, not root's.
+    assert {(host.folder / ".env").stat().st_uid for host in desk2.hosts} == {1000}
+
+
+def test_up_trains_and_the_logs_are_one_stream_in_order(desk2: DeskBed) -> None:
+    desk2.write_env({"NPROC_PER_NODE": "2", "TRAIN_ARGS": SHORT})
+    done = desk2.run("up", "--attach")
+    assert done.code == 0, done.output
+    lines = done.output.splitlines()
+    print(*(line for line in lines if line.startswith("torchrun-compose:")), sep="\n")
+    roll_call = next(at for at, line in enumerate(lines) if line.startswith("[all 2 nodes] all 2 nodes connected"))
+    first_rank = next(at for at, line in enumerate(lines) if " rank " in line and line.startswith("[gpu-"))
+    assert roll_call < first_rank
+    assert {f"[{name} rank {rank}]" for name, rank in (("gpu-a", 0), ("gpu-a", 1), ("gpu-b", 2), ("gpu-b", 3))} <= {
+        found[0] for line in lines if (found := re.match(r"\[gpu-\w rank \d\]", line))
+    }
+    assert "[all 2 nodes] done: all workers of 2 nodes ended well" in lines
+    logged = desk2.run("logs")
+    # The order is that of the times that the engines gave, of all hosts together.
+    order = [
+        (stamp, text.removeprefix("torchrun-compose: "))
+        for host in desk2.hosts
+        for stamp, _, text in (
+            line.partition(" ") for line in stack_of(host).container().logs(timestamps=True).decode().splitlines()
+        )
+    ]
+    expected = list(dict.fromkeys(re.sub(r"^\[rank \d\] ", "", text) for _, text in sorted(order)))
+    shown = [line.partition("] ")[2] for line in logged.output.splitlines()]
+    assert [text for text in dict.fromkeys(shown) if text in expected] == expected
+    mine = desk2.run("logs", "--rank", "3", "--node", "gpu-b").output.splitlines()
+    assert mine
+    assert all(line.startswith("[gpu-b rank 3] ") for line in mine)
+    # What this shell sets reaches the nodes: another run, and what it is called is theirs too.
+    again = desk2.run("up", env={"RUN_NAME": "second"})
+    assert again.code == 0, again.output
+    assert "[all 2 nodes] all 2 nodes connected; configuration matches; every node reaches its peers" in again.output
+    assert [stack_of(host).container().attrs["Config"]["Env"].count("RUN_NAME=second") for host in desk2.hosts] == [
+        1,
+        1,
+    ]
+
+
+def test_ctrl_c_detaches_and_stop_ends_all_nodes_after_a_checkpoint(desk2: DeskBed) -> None:
+    desk2.write_env({"NPROC_PER_NODE": "1", "TRAIN_ARGS": LONG})
+    attached = desk2.start("up", "--attach")
+    assert attached.stdout
+    seen: list[str] = []
+    while not re.search(r"rank 0\] step \d", seen[-1] if seen else ""):
+        line = attached.stdout.readline()
+        assert line, "".join(seen)
+        seen.append(line)
+    os.killpg(attached.pid, signal.SIGINT)
+    rest, _ = attached.communicate(timeout=20)
+    assert attached.returncode == 0
+    assert "detached; the job goes on" in rest
+    assert [stack_of(host).running for host in desk2.hosts] == [True, True]
+    again = desk2.run("up")
+    assert again.code == 0
+    assert "runs already" in again.output
+    stopped = desk2.run("stop")
+    assert stopped.code == 0, stopped.output
+    assert [stack_of(host).wait(5) in (0, 143) for host in desk2.hosts] == [True, True]
+    assert any(name.startswith("step-") for name in stack_of(desk2.hosts[0]).list("/runs/default/checkpoints"))
+    restarted = desk2.run("restart")
+    assert restarted.code == 0, restarted.output
+    assert [stack_of(host).running for host in desk2.hosts] == [True, True]
+    down = desk2.run("down")
+    assert down.code == 0, down.output
+    assert [host.node.engine.client.containers.list(all=True) for host in desk2.hosts] == [[], []]
+
+
+FAILS = """
+import os, torch.distributed as dist
+dist.init_process_group("gloo")
+if os.environ["RANK"] == "1":
+    raise ValueError("the label of row 17 is missing")
+dist.barrier()
+"""
+
+
+def test_what_went_wrong_is_one_archive_and_one_verdict(desk2: DeskBed) -> None:
+    (desk2.project / "workspace/fails.py").write_text(FAILS)
+    (desk2.project / "secrets/env").write_text("HF_TOKEN=hf_averysecrettoken\n")
+    desk2.write_env({"NPROC_PER_NODE": "1", "TRAIN_SCRIPT": "fails.py", "MAX_RESTARTS": "0", "RESTART": "no"})
+    done = desk2.run("up", "--attach")
+    assert done.code == 5, done.output
+    told = desk2.run("report", "--to", "r.tar.gz")
+    assert told.code == 0, told.output
+    verdicts = [line for line in told.output.splitlines() if line.startswith("verdict: ")]
+    assert "gpu-b" in "".join(verdicts) or "node 1" in "".join(verdicts)
+    assert "row 17" in told.output
+    with tarfile.open(desk2.home / "r.tar.gz") as archive:
+        content = {member.name: archive.extractfile(member) for member in archive if member.isfile()}
+        texts = {name: file.read() for name, file in content.items() if file}
+    assert {name.split("/")[0] for name in texts} == {"gpu-a", "gpu-b"}
+    assert all(json.load(io.BytesIO(text)) for name, text in texts.items() if name.endswith("report.json"))
+    assert not any(b"averysecret" in text for text in texts.values())
+
+
+def test_all_nodes_answer_doctor_explain_and_run_and_give_their_results(desk2: DeskBed) -> None:
+    desk2.write_env({"NPROC_PER_NODE": "1", "TRAIN_ARGS": SHORT})
+    assert desk2.run("up", "--attach").code == 0
+    explained = desk2.run("explain")
+    assert explained.code == 0, explained.output
+    rows = {line.split()[0]: line.split()[1:] for line in explained.output.splitlines() if line.strip()}
+    assert rows["interface"] == [host.node.interface for host in desk2.hosts]
+    assert "RUN_NAME" not in rows
+    examined = desk2.run("doctor", env={"COLUMNS": "120"}, timeout=200)
+    assert examined.code == 0, examined.output
+    assert examined.output.count("fit to train") == 1
+    assert all(host.node.address in examined.output for host in desk2.hosts)
+    ran = desk2.run("run", "--", "sh", "-c", "echo here; exit 3")
+    assert (ran.code, "[all 2 nodes] here" in ran.output) == (3, True), ran.output
+    for _ in range(2):
+        pulled = desk2.run("pull", "--to", "results")
+        assert pulled.code == 0, pulled.output
+    assert "0 files" in pulled.output
+    here = desk2.home / "results/default/gpu-a"
+    stack = stack_of(desk2.hosts[0])
+    assert (here / "metrics.jsonl").read_bytes() == stack.read("/runs/default/metrics.jsonl")
+    for name in stack.list("/runs/default/checkpoints"):
+        assert (here / "checkpoints" / name).read_bytes() == stack.read(f"/runs/default/checkpoints/{name}")
+
+
+def test_of_an_image_only_the_layers_that_a_host_lacks_are_sent(desk2: DeskBed, cluster2: Cluster) -> None:
+    first, second = (node.engine.client for node in cluster2.nodes)
+    container = first.containers.create("torchrun-compose:cpu", ["true"], entrypoint="sh")
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        info = tarfile.TarInfo("grown")
+        info.size = 3_000_000
+        archive.addfile(info, io.BytesIO(os.urandom(info.size)))
+    container.put_archive("/opt", content.getvalue())
+    try:
+        container.commit("local/grown", "1")
+        desk2.write_env({"IMAGE": "local/grown:1"})
+        done = desk2.run("push")
+        assert done.code == 0, done.output
+        sent = re.search(r"sending 1 of \d+ layers \(([\d.]+) MB\) to gpu-b", done.output)
+        assert sent, done.output
+        assert float(sent[1]) < 5
+        same = [client.images.get("local/grown:1").attrs["RootFS"]["Layers"] for client in (first, second)]
+        assert same[0] == same[1]
+        assert "sent to 0 of 2 hosts" in desk2.run("push").output
+    finally:
+        container.remove()
+        for client in (first, second):
+            client.images.remove("local/grown:1")

@@ -29,7 +29,8 @@ CHECKOUT = ("Dockerfile", ".dockerignore", "entrypoint.py", "app", "requirements
 SERVE = """
 set -e
 home=$1; engine=$2; tools=$3; sshd=$4
-mkdir -p "$home/run/sshd" "$home/run/engine" "$home/run/tools"
+mkdir -p "$home/run/sshd" "$home/run/engine" "$home/run/tools" "$home/full"
+mount -t tmpfs -o size=64k,mode=777 tmpfs "$home/full"
 chmod 755 "$home/run/sshd"
 ln -sfn engine/docker.sock "$home/run/docker.sock"
 mount --bind "$engine" "$home/run/engine"
@@ -63,6 +64,11 @@ class Host:
     environment: Mapping[str, str]
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
+    @property
+    def folder(self) -> Path:
+        """What `push` makes there."""
+        return self.home / "home" / "torchrun-compose"
+
     def start(self) -> None:
         first = self.node.engine.first_pid
         tools = self.node.engine.tools.prefix
@@ -78,6 +84,12 @@ class Host:
             )
         until(self.listens, deadline=10, what=f"the ssh server of {self.name}")
         self.allow_docker()
+
+    def set_path(self, path: str) -> None:
+        """Where commands over ssh find programs, from the next connection on."""
+        (self.home / "sshd_config").write_text(SETTINGS.format(home=self.home, path=path))
+        self.stop()
+        self.start()
 
     def listens(self) -> bool:
         if self.process is None or self.process.poll() is not None:
@@ -136,10 +148,11 @@ class DeskBed:
         }
 
     def run(self, *words: str, timeout: float = 120, env: Mapping[str, str] | None = None) -> Finished:
-        """The exit code and all that a command said."""
+        """The exit code and all that a command said. It runs in the desk's home folder."""
         done = subprocess.run(
             self.command(*words),
             env={**self.environment, **(env or {})},
+            cwd=self.home,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -153,6 +166,7 @@ class DeskBed:
         return subprocess.Popen(
             self.command(*words),
             env=self.environment,
+            cwd=self.home,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
