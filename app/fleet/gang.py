@@ -12,7 +12,7 @@ from app.fleet.hosts import Desk, Host
 from app.fleet.logs import Line, show
 from app.fleet.push import bring
 from app.fleet.push import options as push_options
-from app.fleet.remote import everywhere
+from app.fleet.remote import complaints, everywhere
 from app.fleet.stack import compose, in_stack
 
 READY = re.compile(r"all \d+ nodes connected")
@@ -45,10 +45,7 @@ async def _start(desk: Desk, *, attach: bool) -> int:
     began, clock = time.time(), time.monotonic()
     script = f"{ALONE}exec docker compose --ansi never up --detach --no-build trainer 2>&1"
     results = await everywhere(desk, lambda host: in_stack(desk, host, script), what="its start", deadline=STARTED)
-    failed = [each for each in results if each.failure]
-    for each in failed:
-        say(each.failure.message if each.failure else "")
-    if failed:
+    if complaints(results):
         say("the others wait for START_TIMEOUT; `torchrun-compose stop` ends them at once")
         return 1
     running = all(re.search(r" Running$", each.text, re.MULTILINE) for each in results)
@@ -116,7 +113,4 @@ async def _all(desk: Desk, words: Sequence[str]) -> int:
             columns([(each.host.name, each.text.strip() or ("?" if each.failure else "gone")) for each in results])
         )
     )
-    for each in results:
-        if each.failure:
-            say(each.failure.message)
-    return int(any(each.failure for each in results))
+    return int(bool(complaints(results)))

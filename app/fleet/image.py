@@ -1,23 +1,20 @@
 """The trainer's image on every host without a registry: made in one place, sent where it differs, without the layers
 that a host has already."""
 
-import asyncio
-import gzip
 import hashlib
 import json
 import shlex
-import subprocess
-import tarfile
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from app.config.console import say
 from app.config.errors import UserError, printable
 from app.fleet.hosts import Desk, Host
-from app.fleet.remote import at_once, everywhere, run
+from app.fleet.remote import HERE, Result, at_once, complaints, everywhere, run
 from app.fleet.stack import compose
 
 # Of its content: image ids differ between Docker's two kinds of image stores for one and the same image.
@@ -36,8 +33,8 @@ TRANSFER = 7200.0
 class Held:
     """What one Docker engine has: the image, and the layers of all its images."""
 
-    docker: bool
     arch: str = ""
+    """"" where there is no Docker."""
     content: str = ""
     """What the image is; "" if it is not there."""
     chains: tuple[tuple[str, ...], ...] = ()
@@ -54,17 +51,8 @@ class Held:
 
     def lacks(self, layers: Sequence[str]) -> int:
         """How many layers of an image are here: an engine knows a layer only on top of the same ones."""
-        same = [sum(1 for _ in _common(layers, chain)) for chain in self.chains]
-        return len(layers) - max(same, default=0)
-
-
-def _common(one: Sequence[str], other: Sequence[str]) -> Sequence[str]:
-    found = []
-    for first, second in zip(one, other, strict=False):
-        if first != second:
-            break
-        found.append(first)
-    return found
+        pairs = (takewhile(lambda pair: pair[0] == pair[1], zip(layers, chain, strict=False)) for chain in self.chains)
+        return len(layers) - max((len(list(same)) for same in pairs), default=0)
 
 
 def image_name(desk: Desk) -> str:
@@ -88,7 +76,7 @@ def answer(text: str) -> Held:
     arch, _, rest = text.partition("\n")
     content, _, chains = rest.partition("\n")
     found = {tuple(json.loads(line)) for line in chains.splitlines() if line.startswith("[")}
-    return Held(docker=bool(arch), arch=arch.strip(), content=content.strip(), chains=tuple(found))
+    return Held(arch=arch.strip(), content=content.strip(), chains=tuple(found))
 
 
 def source_digest(project: Path) -> str:
@@ -105,149 +93,96 @@ def source_digest(project: Path) -> str:
 async def bring_image(desk: Desk, where: str, *, build: bool) -> dict[Host, str]:
     """Every host of `desk` gets the image; why it failed by host."""
     began, name = time.monotonic(), image_name(desk)
-    results = await everywhere(desk, question(name), deadline=60)
-    failed = {each.host: each.failure.message for each in results if each.failure}
+    results = await everywhere(desk, question(name))
+    failed = complaints(results)
     held = {each.host: answer(each.text) for each in results if not each.failure}
-    for text in failed.values():
-        say(text)
     if not held:
         return failed
-    here = await asyncio.to_thread(_here, name)
-    source = choose(where, here, held)
-    state = here if source is None else held[source]
+    held[HERE] = answer((await run(HERE, question(name))).text)
+    source = choose(where, held)
     wanted = "" if desk.settings.text("IMAGE") and not build else source_digest(desk.project)
-    if wanted and (state.revision != wanted or not state.content):
-        say(f"building {name} on {source.name if source else 'this machine'}")
-        await _build(desk, source, wanted)
-        state = await asyncio.to_thread(_here, name) if source is None else await _ask(source, name)
+    if wanted and held[source].revision != wanted:
+        await _build(desk, source, name, wanted)
+        held[source] = answer((await run(source, question(name))).text)
+    state = held[source]
     if not state.content:
-        # Named, and nowhere: a registry's.
-        return failed | await _pull(desk)
-    apart = {host for host, each in held.items() if each.arch != state.arch}
-    for host in apart:
-        failed[host] = (
-            f"{host.name} is {held[host].arch} and the image is {state.arch}. Build it on a machine of that kind: "
-            f"`torchrun-compose --on {host.name} push --image {host.name}`."
-        )
-        say(failed[host])
-    behind = [host for host, each in held.items() if each.content != state.content and host not in apart | {source}]
-    if behind:
-        failed |= await _send(name, source, state, {host: held[host] for host in behind})
-    say(f"image: {name} sent to {len(behind)} of {len(held)} hosts in {time.monotonic() - began:.1f} s")
+        say("the image is on no host: each pulls it")
+        pull = ("pull", "--quiet", "trainer")
+        results = await everywhere(desk, lambda host: compose(desk, host, *pull), what="the image", deadline=TRANSFER)
+        return failed | complaints(results)
+    behind: dict[int, list[Host]] = {}
+    for host in held.keys() - {source, HERE}:
+        if held[host].arch != state.arch:
+            failed[host] = (
+                f"{host.name} is {held[host].arch} and the image is {state.arch}. Build it on a machine of that kind: "
+                f"`torchrun-compose --on {host.name} push --image {host.name}`."
+            )
+            say(failed[host])
+        elif held[host].content != state.content:
+            behind.setdefault(held[host].lacks(state.layers), []).append(host)
+    for count, hosts in behind.items():
+        failed |= await _send(name, source, hosts, state.layers, count)
+    sent = sum(map(len, behind.values()))
+    say(f"image: {name} sent to {sent} of {len(desk.hosts)} hosts in {time.monotonic() - began:.1f} s")
     return failed
 
 
-def choose(where: str, here: Held, held: Mapping[Host, Held]) -> Host | None:
-    """The host whose engine has or makes the image; None: this machine's. Raises UserError for an unknown name."""
+def choose(where: str, held: Mapping[Host, Held]) -> Host:
+    """Whose engine has or makes the image. Raises UserError for an unknown name."""
+    hosts = {host: each for host, each in held.items() if host != HERE}
     if where not in ("auto", "desk"):
-        named = [host for host in held if where in (host.name, str(host.rank))]
+        named = [host for host in hosts if where in (host.name, str(host.rank))]
         if not named:
             raise UserError(f"--image {printable(where)}: write desk, none, or one of the hosts.")
         return named[0]
-    kinds = {each.arch for each in held.values()}
-    if where == "desk" or (here.docker and kinds == {here.arch}):
-        return None
-    return next((host for host, each in held.items() if each.content), next(iter(held)))
+    if where == "desk" or {each.arch for each in hosts.values()} == {held[HERE].arch}:
+        return HERE
+    return next((host for host, each in hosts.items() if each.content), next(iter(hosts)))
 
 
-def _here(name: str) -> Held:
-    """This machine's own engine, if it has one."""
-    done = subprocess.run(["sh", "-c", question(name)], capture_output=True, text=True, check=False, timeout=60)
-    return answer(done.stdout) if done.returncode == 0 else Held(docker=False)
-
-
-async def _ask(host: Host, name: str) -> Held:
-    return answer((await run(host, question(name), deadline=60)).text)
-
-
-async def _build(desk: Desk, source: Host | None, revision: str) -> None:
+async def _build(desk: Desk, source: Host, name: str, revision: str) -> None:
     """Raises UserError with Docker's last words."""
-    words = ["build", "--build-arg", f"REVISION={revision}", "trainer"]
-    if source is not None:
-        (done,) = await at_once({source: run(source, compose(desk, source, *words), deadline=TRANSFER)}, "the build")
-        said = "" if done.code == 0 else done.err
-    else:
-        own = ["docker", "compose", "--ansi", "never", *words]
-        ended = await asyncio.to_thread(
-            subprocess.run, own, cwd=desk.project, capture_output=True, text=True, check=False
-        )
-        said = "" if ended.returncode == 0 else ended.stderr
-    if said:
-        tail = "\n".join(f"  {printable(line)}" for line in said.splitlines()[-8:])
-        raise UserError(f"The image could not be built on {source.name if source else 'this machine'}:\n{tail}", 1)
+    say(f"building {name} on {source.name}")
+    words = ("build", "--build-arg", f"REVISION={revision}", "trainer")
+    there = replace(desk, folder=str(desk.project)) if source == HERE else desk
+    (done,) = await at_once({source: run(source, compose(there, source, *words), deadline=TRANSFER)}, "the build")
+    if done.failure:
+        tail = "\n".join(f"  {line}" for line in done.err.splitlines()[-8:])
+        raise UserError(f"The image could not be built on {source.name}:\n{tail or done.failure.message}", 1)
 
 
-async def _pull(desk: Desk) -> dict[Host, str]:
-    say("the image is on no host: each pulls it")
-    words = ("pull", "--quiet", "trainer")
-    results = await everywhere(desk, lambda host: compose(desk, host, *words), what=words[0], deadline=TRANSFER)
-    failed = {each.host: each.failure.message for each in results if each.failure}
-    for text in failed.values():
-        say(text)
-    return failed
-
-
-async def _send(name: str, source: Host | None, state: Held, behind: Mapping[Host, Held]) -> dict[Host, str]:
-    """One archive for all hosts that lack the same layers; then `docker load`, which tags the image at its end."""
-    groups: dict[int, list[Host]] = {}
-    for host, held in behind.items():
-        groups.setdefault(held.lacks(state.layers), []).append(host)
-    failed = dict[Host, str]()
-    for count, hosts in groups.items():
-        known = state.layers[: len(state.layers) - count]
-        refused = await _send_to(name, source, hosts, known, f"{count} of {len(state.layers)} layers")
-        if refused and known:
-            # An engine that keeps its layers in another way wants them all.
-            refused = await _send_to(name, source, list(refused), (), f"all {len(state.layers)} layers")
-        failed |= refused
-    for text in failed.values():
-        say(text)
-    return failed
-
-
-async def _send_to(
-    name: str, source: Host | None, hosts: Sequence[Host], known: Sequence[str], what: str
-) -> dict[Host, str]:
+async def _send(name: str, source: Host, hosts: Sequence[Host], layers: Sequence[str], count: int) -> dict[Host, str]:
+    """One archive for hosts that lack the last `count` layers; then `docker load`, which tags the image at its end."""
+    known = layers[: len(layers) - count]
     with tempfile.TemporaryDirectory(prefix="torchrun-compose-") as folder:
         archive = Path(folder, "image.tar.gz")
-        if source is None:
-            await asyncio.to_thread(save, name, known, archive)
-        else:
-            await _save_there(name, source, known, archive)
-        say(f"sending {what} ({archive.stat().st_size / 1e6:.1f} MB) to {', '.join(host.name for host in hosts)}")
-        load = "exec docker load --quiet"
-        loads = {host: run(host, load, stdin=archive, deadline=TRANSFER) for host in hosts}
-        done = await at_once(loads, "the image")
-    return {each.host: each.failure.message for each in done if each.failure}
+        done = await _save(name, source, known, archive)
+        if known and (done.code or done.err):
+            known = ()
+            done = await _save(name, source, known, archive)
+        if done.code or done.err:
+            raise UserError(f"{name} could not be read from Docker on {source.name}: {done.err}", 1)
+        size = archive.stat().st_size / 1e6
+        say(f"sending {len(layers) - len(known)} of {len(layers)} layers ({size:.1f} MB) to {_names(hosts)}")
+        loads = {host: run(host, "exec docker load --quiet", stdin=archive, deadline=TRANSFER) for host in hosts}
+        results = await at_once(loads, "the image")
+    refused = [each.host for each in results if each.failure]
+    if refused and known:
+        # An engine that keeps its layers in another way wants them all.
+        return await _send(name, source, refused, layers, len(layers))
+    return complaints(results)
 
 
-def left_out(known: Sequence[str]) -> list[str]:
-    """The files of these layers in an archive of `docker save`. Since Docker 25 they are named by their digests; the
-    archive of an older engine has none of these names, and is sent whole."""
-    return [f"blobs/sha256/{digest.removeprefix('sha256:')}" for digest in known]
-
-
-async def _save_there(name: str, source: Host, known: Sequence[str], path: Path) -> None:
-    parts = [f"docker save {shlex.quote(name)}"]
-    parts += [f"tar --delete -f - {shlex.join(left_out(known))}"] if known else []
+async def _save(name: str, source: Host, known: Sequence[str], path: Path) -> Result:
+    """`docker save` into a compressed file, without layers that the other side has. Since Docker 25 they are named by
+    their digests; in the archive of an older engine tar does not find these names, and complains."""
+    names = [f"blobs/sha256/{digest.removeprefix('sha256:')}" for digest in known]
+    without = f"| tar --delete -f - {shlex.join(names)} " if names else ""
     with path.open("wb") as file:
-        done = await run(source, " | ".join([*parts, "gzip -1"]), deadline=TRANSFER, sink=file.write)
-    if done.code or done.err:
-        raise UserError(f"{name} could not be read from Docker on {source.name}: {done.err or done.failure}", 1)
+        command = f"docker save {shlex.quote(name)} {without}| gzip -1"
+        (done,) = await at_once({source: run(source, command, deadline=TRANSFER, sink=file.write)}, "docker save")
+    return done
 
 
-def save(name: str, known: Sequence[str], path: Path) -> None:
-    """`docker save` of this machine's engine into a compressed file, without the layers that the other side has."""
-    process = subprocess.Popen(["docker", "save", name], stdout=subprocess.PIPE)
-    names = left_out(known)
-    with (
-        process,
-        gzip.open(path, "wb", compresslevel=1) as write,
-        tarfile.open(fileobj=process.stdout, mode="r|") as old,
-        tarfile.open(fileobj=write, mode="w|") as new,
-    ):
-        for member in old:
-            if member.name not in names:
-                new.addfile(member, old.extractfile(member) if member.isreg() else None)
-    if process.returncode:
-        raise UserError(f"{name} could not be read from this machine's Docker.", 1)
+def _names(hosts: Sequence[Host]) -> str:
+    return ", ".join(host.name for host in hosts)

@@ -10,11 +10,10 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mappin
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from app.config.console import say
 from app.config.errors import UserError, printable
 from app.config.options import Parser
 from app.fleet.hosts import Desk, Host
-from app.fleet.remote import CONNECT, everywhere, stream
+from app.fleet.remote import CONNECT, complaints, everywhere, stream
 from app.fleet.stack import compose
 
 HOLD = 0.6
@@ -283,9 +282,10 @@ async def offsets(desk: Desk) -> dict[Host, float]:
     """How far each host's clock is ahead of ours, in seconds; hosts that do not answer are named and left out."""
     sent = time.time()
     found = {}
-    for result in await everywhere(desk, "date +%s.%N", deadline=CONNECT + 1):
-        if result.failure:
-            say(result.failure.message)
+    results = await everywhere(desk, "date +%s.%N", deadline=CONNECT + 1)
+    failed = complaints(results)
+    for result in results:
+        if result.host in failed:
             continue
         middle = sent + result.seconds / 2
         ahead = float(result.text) - middle if re.fullmatch(r"\d+\.\d+", result.text) else 0.0

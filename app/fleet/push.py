@@ -22,7 +22,7 @@ from app.config.errors import UserError
 from app.config.options import Parser
 from app.fleet.hosts import Desk, Host
 from app.fleet.image import bring_image
-from app.fleet.remote import Result, at_once, contact, everywhere, run
+from app.fleet.remote import Result, at_once, complaints, contact, everywhere, run
 from app.fleet.stack import OUTSIDE
 
 PARTS = ("compose.yaml", "hardware", "Dockerfile", ".dockerignore", "entrypoint.py", "app", "requirements", "secrets")
@@ -113,9 +113,7 @@ def options(name: str, arguments: Sequence[str], *, attach: bool = False) -> arg
 
 async def bring(desk: Desk, image: str = "auto", *, build: bool = False) -> dict[Host, str]:
     """Pushes everything to the hosts that answer; returns why it failed by host. Says how long each part took."""
-    failed = {each.host: each.failure.message for each in await contact(desk) if each.failure}
-    for text in failed.values():
-        say(text)
+    failed = complaints(await contact(desk))
     here = desk.only([each.name for each in desk.hosts if each not in failed])
     if not here.hosts:
         raise UserError("No host answers.", 1)

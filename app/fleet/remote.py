@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +21,8 @@ from app.config.problems import Problem, problem
 from app.fleet.hosts import Desk, Host
 
 T = TypeVar("T")
+HERE = Host(name="this machine", rank=-1)
+"""The desk itself: its commands need no ssh."""
 CONNECT = 5
 """Seconds until a host that does not answer is named."""
 LIMIT = 16 << 20
@@ -89,9 +91,8 @@ async def run(
             source.write(stdin)
             source.seek(0)
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            *ssh(host), remote(command), stdin=source, stdout=pipe, stderr=pipe
-        )
+        argv = ["sh", "-c", command] if host == HERE else [*ssh(host), remote(command)]
+        process = await asyncio.create_subprocess_exec(*argv, stdin=source, stdout=pipe, stderr=pipe)
     readers = [
         asyncio.ensure_future(_read(process.stdout, sink or functools.partial(keep, out))),
         asyncio.ensure_future(_read(process.stderr, functools.partial(keep, err))),
@@ -145,6 +146,14 @@ async def at_once(works: Mapping[Host, Coroutine[None, None, T]], what: str) -> 
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
+
+
+def complaints(results: Iterable[Result]) -> dict[Host, str]:
+    """Says why each host that failed did; the sentences by host."""
+    found = {each.host: each.failure.message for each in results if each.failure}
+    for text in found.values():
+        say(text)
+    return found
 
 
 async def contact(desk: Desk) -> list[Result]:

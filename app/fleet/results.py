@@ -16,7 +16,7 @@ from app.config.console import say
 from app.config.errors import UserError, printable
 from app.config.options import Parser
 from app.fleet.hosts import Desk, Host
-from app.fleet.remote import Result, at_once, contact, everywhere, run
+from app.fleet.remote import Result, at_once, complaints, contact, everywhere, run
 from app.fleet.stack import run_trainer
 
 BUNDLE = 300.0
@@ -78,12 +78,11 @@ def report(desk: Desk, arguments: Sequence[str]) -> int:
         )
     )
     reports: dict[str, dict[str, Any]] = {}
+    complaints(results)
     try:
         with tarfile.open(path, "w:gz") as archive:
             for each in results:
-                if each.failure:
-                    say(f"{each.host.name}: {each.failure.message}")
-                elif found := _add(archive, each):
+                if not each.failure and (found := _add(archive, each)):
                     reports[each.host.name] = found
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
@@ -148,9 +147,7 @@ def pull(desk: Desk, arguments: Sequence[str]) -> int:
 
 
 async def _pull(desk: Desk, kinds: Sequence[str], to: Path) -> int:
-    dead = {each.host: each.failure.message for each in await contact(desk) if each.failure}
-    for text in dead.values():
-        say(text)
+    dead = complaints(await contact(desk))
     alive = [host for host in desk.hosts if host not in dead]
     pulls = {host: _pull_from(desk, host, _of(desk, host, alive, kinds), to) for host in alive}
     results = await at_once(pulls, "results")

@@ -9,13 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from app.config.console import say
 from app.config.errors import UserError, printable
 from app.config.options import Parser
 from app.config.table import columns
 from app.fleet.hosts import Desk, Host
 from app.fleet.logs import Reader, print_merged
-from app.fleet.remote import Result, contact, everywhere, remote, ssh, stream
+from app.fleet.remote import SSH_FAILED, Result, complaints, contact, everywhere, remote, ssh, stream
 from app.fleet.stack import in_stack, run_trainer
 
 DOCTOR = 300.0
@@ -40,9 +39,7 @@ def doctor(desk: Desk, arguments: Sequence[str]) -> int:
     shown = said[:1] if len({each.out for each in said}) == 1 or "--alone" not in arguments else said
     for each in shown:
         print(each.text)
-    for each in results:
-        if each.failure and not each.out.strip():
-            say(each.failure.message)
+    complaints(each for each in results if not each.out.strip())
     return max(each.code for each in results)
 
 
@@ -67,11 +64,10 @@ def run(desk: Desk, arguments: Sequence[str]) -> int:
 async def _streamed(desk: Desk, words: Sequence[str], program: str | None) -> int:
     codes = dict[Host, int]()
     streams = {}
-    for each in await contact(desk):
-        host = each.host
-        if each.failure:
-            say(each.failure.message)
-            codes[host] = each.code
+    dead = complaints(await contact(desk))
+    for host in desk.hosts:
+        if host in dead:
+            codes[host] = SSH_FAILED
         else:
             command = run_trainer(desk, host, *words, entrypoint=program)
             streams[Reader(host)] = stream(host, command, functools.partial(codes.__setitem__, host))
@@ -91,9 +87,7 @@ def explain(desk: Desk, arguments: Sequence[str]) -> int:
     plans = {each.host: plan for each, plan in told if plan}
     if plans:
         print("\n".join(differences(plans, everything=wanted.all)))
-    for each, plan in told:
-        if plan is None and each.failure:
-            say(each.failure.message)
+    complaints(each for each, plan in told if plan is None)
     return int(any(plan is None or plan["problems"] for _, plan in told))
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from app.fleet.hosts import Desk
-from app.fleet.image import Held, answer, choose, left_out
+from app.fleet.image import Held, answer, choose
 from app.fleet.push import LIST, NOT_OURS, PARTS, RECEIVE, File, filled, local_files, pack, parse_listing
+from app.fleet.remote import HERE
 from tests.unit.test_desk_hosts import desk
 
 
@@ -128,16 +129,16 @@ def test_a_link_is_always_sent_again(tmp_path: Path) -> None:
     assert file.stated[1] < 0
 
 
-ARM, AMD = Held(docker=True, arch="arm64"), Held(docker=True, arch="amd64")
+ARM, AMD = Held(arch="arm64"), Held(arch="amd64")
 
 
 def test_the_image_is_made_on_the_desk_only_if_it_is_of_the_hosts_kind(tmp_path: Path) -> None:
     first, second = desk(tmp_path, "NODES=a,b").hosts
-    has = Held(docker=True, arch="amd64", content="amd64 [] x")
-    assert choose("auto", AMD, {first: AMD, second: AMD}) is None
-    assert choose("auto", ARM, {first: AMD, second: AMD}) == first
-    assert choose("auto", Held(docker=False), {first: AMD, second: has}) == second
-    assert choose("b", AMD, {first: AMD, second: AMD}) == second
+    has = Held(arch="amd64", content="amd64 [] x")
+    assert choose("auto", {first: AMD, second: AMD, HERE: AMD}) == HERE
+    assert choose("auto", {first: AMD, second: AMD, HERE: ARM}) == first
+    assert choose("auto", {first: AMD, second: has, HERE: Held()}) == second
+    assert choose("b", {first: AMD, second: AMD, HERE: AMD}) == second
 
 
 def test_only_the_layers_above_those_that_a_host_has_are_missing() -> None:
@@ -150,4 +151,3 @@ def test_only_the_layers_above_those_that_a_host_has_are_missing() -> None:
         1,
     ]
     assert answer('amd64\namd64 ["sha256:5"] null rev1\n["sha256:5"]\n').layers == ("sha256:5",)
-    assert left_out(["sha256:5"]) == ["blobs/sha256/5"]
