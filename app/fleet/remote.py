@@ -32,7 +32,7 @@ SSH_FAILED = 255
 PATIENCE = 2.0
 """Seconds without a word."""
 DRAIN = 0.3
-"""Seconds for the end of a command's output once it has ended: a shared connection may keep the pipe open."""
+"""Seconds for the end of a command's output once it has ended and somebody else holds the pipe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +106,9 @@ async def run(
         if process.returncode is None:
             process.kill()
             await process.wait()
-        # Data of a process that has ended is read to its end; only a pipe that somebody else holds is given up.
-        await asyncio.wait(readers, timeout=DRAIN if late or process.returncode == SSH_FAILED else None)
+        await asyncio.wait(readers[:1], timeout=DRAIN if late else None)
+        # An ssh before 8.5 that stays for the shared connection keeps this pipe open.
+        await asyncio.wait(readers, timeout=DRAIN)
         for reader in readers:
             reader.cancel()
     code = SSH_FAILED if late else process.returncode or 0

@@ -120,11 +120,11 @@ def verdict(reports: dict[str, dict[str, Any]]) -> list[str]:
     # Nodes of one job write within a minute; an older report is another job's.
     of_last = {name: each for name, each in reports.items() if newest - float(each["time"]) < 60}
     best = max(
-        of_last.values(), key=lambda each: (bool(each["names_cause"]), bool(each["cause"]), -int(each["node_rank"]))
+        of_last.values(), key=lambda each: (bool(each.get("names_cause")), bool(each.get("cause")), -each["node_rank"])
     )
     lines = [f"verdict: {printable(line)}" for line in str(best["verdict"]).splitlines()]
     for word in ("cause", "fix"):
-        lines += [f"{word}: {printable(str(best[word]))}"] if best[word] else []
+        lines += [f"{word}: {printable(str(best[word]))}"] if best.get(word) else []
     silent = [name for name in reports if name not in of_last]
     return [*lines, *([f"older reports, of another job: {', '.join(silent)}"] if silent else [])]
 

@@ -130,6 +130,23 @@ def test_ctrl_c_detaches_and_stop_ends_all_nodes_after_a_checkpoint(desk2: DeskB
     assert [host.node.engine.client.containers.list(all=True) for host in desk2.hosts] == [[], []]
 
 
+COUNTS = "for number in range(100_000):\n    print('line', number)\n"
+
+
+def test_ten_thousand_lines_a_second_are_shown(desk2: DeskBed) -> None:
+    (desk2.project / "workspace/counts.py").write_text(COUNTS)
+    desk2.write_env({"NPROC_PER_NODE": "1", "TRAIN_SCRIPT": "counts.py", "LOG_BYTES": "0"})
+    assert desk2.run("up").code == 0
+    assert [stack_of(host).wait(120) for host in desk2.hosts] == [0, 0]
+    began = time.monotonic()
+    shown = desk2.run("logs", "--rank", "0,1").output.splitlines()
+    took = time.monotonic() - began
+    numbers = [int(line.rpartition(" ")[2]) for line in shown if line.startswith("[gpu-a") or "gpu-a 0" in line]
+    assert [number for number in numbers if number >= 0] == list(range(100_000))
+    print(f"200000 lines in {took:.1f} s")
+    assert 200_000 / took > 10_000
+
+
 FAILS = """
 import os, torch.distributed as dist
 dist.init_process_group("gloo")
