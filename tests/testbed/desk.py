@@ -162,9 +162,9 @@ class DeskBed:
         return Finished(code=done.returncode, output=done.stdout)
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        """The same in the background, in a process group of its own."""
+        """The same in the background, in a process group of its own, where Ctrl-C is not ignored."""
         return subprocess.Popen(
-            self.command(*words),
+            ["env", "--default-signal=INT", *self.command(*words)],
             env=self.environment,
             cwd=self.home,
             stdin=subprocess.DEVNULL,
