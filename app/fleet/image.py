@@ -45,6 +45,11 @@ class Held:
         return self.content.rpartition(" ")[2]
 
     @property
+    def kind(self) -> str:
+        """Of which architecture the image is."""
+        return self.content.partition(" ")[0]
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """Those of the image itself."""
         return tuple(json.loads(self.content.split(" ", 2)[1])) if self.content else ()
@@ -111,10 +116,10 @@ async def bring_image(desk: Desk, where: str, *, build: bool) -> dict[Host, str]
         results = await everywhere(desk, lambda host: compose(desk, host, *pull), what="the image", deadline=TRANSFER)
         return failed | complaints(results)
     behind: dict[int, list[Host]] = {}
-    for host in held.keys() - {source, HERE}:
-        if held[host].arch != state.arch:
+    for host in (host for host in held if host != HERE):
+        if held[host].arch != state.kind:
             failed[host] = (
-                f"{host.name} is {held[host].arch} and the image is {state.arch}. Build it on a machine of that kind: "
+                f"{host.name} is {held[host].arch} and the image is {state.kind}. Build it on a machine of that kind: "
                 f"`torchrun-compose --on {host.name} push --image {host.name}`."
             )
             say(failed[host])
