@@ -42,38 +42,30 @@ def read_env_file(path: Path | None) -> EnvFile:
     """
     if path is None:
         return EnvFile(values={})
-    own = _read(path, path.name, "or name another file with ENV_FILE", optional=path == MOUNTED)
-    secrets = _read(path.parent / SECRETS, str(SECRETS), "or remove it")
+    own = _read(path, path.name, optional=path == MOUNTED)
+    secrets = _read(path.parent / SECRETS, str(SECRETS))
     hidden = {name: replace(value, secret=True) for name, value in secrets.values.items()}
     return EnvFile(values={**hidden, **own.values}, problems=(*own.problems, *secrets.problems))
 
 
-def _read(path: Path, name: str, otherwise: str, *, optional: bool = False) -> EnvFile:
+def _read(path: Path, name: str, *, optional: bool = False) -> EnvFile:
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return EnvFile(values={})
     except (OSError, UnicodeDecodeError) as error:
-        found = () if optional else (_unreadable(path, error, otherwise),)
+        found = () if optional else (_unreadable(path, error),)
         return EnvFile(values={}, problems=found)
     return _parse(text, name)
 
 
-def _unreadable(path: Path, error: OSError | UnicodeDecodeError, otherwise: str) -> Problem:
-    why, fix = "{error}", "Make it readable by this user"
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> Problem:
+    why, remedy = getattr(error, "strerror", ""), "Make it readable by this user"
     if isinstance(error, UnicodeDecodeError):
-        why, fix = "it is not UTF-8 text", "Save it as UTF-8"
+        why, remedy = "it is not UTF-8 text", "Save it as UTF-8"
     elif isinstance(error, IsADirectoryError):
-        why, fix = "it is a folder", "Write lines of the form NAME=value into a file"
-    return problem(
-        "settings.env-file-unreadable",
-        "error",
-        what=f"{{path}} cannot be read: {why}",
-        fix=f"{fix}, {otherwise}",
-        setting="ENV_FILE",
-        path=path,
-        error=getattr(error, "strerror", ""),
-    )
+        why, remedy = "it is a folder", "Write lines of the form NAME=value into a file"
+    return problem("settings.env-file-unreadable", setting="ENV_FILE", path=path, why=why, remedy=remedy)
 
 
 def _parse(text: str, name: str) -> EnvFile:
@@ -86,9 +78,7 @@ def _parse(text: str, name: str) -> EnvFile:
         source = f"{name}:{line}"
         if binding.error or (binding.key is not None and binding.value is None):
             # The line's text is left out: it may hold a secret.
-            what, fix = "{source} is not a line of the form NAME=value", "Correct it or put a # before it"
-            id = "settings.env-file-line"
-            problems.append(problem(id, "error", what=what, fix=fix, setting="ENV_FILE", source=source))
+            problems.append(problem("settings.env-file-line", setting="ENV_FILE", source=source))
         elif binding.key is not None and binding.value is not None:
             values[binding.key] = plain(binding.key, binding.value, source)
     return EnvFile(values=values, problems=tuple(problems))

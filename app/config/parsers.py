@@ -4,29 +4,27 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-
-from app.config.problems import count
+from typing import Any
 
 
 class Malformed(ValueError):  # noqa: N818 - a value is malformed; what to do about it is the reader's
-    """A text that does not mean anything: the id, the end of the sentence that begins with the setting, the fix."""
+    """A text that does not mean anything: the last part of a problem's id, and the values of its sentence."""
 
-    def __init__(self, id: str, what: str, fix: str) -> None:
-        super().__init__(what)
-        self.id, self.what, self.fix = id, what, fix
+    def __init__(self, id: str, **values: object) -> None:
+        super().__init__(id)
+        self.id = id
+        self.values: dict[str, Any] = values
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
-    span = f"Write a whole number of at least {low}"
-    if high is not None:
-        span = f"Write a whole number from {low} to {high}"
+    span = f"of at least {low}" if high is None else f"from {low} to {high}"
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
-            raise Malformed("not-a-number", "is not a number", span)
+            raise Malformed("not-a-number", span=span)
         value = int(text)
         if value < low or (high is not None and value > high):
-            raise Malformed("out-of-range", "is out of range", span)
+            raise Malformed("out-of-range", span=span)
         return value
 
     return parse
@@ -35,9 +33,9 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
 def seconds(low: int) -> Callable[[str], float]:
     def parse(text: str) -> float:
         if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,3})?", text):
-            raise Malformed("not-seconds", "is not a number of seconds", "Write one like 30 or 2.5")
+            raise Malformed("not-seconds")
         if float(text) < low:
-            raise Malformed("too-short", "is too short", f"Write at least {count(low, 'second')}")
+            raise Malformed("too-short", low=low)
         return float(text)
 
     return parse
@@ -46,7 +44,7 @@ def seconds(low: int) -> Callable[[str], float]:
 def one_of(*words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in words:
-            raise Malformed("unknown-word", "is unknown", f"Write one of {', '.join(words)}")
+            raise Malformed("unknown-word", words=words)
         return text
 
     return parse
@@ -54,8 +52,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 def run_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):
-        fix = "Write up to 64 letters, digits, dots, dashes or underscores"
-        raise Malformed("not-a-folder-name", "is not a folder's name", fix)
+        raise Malformed("not-a-folder-name")
     return text
 
 
@@ -64,7 +61,7 @@ def processes(text: str) -> int | str:
     if text in ("auto", "gpu", "cpu"):
         return text
     if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) == 0:
-        raise Malformed("not-processes", "is neither a number of at least 1 nor auto, gpu or cpu", "Write one of these")
+        raise Malformed("not-processes")
     return int(text)
 
 
@@ -72,23 +69,19 @@ def shell_words(text: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(text))
     except ValueError as error:
-        what = f"has broken shell quoting ({str(error).rstrip('.').lower()})"
-        raise Malformed("broken-quoting", what, "Close the quote or escape it with \\") from None
+        raise Malformed("broken-quoting", why=str(error).rstrip(".").lower()) from None
 
 
 def path(text: str) -> Path:
     if re.search(r"^~|\$", text):
-        what = "would be taken literally: ~ and $ are not expanded here"
-        raise Malformed("not-expanded", what, "Write the whole path")
+        raise Malformed("not-expanded")
     return Path(text)
 
 
 def modules(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",")) if text else ()
     if not all(re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name) for name in names):
-        raise Malformed(
-            "not-modules", "is not a list of modules", "Write names with commas between them, like torch,transformers"
-        )
+        raise Malformed("not-modules")
     return names
 
 
@@ -116,12 +109,12 @@ def number_or_all(text: str) -> int | None:
     if text == "all":
         return None
     if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
-        raise Malformed("not-a-number-or-all", "is neither a number of at least 1 nor all", "Write one like 2, or all")
+        raise Malformed("not-a-number-or-all")
     return int(text)
 
 
 def byte_count(text: str) -> int:
     found = re.fullmatch(r"([1-9][0-9]{0,5})([KMGT])B", text)
     if not found:
-        raise Malformed("not-a-size", "is not a size", "Write one like 500MB, 100GB or 2TB")
+        raise Malformed("not-a-size")
     return int(found[1]) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[found[2]]

@@ -206,8 +206,7 @@ def _default(each: Setting, text: str) -> Value[Any]:
 
 def refused(wrong: Malformed, given: Value[Any], check: str) -> Problem:
     """A value that means nothing, as a problem."""
-    what = "{given} " + wrong.what.replace("{", "{{").replace("}", "}}")
-    return problem(f"{check}.{wrong.id}", "error", what=what, fix=wrong.fix, given=given)
+    return problem(f"{check}.{wrong.id}", given=given, **wrong.values)
 
 
 def _missing_file(environ: Mapping[str, str], env_file: Path | None) -> list[Problem]:
@@ -216,6 +215,4 @@ def _missing_file(environ: Mapping[str, str], env_file: Path | None) -> list[Pro
         return []
     if env_file.exists():
         return []
-    what, fix = "{given}: there is no such file", "Correct the path or unset ENV_FILE"
-    given = plain("ENV_FILE", str(env_file), "environment")
-    return [problem("settings.env-file-missing", "error", what=what, fix=fix, given=given)]
+    return [problem("settings.env-file-missing", given=plain("ENV_FILE", str(env_file), "environment"))]

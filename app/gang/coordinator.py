@@ -207,6 +207,7 @@ class Coordinator(Session):
             names={rank: self.membership.name(rank) for rank in nodes},
             stop_grace=self.plan.timeouts.stop_grace,
             patience=self.plan.timeouts.heartbeat + 10,
+            hang_report=self.plan.timeouts.hang_report,
             hang_timeout=self.plan.timeouts.hang_timeout,
             tell=self.tell,
             halt=lambda why, grace, reason: self.membership.broadcast(

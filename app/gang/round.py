@@ -24,6 +24,9 @@ class RoundState:
     stop_grace: float
     patience: float
     """Seconds beyond the grace after which a node that does not end is given up."""
+    hang_report: float
+    """Seconds that a rank stands still until its node tells it; whoever waited for a node that has ended needs as
+    long to take that back."""
     hang_timeout: float
     """Seconds without progress until that is a failure; 0 for never."""
     halt: Callable[[str, float, str], None]
@@ -42,6 +45,8 @@ class RoundState:
     _codes: dict[int, int] = field(default_factory=dict)
     _halted: set[str] = field(default_factory=set)
     _stalls: dict[int, tuple[Stall, ...]] = field(default_factory=dict)
+    _unsure_until: float = 0.0
+    """Monotonic time until which a stall may be of before a node's end."""
     _stalled_since: float = 0.0
     """Monotonic time since which no rank of any node makes progress; 0 while one does."""
     _hung: NodeFailure | None = None
@@ -75,7 +80,7 @@ class RoundState:
         """Says once that no rank of the job makes progress, and why; and that it goes on, if it does."""
         stalls = {rank: self._stalls.get(rank, ()) for rank in self.running}
         seconds = [stall.seconds for each in stalls.values() for stall in each if not stall.ended]
-        stands = all(stalls.values())
+        stands = all(stalls.values()) and now >= self._unsure_until
         if stands and seconds and not self._stalled_since and not self.halted_at:
             self._stalled_since = now - min(seconds)
             self.tell(self.hang)
@@ -96,6 +101,7 @@ class RoundState:
 
     def check_hang(self, now: float) -> None:
         """Ends a round without progress for HANG_TIMEOUT. To be called again and again."""
+        self._judge(now)
         if (
             self._stalled_since
             and self.hang_timeout
@@ -135,6 +141,7 @@ class RoundState:
             self._end("failure", HALT_GRACE, f"{node} failed", now)
         else:
             self._stalls.pop(event.rank, None)
+            self._unsure_until = now + self.hang_report
             self._judge(now)
 
     def _end(self, why: str, grace: float, reason: str, now: float) -> None:

@@ -16,8 +16,9 @@ def decide_classic(settings: Settings, host: Host, ledger: Ledger) -> NodeList |
     """Rank and nodes where NODES is unset; the nodes that nobody named are "" until the roll call."""
     rank = settings.node_rank
     job = None if rank is not None else scheduled(settings)
-    if job is not None and job.wrong:
-        ledger.refuse(f"rank.{job.wrong.id}", what=job.wrong.what, fix=job.wrong.fix, setting=job.rank.source)
+    if job is not None and job.several:
+        given, option = job.several
+        ledger.refuse("rank.scheduler-several", setting=job.rank.source, given=given, option=option)
         return None
     count = settings.nnodes or (job.nnodes if job else None)
     if count is None and rank is None and job is None and not _elsewhere(settings.master_addr, host):
@@ -57,14 +58,7 @@ def _several(
         _refuse_incomplete(ledger, {"NNODES": count, "NODE_RANK": rank, "MASTER_ADDR": master}, job)
         return None
     if rank.value >= count.value:
-        ledger.refuse(
-            "rank.too-high",
-            what="{given}, but {nnodes}: ranks run from 0 to {last}",
-            fix="Correct it, or list the nodes in NODES to have it found by address",
-            given=rank,
-            nnodes=count,
-            last=count.value - 1,
-        )
+        ledger.refuse("rank.too-high", given=rank, size=count, last=count.value - 1)
         return None
     addresses = addresses_of(master.value, host)
     if not addresses:
@@ -83,11 +77,11 @@ def _refuse_incomplete(ledger: Ledger, given: dict[str, Value[Any] | None], job:
     by = f" (the rank is from {job.scheduler})" if job else ""
     ledger.refuse(
         "rank.incomplete",
-        what=f"{{present}}{by}, but {{missing}} {'is' if len(missing) == 1 else 'are'} not set",
-        fix="Set NODES to the addresses of all nodes, the same on every node; or set {missing}",
         setting=missing[0],
         present=[value for value in given.values() if value is not None],
+        by=by,
         missing=" and ".join(missing),
+        one=len(missing) == 1,
     )
 
 
@@ -96,26 +90,14 @@ def _placed(
 ) -> NodeList | None:
     here = master_address in local_addresses(host)
     if rank.value and here:
-        ledger.refuse(
-            "rank.master-is-this-node",
-            what="{given}, but {master} is an address of this machine, so it is node 0",
-            fix="Correct one of the two",
-            given=rank,
-            master=master,
-        )
+        ledger.refuse("rank.master-is-this-node", given=rank, master=master)
         return None
     own = _own(rank.value, master_address, here, host)
     if own is None:
-        what = "{master}: this machine has no address to reach it from"
-        ledger.refuse("network.no-address", what=what, fix="Check its network with `ip addr`", master=master)
+        ledger.refuse("network.no-address", given=master)
         return None
     if rank.value == 0 and not here and not is_loopback(master_address):
-        ledger.warn(
-            "rank.master-not-here",
-            what="{master} is not an address of this machine, although it is node 0",
-            fix="That is right behind address translation only",
-            master=master,
-        )
+        ledger.warn("rank.master-not-here", master=master)
     nodes = [""] * size
     nodes[rank.value] = own.address
     nodes[0] = master_address

@@ -49,22 +49,20 @@ class Ledger:
         """Records a value that was given (or is the default) as it stands."""
         self.decide(check, value.name, value.shown, value.source, reason)
 
-    def refuse(
-        self, id: str, *, what: str, fix: str, setting: str = "", details: tuple[str, ...] = (), **values: object
-    ) -> None:
-        """Something that keeps the plan from being made."""
-        self.problems.append(problem(id, "error", what=what, fix=fix, setting=setting, details=details, **values))
+    def refuse(self, id: str, *, setting: str = "", details: tuple[str, ...] = (), **values: object) -> None:
+        """Something that keeps the plan from being made: a problem of app/config/problems.toml."""
+        told: dict[str, Any] = values
+        self.problems.append(problem(id, "error", setting=setting, details=details, **told))
 
     def warn(
         self,
         id: str,
+        severity: Severity = "warning",
         *,
-        what: str,
-        fix: str = "",
         setting: str = "",
         details: tuple[str, ...] = (),
-        severity: Severity = "warning",
         **values: object,
     ) -> None:
         """Something that the job starts with, at a cost."""
-        self.warnings.append(problem(id, severity, what=what, fix=fix, setting=setting, details=details, **values))
+        told: dict[str, Any] = values
+        self.warnings.append(problem(id, severity, setting=setting, details=details, **told))

@@ -65,8 +65,6 @@ def keep_others(exports: Exports, host: Host) -> None:
         elif ours not in (None, line.text):
             exports.ledger.warn(
                 "settings.nccl-conf-overridden",
-                what="{name}={text} ({source}) does not count: {ours} is derived for this node",
-                fix="Write it into .env to keep it",
                 setting=line.name,
                 name=line.name,
                 text=line.text,
@@ -86,11 +84,9 @@ def removals(settings: Settings, env: dict[str, str], ledger: Ledger) -> tuple[s
         values = settings.values
         ledger.warn(
             "settings.stray-pet",
-            what="{strays} removed from the environment: torchrun would read "
-            f"{'it' if len(strays) == 1 else 'them'} as its own options",
-            fix="Use the settings of .env.example instead",
             setting=strays[0],
             strays=[f"{name} ({values[name].source if name in values else 'environment'})" for name in strays],
+            one=len(strays) == 1,
         )
     workers = {setting.name for setting in TABLE if setting.scope == "worker"}
     empty = sorted(

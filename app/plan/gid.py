@@ -48,12 +48,7 @@ def _report(ports: Sequence[RdmaPort], version: int, ledger: Ledger) -> None:
         ledger.decide("rdma", "RoCE GID", shown, "detected", why)
     for port, gid in picks:
         if gid is None:
-            ledger.warn(
-                "rdma.no-roce-v2",
-                what="{port} has no RoCE v2 address (GID), so NCCL would use RoCE v1, which is not routed",
-                fix="Give its interface an address",
-                port=port.name,
-            )
+            ledger.warn("rdma.no-roce-v2", port=port.name)
 
 
 def _network(host: Host, own: Own) -> IPv4Network | None:

@@ -68,13 +68,7 @@ def _python(words: Sequence[str]) -> Unwrapped:
     while rest[:1] == ["-u"]:
         del rest[0]
     if not rest or (rest[0].startswith("-") and rest[0] != "-m"):
-        wrong = Malformed(
-            "python-options",
-            "Python is started for the script",
-            "Write the script and its arguments alone; Python's options have variables, such as PYTHONOPTIMIZE=1 for "
-            "-O, PYTHONWARNINGS for -W",
-        )
-        return Unwrapped(words=tuple(words), wrong=wrong)
+        return Unwrapped(words=tuple(words), wrong=Malformed("python-options"))
     inner = unwrap(rest)
     return Unwrapped(words=inner.words, left_out=inner.left_out or words[0], wrong=inner.wrong)
 
@@ -89,8 +83,7 @@ def _launcher(name: str, words: Sequence[str]) -> Unwrapped:
     variables, others = _variables(asked)
     write = " ".join([f"TRAIN_SCRIPT={shlex.quote(shlex.join(script))}", *variables])
     rest = f". For {', '.join(others)} see docs/own-script.md" if others else ""
-    what = f"{name} is not needed: torchrun is started for the script"
-    return Unwrapped(words=script, wrong=Malformed("other-launcher", what, f"Write {write}{rest}"))
+    return Unwrapped(words=script, wrong=Malformed("other-launcher", launcher=name, needless=True, write=write + rest))
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -126,5 +119,5 @@ def _variables(options: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _instead(words: Sequence[str], name: str, write: str) -> Unwrapped:
-    what = f"{name} starts processes of its own, and torchrun has started them"
-    return Unwrapped(words=tuple(words), wrong=Malformed("other-launcher", what, f"Write {write}"))
+    wrong = Malformed("other-launcher", launcher=name, needless=False, write=write)
+    return Unwrapped(words=tuple(words), wrong=wrong)

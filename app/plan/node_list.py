@@ -38,20 +38,19 @@ def names_to_resolve(settings: Settings) -> tuple[str, ...]:
 def malformed(name: str) -> Malformed | None:
     """What is wrong with an entry of NODES or with MASTER_ADDR; None if it can be a node."""
     if is_link_local(name):
-        what = "is a link-local address, which only says something together with an interface"
-        return Malformed("node-link-local", what, "Use a global one")
+        return Malformed("node-link-local", entry=name)
     if names_no_machine(name):
-        return Malformed("node-no-machine", "names no machine", "Write the node's own address")
+        return Malformed("node-no-machine", entry=name)
     if parse(name) is not None:
         return None
     if re.fullmatch(r"[0-9]+(\.[0-9]+){3}", name) and re.search(r"\b0[0-9]", name):
-        return Malformed("node-leading-zero", "has a leading zero, which may mean octal", "Write it without")
+        return Malformed("node-leading-zero", entry=name)
     if re.fullmatch(r"[0-9.]+", name):
-        return Malformed("node-incomplete", "is not a complete IPv4 address", "Write all four numbers")
+        return Malformed("node-incomplete", entry=name)
     if re.fullmatch(r"\[?[0-9A-Za-z_.:-]+\]?:[0-9]+", name):
-        return Malformed("node-with-port", "has a port", "Write the address alone: the port is MASTER_PORT")
+        return Malformed("node-with-port", entry=name)
     if not re.fullmatch(r"[0-9A-Za-z_]([0-9A-Za-z_.-]{0,252})", name):
-        return Malformed("node-no-name", "is neither an address nor a host name", "Correct it")
+        return Malformed("node-no-name", entry=name)
     return None
 
 
@@ -66,6 +65,4 @@ def addresses_of(name: str, host: Host) -> tuple[str, ...]:
 def unresolved(name: str, host: Host) -> Malformed:
     """What the resolver said of a name without an address."""
     answer = host.answers.get(name)
-    failure = answer.failure if answer is not None else "not looked up"
-    fix = "Write its address, or add it to DNS or /etc/hosts"
-    return Malformed("node-unresolved", f"has no address here ({failure})", fix)
+    return Malformed("node-unresolved", entry=name, why=answer.failure if answer is not None else "not looked up")

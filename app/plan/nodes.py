@@ -31,8 +31,7 @@ def decide_listed(written: Written, settings: Settings, host: Host, ledger: Ledg
         return None
     own = own_towards(host, nodes[rank], nodes)
     if own is None:
-        what = "{given}: this machine has no network address to reach them from"
-        ledger.refuse("network.no-address", what=what, fix="Check its network with `ip addr`", given=written)
+        ledger.refuse("network.no-address", given=written)
         return None
     source = settings.node_rank.source if settings.node_rank else "detected"
     return NodeList(names=names, addresses=nodes, rank=rank, rank_source=source, own=own)
@@ -40,37 +39,28 @@ def decide_listed(written: Written, settings: Settings, host: Host, ledger: Ledg
 
 def _check_entries(written: Written, host: Host, ledger: Ledger) -> None:
     if not written.value:
-        fix = "Write addresses separated by commas"
-        ledger.refuse("rank.no-nodes", what="{given} names no node", fix=fix, given=written)
+        ledger.refuse("rank.no-nodes", given=written)
     seen: dict[str, int] = {}
     for index, name in enumerate(written.value):
         key = canonical(name).lower()
-        wrong = malformed(name)
-        if wrong is not None:
-            _refuse_entry(f"rank.{wrong.id}", name, wrong.what, wrong.fix, written, ledger)
+        if wrong := malformed(name):
+            ledger.problems.append(refused(wrong, written, "rank"))
         elif not addresses_of(name, host):
-            wrong = unresolved(name, host)
-            _refuse_entry(f"names.{wrong.id}", name, wrong.what, wrong.fix, written, ledger)
+            ledger.problems.append(refused(unresolved(name, host), written, "names"))
         elif key in seen:
-            what = f"is listed twice, as node {seen[key]} and node {index}"
-            _refuse_entry("rank.node-twice", name, what, "List each node once", written, ledger)
+            _refuse_twice(seen[key], index, written, ledger)
         seen.setdefault(key, index)
 
 
-def _refuse_entry(id: str, entry: str, wrong: str, fix: str, written: Written, ledger: Ledger) -> None:
-    ledger.refuse(id, what="{given}: {entry} {wrong}", fix=fix, given=written, entry=entry, wrong=wrong)
+def _refuse_twice(first: int, second: int, written: Written, ledger: Ledger) -> None:
+    entry, other = written.value[first], written.value[second]
+    ledger.refuse("rank.node-twice", given=written, first=first, entry=entry, second=second, other=other)
 
 
 def _check_count(names: tuple[str, ...], settings: Settings, ledger: Ledger) -> None:
     nnodes = settings.nnodes
     if nnodes is not None and names and nnodes.value != len(names):
-        ledger.refuse(
-            "rank.nnodes-differs",
-            what="{given}, but NODES lists {nodes:node}",
-            fix="Remove NNODES: the list decides",
-            given=nnodes,
-            nodes=len(names),
-        )
+        ledger.refuse("rank.nnodes-differs", given=nnodes, nodes=len(names))
 
 
 def _one_family(
@@ -82,12 +72,7 @@ def _one_family(
         if all(fitting):
             chosen = [next((each for each in addresses if each in local), addresses[0]) for addresses in fitting]
             return _without_loopback(tuple(chosen), written, host, ledger)
-    ledger.refuse(
-        "rank.mixed-families",
-        what="{given} mixes IPv4 and IPv6; Gloo and torch need one family",
-        fix="List all nodes in the same",
-        given=written,
-    )
+    ledger.refuse("rank.mixed-families", given=written)
     return None
 
 
@@ -95,15 +80,7 @@ def _distinct(nodes: tuple[str, ...], written: Written, ledger: Ledger) -> bool:
     for index, address in enumerate(nodes):
         first = nodes.index(address)
         if first != index:
-            ledger.refuse(
-                "rank.node-twice",
-                what="{given}: {entry} and {other} are both {address}",
-                fix="List each node once, by an address of its own",
-                given=written,
-                entry=written.value[first],
-                other=written.value[index],
-                address=address,
-            )
+            _refuse_twice(first, index, written, ledger)
             return False
     return True
 
@@ -117,25 +94,9 @@ def _without_loopback(nodes: tuple[str, ...], written: Written, host: Host, ledg
     entry, loopback = written.value[index], nodes[index]
     own = own_towards(host, None, tuple(address for address in nodes if not is_loopback(address)))
     if own is None or parse(entry) is not None or len(loops) > 1:
-        ledger.refuse(
-            "names.loopback",
-            what="{given}: {entry} is {loopback} here, which the other nodes cannot reach",
-            fix="Write its address in the nodes' network instead",
-            given=written,
-            entry=entry,
-            loopback=loopback,
-        )
+        ledger.refuse("names.loopback", given=written, entry=entry, loopback=loopback)
         return None
-    ledger.warn(
-        "names.own-name-is-loopback",
-        what="{entry} is {loopback} on this machine (a line in /etc/hosts); its address towards the other nodes, "
-        "{address}, is used instead",
-        fix="List addresses in NODES to avoid the guess",
-        setting="NODES",
-        entry=entry,
-        loopback=loopback,
-        address=own.address,
-    )
+    ledger.warn("names.own-name-is-loopback", setting="NODES", entry=entry, loopback=loopback, address=own.address)
     return (*nodes[:index], own.address, *nodes[index + 1 :])
 
 
@@ -152,13 +113,7 @@ def _check_master(
     if {canonical(master.value), *addresses_of(master.value, host)} & {nodes[0], *candidates[0]}:
         ledger.decide("rank", "MASTER_ADDR", nodes[0], master.source, "node 0, as you set it")
         return
-    ledger.refuse(
-        "rank.master-not-node-0",
-        what="{given} is not node 0, which is {node0} by NODES",
-        fix="Remove MASTER_ADDR, or put that node first in NODES on every node",
-        given=master,
-        node0=nodes[0],
-    )
+    ledger.refuse("rank.master-not-node-0", given=master, node0=nodes[0])
 
 
 def _rank(nodes: tuple[str, ...], written: Written, settings: Settings, host: Host, ledger: Ledger) -> int | None:
@@ -172,15 +127,8 @@ def _rank(nodes: tuple[str, ...], written: Written, settings: Settings, host: Ho
         reason = f"{nodes[rank]} on {interface} is entry {rank} of NODES (counted from 0)"
         ledger.decide("rank", "NODE_RANK", rank, "detected", reason)
         return rank
-    what = "{given}: none of these is an address of this machine, so its rank is unknown"
-    fix = "Correct NODES, or set NODE_RANK (0 to {last}) on this node if it is behind address translation"
-    if matches:
-        what = "{given}: {number} of these are addresses of this machine, so its rank is unknown"
-        fix = "List one address per node, or set NODE_RANK ({ranks}) on this node"
     ledger.refuse(
         "rank.several-match" if matches else "rank.none-matches",
-        what=what,
-        fix=fix,
         details=listing(host, nodes),
         given=written,
         number=len(matches),
@@ -196,12 +144,7 @@ def _given_rank(
     rank = given.value
     if rank >= len(nodes):
         ledger.refuse(
-            "rank.too-high",
-            what="{given}, but NODES lists {nodes:node}: ranks run from 0 to {last}",
-            fix="Correct it, or remove it to have it found by address",
-            given=given,
-            nodes=len(nodes),
-            last=len(nodes) - 1,
+            "rank.too-high", given=given, size=f"NODES lists {count(len(nodes), 'node')}", last=len(nodes) - 1
         )
         return None
     if rank in matches:
@@ -210,19 +153,11 @@ def _given_rank(
     if matches:
         ledger.refuse(
             "rank.not-this-node",
-            what="{given} is {address} by NODES, but this machine has {own}",
-            fix="Remove NODE_RANK to have it found by address, or correct NODES",
             given=given,
             address=nodes[rank],
             own=[f"{nodes[index]} (node {index})" for index in matches],
         )
         return None
     ledger.take("rank", given, f"as you set it; {nodes[rank]} is not an address of this machine")
-    ledger.warn(
-        "rank.unchecked",
-        what="{given} cannot be checked: none of NODES is an address of this machine",
-        fix="That is right behind address translation only",
-        details=listing(host, nodes),
-        given=given,
-    )
+    ledger.warn("rank.unchecked", details=listing(host, nodes), given=given)
     return rank

@@ -27,8 +27,7 @@ def decide_ports(settings: Settings, host: Host, ledger: Ledger) -> Ports:
     else:
         ledger.take("ports", control, "the nodes' own connections")
     if control.value == master.value:
-        fix = "Give them different ports"
-        ledger.refuse("ports.clash", what="{given} is MASTER_PORT as well", fix=fix, given=control)
+        ledger.refuse("ports.clash", given=control)
     for port in (master, control):
         _warn_port(port, host, ledger)
     ras = next(found for step in (2, 3) if (found := _near(master.value, step)) != control.value)
@@ -41,21 +40,7 @@ def _near(port: int, step: int) -> int:
 
 def _warn_port(port: Value[int], host: Host, ledger: Ledger) -> None:
     if port.value < host.first_user_port and host.uid != 0:
-        ledger.warn(
-            "ports.privileged",
-            what="{given} needs root: ports below {first} do",
-            fix="Choose a higher one",
-            given=port,
-            first=host.first_user_port,
-        )
+        ledger.warn("ports.privileged", given=port, first=host.first_user_port)
     span = host.ephemeral_ports
     if span is not None and span[0] <= port.value <= span[1]:
-        ledger.warn(
-            "ports.ephemeral",
-            what="{given} is one of the ports that the kernel hands out by itself ({low} to {high}), so another "
-            "program may hold it",
-            fix="Choose one outside",
-            given=port,
-            low=span[0],
-            high=span[1],
-        )
+        ledger.warn("ports.ephemeral", given=port, low=span[0], high=span[1])

@@ -70,13 +70,7 @@ def decide_rdma(
         return SOCKETS
     asked = exports.settings.nccl_ib_hca is not None
     if not choice.fit and not asked and backend == "nccl":
-        ledger.warn(
-            "rdma.no-usable-port",
-            what="RDMA devices are on this machine, but no port is usable: {why}",
-            fix="Mend one, or set NCCL_IB_DISABLE=1 to use sockets without this warning",
-            severity="severe",
-            why="; ".join(map(str, choice.rejected)),
-        )
+        ledger.warn("rdma.no-usable-port", "severe", why="; ".join(map(str, choice.rejected)))
     if not choice.taken:
         among = "no active port in NCCL_IB_HCA" if asked else f"no usable port among {len(host.rdma_ports)}"
         exports.offer("rdma", "NCCL_IB_DISABLE", "1", among, choice.why_not)
@@ -99,12 +93,7 @@ def _report_others(host: Host, backend: str, ledger: Ledger) -> None:
         reason = f"EFA: NCCL reaches it only through the aws-ofi-nccl plugin, which is {'' if plugin else 'not '}here"
         ledger.decide("rdma", "EFA ports", ",".join(efa), "detected", reason)
     if efa and not plugin and backend == "nccl":
-        ledger.warn(
-            "rdma.efa-without-plugin",
-            what="{efa:EFA port} will not be used: NCCL reaches EFA only through the aws-ofi-nccl plugin",
-            fix="Use an image that has the plugin, with /dev/infiniband in the container",
-            efa=len(efa),
-        )
+        ledger.warn("rdma.efa-without-plugin", efa=len(efa))
     if others:
         ledger.decide("rdma", "other ports", ", ".join(others), "detected", "neither InfiniBand nor RoCE: left alone")
 
@@ -131,21 +120,12 @@ def _report(choice: Choice, host: Host, ledger: Ledger) -> None:
 
 
 def _blocked(choice: Choice, host: Host, backend: str, ledger: Ledger, exports: Exports) -> bool:
-    blocked = obstacle(host, choice.taken)
+    blocked = obstacle(host, choice.taken, choice.layer)
     if blocked is None:
         return False
-    why = f"{choice.layer} is here, but unusable: {blocked.why}"
-    exports.offer("rdma", "NCCL_IB_DISABLE", "1", why)
+    exports.offer("rdma", "NCCL_IB_DISABLE", "1", blocked.cause)
     if backend == "nccl":
-        ledger.warn(
-            f"rdma.{blocked.id}",
-            what="{layer} is on this machine but the {where} cannot use it, because {why}",
-            fix=blocked.fix,
-            severity="severe",
-            layer=choice.layer,
-            where="container" if host.container else "process",
-            why=blocked.why,
-        )
+        ledger.warnings.append(blocked)
     return True
 
 
@@ -163,19 +143,11 @@ def _as_asked(asked: Value[str], host: Host, ledger: Ledger) -> tuple[list[RdmaP
     usable, rejected = choose(replace(host, rdma_ports=tuple(selected)))
     taken = [port for port in selected if port.state == "ACTIVE"]
     wrong = [f"{each.port.name}: {each.reason}" for each in rejected if each.port in taken or not usable]
-    fix = "Correct or remove it" if taken else "Correct or remove it: NCCL falls back to sockets without a word"
     if not selected:
-        ledger.warn(
-            "rdma.hca-selects-none",
-            what="{given} is kept, but matches no RDMA device or port here ({ports})",
-            fix=fix,
-            severity="severe",
-            given=asked,
-            ports=[port.name for port in host.rdma_ports] or ["there is none"],
-        )
+        ports = [port.name for port in host.rdma_ports] or ["there is none"]
+        ledger.warn("rdma.hca-selects-none", "severe", given=asked, ports=ports)
     elif wrong:
-        what = "{given} is kept, but selects {wrong}"
-        ledger.warn("rdma.hca-selects-wrong", what=what, fix=fix, given=asked, wrong="; ".join(wrong))
+        ledger.warn("rdma.hca-selects-wrong", given=asked, wrong="; ".join(wrong), unused=not taken)
     _warn_prefix(asked, selected, ledger)
     return usable, taken
 
@@ -184,14 +156,7 @@ def _warn_prefix(asked: Value[str], selected: list[RdmaPort], ledger: Ledger) ->
     devices = {port.device for port in selected}
     meant = {entry.partition(":")[0] for entry in asked.text.split(",")}
     if asked.text[:1] not in ("=", "^") and meant & devices and devices - meant:
-        ledger.warn(
-            "rdma.hca-prefix",
-            what="{given} is kept, but it is a prefix and also matches {others}",
-            fix="Write NCCL_IB_HCA=={text} for exactly that",
-            given=asked,
-            others=sorted(devices - meant),
-            text=asked.text,
-        )
+        ledger.warn("rdma.hca-prefix", given=asked, others=sorted(devices - meant), text=asked.text)
 
 
 def choose(host: Host) -> tuple[list[RdmaPort], list[Rejected]]:

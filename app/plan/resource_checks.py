@@ -21,41 +21,25 @@ def check_needs(host: Host, workers: LocalWorkers, transport: str, ledger: Ledge
     """Limits as facts in the plan, and warnings or problems where they are too low for it."""
     ledger.decide("limits", "limits", count(host.limits.cpus, "CPU"), "detected", _summary(host))
     rdma = workers.backend == "nccl" and transport != "sockets"
-    if rdma and (blocked := memlock_obstacle(host)):
-        ledger.refuse(
-            f"rdma.{blocked.id}",
-            what="{transport} is chosen, but {why}",
-            fix=f"{blocked.fix}. NCCL_IB_DISABLE=1 would use sockets",
-            setting="memlock",
-            transport=transport,
-            why=blocked.why,
-        )
+    if rdma and (blocked := memlock_obstacle(host, transport)):
+        ledger.problems.append(blocked)
     _check_shm(host, workers, ledger)
     _check_files(host, ledger)
     _check_memory(host, workers, ledger)
     if workers.nproc > host.limits.cpus and workers.backend == "gloo":
-        ledger.warn(
-            "limits.cpus",
-            what="{nproc} processes share {cpus:CPU}: they will slow each other down",
-            fix="Lower NPROC_PER_NODE",
-            setting="NPROC_PER_NODE",
-            nproc=workers.nproc,
-            cpus=host.limits.cpus,
-        )
+        ledger.warn("limits.cpus", setting="NPROC_PER_NODE", nproc=workers.nproc, cpus=host.limits.cpus)
     if rdma:
         _report_direct(host, transport, ledger)
 
 
 def _check_shm(host: Host, workers: LocalWorkers, ledger: Ledger) -> None:
-    who, wanted = "the data loaders of {nproc:process|processes}", SHM_OF_LOADERS
-    if workers.backend == "nccl":
-        who, wanted = "NCCL with {nproc:process|processes}", SHM_PER_GPU * workers.nproc
+    nccl = workers.backend == "nccl"
+    wanted = SHM_PER_GPU * workers.nproc if nccl else SHM_OF_LOADERS
     if host.limits.shm is not None and host.limits.shm < wanted:
         ledger.warn(
             "limits.shm",
-            what=f"Shared memory (/dev/shm) has {{size}}; {who} will take about {{wanted}}",
-            fix="Set SHM_SIZE in .env; otherwise it may end with 'No space left on device'",
             setting="SHM_SIZE",
+            nccl=nccl,
             size=_size(host.limits.shm),
             wanted=_size(wanted),
             nproc=workers.nproc,
@@ -65,21 +49,13 @@ def _check_shm(host: Host, workers: LocalWorkers, ledger: Ledger) -> None:
 def _check_files(host: Host, ledger: Ledger) -> None:
     # The launcher raises the soft limit to the hard one by itself.
     if host.limits.open_files is not None and host.limits.open_files < OPEN_FILES:
-        ledger.warn(
-            "limits.open-files",
-            what="Only {limit} files and connections may be open at once (the hard limit); large jobs need more",
-            fix="Raise it: `ulimit -Hn 65536` as root, or `ulimits: nofile` in compose",
-            limit=host.limits.open_files,
-        )
+        ledger.warn("limits.open-files", limit=host.limits.open_files)
 
 
 def _check_memory(host: Host, workers: LocalWorkers, ledger: Ledger) -> None:
     if host.limits.memory is not None and host.limits.memory < MEMORY_PER_PROCESS * workers.nproc:
         ledger.warn(
             "limits.memory",
-            what="The memory limit is {limit} for {nproc:process|processes} of torch, which take about {each} each "
-            "before they load anything",
-            fix="Raise it or lower NPROC_PER_NODE",
             setting="NPROC_PER_NODE",
             limit=_size(host.limits.memory),
             nproc=workers.nproc,
@@ -96,13 +72,8 @@ def _report_direct(host: Host, transport: str, ledger: Ledger) -> None:
         ledger.decide("rdma", "GPUDirect RDMA", gpus.direct, "detected", "cards can read GPU memory by themselves")
     else:
         ledger.decide("rdma", "GPUDirect RDMA", "no", "detected", f"{vendor.no_direct} loaded")
-        ledger.warn(
-            "rdma.no-gpu-direct",
-            what="{transport} will go through the CPU's memory: {missing} is loaded",
-            fix=vendor.fix_direct,
-            transport=transport,
-            missing=vendor.no_direct,
-        )
+        missing, remedy = vendor.no_direct, vendor.fix_direct
+        ledger.warn("rdma.no-gpu-direct", transport=transport, missing=missing, remedy=remedy)
 
 
 def check_interface(host: Host, own: Own, ledger: Ledger) -> None:
@@ -111,23 +82,13 @@ def check_interface(host: Host, own: Own, ledger: Ledger) -> None:
     if nic is None or nic.kind == "loopback":
         return
     if not nic.up:
-        ledger.warn(
-            "network.link-down",
-            what="{nic} carries {address}, but its link is {state}",
-            fix="Check its cable and switch",
-            severity="severe",
-            nic=nic.name,
-            address=own.address,
-            state=nic.operstate,
-        )
+        ledger.warn("network.link-down", "severe", nic=nic.name, address=own.address, state=nic.operstate)
     _warn_first_address(nic, own, ledger)
     _warn_slow(nic, host, own, ledger)
     _warn_mtu(nic, host, ledger)
     _warn_arp(nic, host, own, ledger)
     if nic.kind == "tunnel":
-        what = "{nic} is a tunnel (VPN): expect a fraction of the network's speed"
-        fix = "List addresses of another network in NODES if there is one"
-        ledger.warn("network.tunnel", what=what, fix=fix, nic=nic.name)
+        ledger.warn("network.tunnel", nic=nic.name)
 
 
 def _warn_first_address(nic: Nic, own: Own, ledger: Ledger) -> None:
@@ -135,16 +96,8 @@ def _warn_first_address(nic: Nic, own: Own, ledger: Ledger) -> None:
     used = next((each.text for each in nic.addresses if ":" not in each.text), own.address)
     if used != own.address and any(each.text == own.address for each in nic.addresses):
         # NCCL is told the family where nodes are listed by IPv6.
-        they = "Gloo uses" if ":" in own.address else "NCCL and Gloo use"
-        ledger.warn(
-            "network.several-addresses",
-            what=f"{{nic}} has several addresses. torchrun uses {{address}}, but {they} the first, {{used}}: it must "
-            "be reachable from the other nodes too",
-            fix="List the first ones in NODES if it is not",
-            nic=nic.name,
-            address=own.address,
-            used=used,
-        )
+        told = ":" in own.address
+        ledger.warn("network.several-addresses", nic=nic.name, address=own.address, used=used, told=told)
 
 
 def speed_of(nic: Nic, host: Host, depth: int = 3) -> int | None:
@@ -163,8 +116,6 @@ def _warn_slow(nic: Nic, host: Host, own: Own, ledger: Ledger) -> None:
         if mine and theirs and other.name in devices and other.addresses and theirs >= 10 * mine:
             ledger.warn(
                 "network.slow",
-                what="{nic} ({speed:g} Gb/s) carries {address}, but {other} ({faster:g} Gb/s, with RDMA) has {unused}",
-                fix="List the addresses of that network in NODES if all nodes are on it",
                 nic=nic.name,
                 speed=mine / 1000,
                 address=own.address,
@@ -183,16 +134,7 @@ def _warn_mtu(nic: Nic, host: Host, ledger: Ledger) -> None:
         smaller = other.name in nic.lower and other.mtu is not None and nic.mtu is not None and other.mtu < nic.mtu
         unlike = other.name not in nic.lower and other.mtu != nic.mtu and other.addresses
         if twins and (smaller or unlike):
-            ledger.warn(
-                "network.twin-mtu",
-                what="{nic} has MTU {mtu}, its twin {twin} has {other}: packets of the larger size are lost where the "
-                "smaller one is in the way",
-                fix="Give both, on all nodes, the same MTU",
-                nic=nic.name,
-                mtu=nic.mtu,
-                twin=other.name,
-                other=other.mtu,
-            )
+            ledger.warn("network.twin-mtu", nic=nic.name, mtu=nic.mtu, twin=other.name, other=other.mtu)
 
 
 def _warn_arp(nic: Nic, host: Host, own: Own, ledger: Ledger) -> None:
@@ -200,15 +142,7 @@ def _warn_arp(nic: Nic, host: Host, own: Own, ledger: Ledger) -> None:
     for other in host.nics:
         shared = other.name != nic.name and other.kind != "container" and other.up and not other.arp_ignore
         if mine is not None and mine.version == 4 and shared and any(each.network == mine for each in other.addresses):
-            ledger.warn(
-                "network.arp",
-                what="{nic} and {other} are both in {network}, and each answers for the other's address, so traffic "
-                "may take the wrong card",
-                fix="Run `sysctl -w net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2` on this machine",
-                nic=nic.name,
-                other=other.name,
-                network=mine,
-            )
+            ledger.warn("network.arp", nic=nic.name, other=other.name, network=mine)
             return
 
 

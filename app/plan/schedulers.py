@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 from itertools import product
 
-from app.config.parsers import Malformed
 from app.config.settings import Settings
 from app.config.values import Value, plain
 
@@ -17,8 +16,8 @@ class Scheduled:
     rank: Value[int]
     nnodes: Value[int] | None = None
     master: Value[str] | None = None
-    wrong: Malformed | None = None
-    """Why this process cannot be the one launcher of its node."""
+    several: tuple[str, str] | None = None
+    """What says that this process is not the one launcher of its node, and the option that starts one."""
 
 
 def scheduled(settings: Settings) -> Scheduled | None:
@@ -50,9 +49,7 @@ def _slurm(settings: Settings) -> Scheduled | None:
         rank=rank,
         nnodes=_number(settings, "NNODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES") or listed,
         master=plain("MASTER_ADDR", names[0], source) if names else None,
-        wrong=_second_launcher(f"SLURM_LOCALID={local_id}", "srun --ntasks-per-node=1")
-        if local_id.strip("0")
-        else None,
+        several=(f"SLURM_LOCALID={local_id}", "srun --ntasks-per-node=1") if local_id.strip("0") else None,
     )
 
 
@@ -68,12 +65,8 @@ def _open_mpi(settings: Settings) -> Scheduled | None:
     if rank is None or size is None:
         return None
     per_node = settings.text(f"{world}LOCAL_SIZE")
-    wrong = _second_launcher(f"{world}LOCAL_SIZE={per_node}", "-npernode 1") if per_node not in ("", "1") else None
-    return Scheduled(scheduler="Open MPI", rank=rank, nnodes=size, wrong=wrong)
-
-
-def _second_launcher(given: str, option: str) -> Malformed:
-    return Malformed("scheduler-several", f"{given}: there are several launchers on this node", f"Start one ({option})")
+    several = (f"{world}LOCAL_SIZE={per_node}", "-npernode 1") if per_node not in ("", "1") else None
+    return Scheduled(scheduler="Open MPI", rank=rank, nnodes=size, several=several)
 
 
 def expand_nodelist(text: str) -> tuple[str, ...]:

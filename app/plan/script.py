@@ -2,11 +2,10 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 from app.config.parsers import Malformed
 from app.config.problems import count
-from app.config.settings import Settings
+from app.config.settings import Settings, refused
 from app.config.values import Value
 from app.host import Host
 from app.host.mounts import mount_of
@@ -82,34 +81,25 @@ def warn_script(script: Script, settings: Settings, host: Host, nnodes: int, led
     here = host.files.get(CURRENT, Seen())
     mount = mount_of(host.cwd, host.mounts)
     if here.obstacle and not (mount and mount.read_only):
-        wrong = _unwritable(here, settings, host)
-        ledger.warn(
-            "script.current-folder",
-            what="{why}: what the script writes into its current folder fails",
-            fix=f"{wrong.fix}; WORKSPACE_READ_ONLY=true says that it writes nothing there",
-            setting="WORKSPACE",
-            why=wrong.what,
-        )
+        _, why, remedy = _unwritable(here, settings, host)
+        ledger.warn("script.current-folder", setting="WORKSPACE", why=why, remedy=remedy)
     place, text = host.program
-    for line, sentence in concerns(text, nnodes):
-        file = Path(place).name
-        ledger.warn("script.text", what="{file}:{line}: {concern}", file=file, line=str(line), concern=sentence)
+    ledger.warnings += concerns(Path(place).name, text, nnodes)
 
 
-def _unwritable(seen: Seen, settings: Settings, host: Host) -> Malformed:
-    """What cannot be written, by whom, and the command that lets them."""
+def _unwritable(seen: Seen, settings: Settings, host: Host) -> tuple[bool, str, str]:
+    """Whether it is mounted read-only; what cannot be written, by whom; and the command that lets them."""
     path = host.cwd / seen.obstacle
     place = on_host(path, host, settings)
     mount = mount_of(path, host.mounts)
     if mount and mount.read_only and host.container:
-        fix = "Remove :ro from RUNS, or name another folder"
-        return Malformed("read-only", f"{path} is mounted read-only", fix)
+        return True, f"{path} is mounted read-only", "Remove :ro from RUNS, or name another folder"
     outside = f" ({place} on the host)" if place else ""
     what = f"user {host.uid} cannot make files and folders in {path}{outside}"
     if not place or not seen.owner:
-        return Malformed("unwritable", what, "Correct the path, or let that user write there")
+        return False, what, "Correct the path, or let that user write there"
     owner = f"`sudo chown -R {host.uid}:{host.gid} {shlex.quote(str(place))}`"
-    return Malformed("unwritable", what, f"Run {owner}, or set RUN_AS={seen.owner}, its owner")
+    return False, what, f"Run {owner}, or set RUN_AS={seen.owner}, its owner"
 
 
 def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
@@ -119,7 +109,7 @@ def decide_script(settings: Settings, host: Host, ledger: Ledger) -> Script:
     words = _found(asked.words, host)
     ledger.take("script", script, _reason(settings, asked, words, script.source))
     if wrong := asked.wrong or _wrong_script(words, script, host):
-        _refuse(wrong, script, ledger)
+        ledger.problems.append(refused(wrong, script, "script"))
     if arguments is not None:
         own = settings.train_args or arguments
         why = "the script's arguments" if own == arguments else f"in place of {own}"
@@ -151,10 +141,6 @@ def _run_dir(settings: Settings) -> Path:
     return settings.runs_root.value / settings.run_name.value
 
 
-def _refuse(wrong: Malformed, given: Value[Any], ledger: Ledger) -> None:
-    ledger.refuse(f"script.{wrong.id}", what="{given}: {why}", fix=wrong.fix, given=given, why=wrong.what)
-
-
 def _found(words: tuple[str, ...], host: Host) -> tuple[str, ...]:
     """The same, with the whole path of a program that lies on PATH."""
     place = host.program[0]
@@ -177,25 +163,19 @@ def _reason(settings: Settings, asked: Unwrapped, words: tuple[str, ...], source
 def _wrong_script(words: Words, script: Value[Words], host: Host) -> Malformed | None:
     """What is wrong with it; None if it can be started."""
     if not words or words == ("-m",):
-        return Malformed("none-named", "it names no script", "Write a path, or -m and a module")
+        return Malformed("none-named")
     if words[0] == "-m":
-        what = f"Python finds no {words[1].partition('.')[0]!r} here"
-        return None if host.module else Malformed("no-module", what, "Correct the name, or set PYTHONPATH")
+        return None if host.module else Malformed("no-module", package=words[1].partition(".")[0])
     if len(words) > 1 and script.text in host.files and host.files[script.text].kind == "file":
-        fix = f"Quote it in the value: TRAIN_SCRIPT=\"'{script.text}'\""
-        return Malformed("space-in-name", "the space ends the name", fix)
-    where = "here"
-    if host.project == IMAGE:
-        where = "in the container, which has ./workspace of the stack's folder as /workspace"
-    bare = "" if "/" in words[0] or "." in words[0] else ", and no program of this name on PATH"
+        return Malformed("space-in-name", text=script.text)
+    named = f"{words[0]}: " if len(words) > 1 else ""
     kind = host.files.get(words[0], Seen()).kind
-    what, fix = {
-        "missing": (f"there is no such file {where}{bare}", "Correct the path, or write -m for a module"),
-        "folder": ("this is a folder", "Write the path of a script, or -m for a module"),
-        "unreadable": (f"user {host.uid} cannot read it", "Let that user read it, or correct the path"),
-    }.get(kind, ("", ""))
-    named = f"{words[0]}: {what}" if len(words) > 1 else what
-    return Malformed(kind, named, fix) if what else None
+    if kind == "missing":
+        bare = "/" not in words[0] and "." not in words[0]
+        return Malformed("missing", named=named, image=host.project == IMAGE, bare=bare)
+    if kind == "folder":
+        return Malformed("folder", named=named)
+    return Malformed("unreadable", named=named, uid=host.uid) if kind == "unreadable" else None
 
 
 def _folder(
@@ -209,7 +189,9 @@ def _folder(
     ledger.decide("script", name, host.cwd / wanted, source, reason)
     seen = host.files.get(str(wanted), Seen())
     if seen.obstacle:
-        _refuse(_unwritable(seen, settings, host), value or settings.runs_root, ledger)
+        read_only, why, remedy = _unwritable(seen, settings, host)
+        about = value or settings.runs_root
+        ledger.refuse("script.read-only" if read_only else "script.unwritable", given=about, why=why, remedy=remedy)
     return host.cwd / wanted
 
 
@@ -229,13 +211,7 @@ def decide_token(settings: Settings, host: Host, ledger: Ledger) -> Path | None:
         return None
     ledger.take("settings", value, "the nodes prove to each other that they know its content")
     if wrong := _wrong_token(host.files.get(str(value.value))):
-        ledger.refuse(
-            "settings.token-file",
-            what="{given}: {why}",
-            fix="Make one with `openssl rand -hex 32 > FILE` and copy it to all nodes",
-            given=value,
-            why=wrong,
-        )
+        ledger.refuse("settings.token-file", given=value, why=wrong)
     return host.cwd / value.value
 
 

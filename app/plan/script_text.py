@@ -4,95 +4,81 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 
+from app.config.problems import Problem, problem
+
 LOOPBACK = re.compile(r"127\.|localhost$|::1$")
 STARTS_RANKS = re.compile(r"\b(torchrun|accelerate +launch|deepspeed +\S+\.py|torch\.distributed\.(?:run|launch))\b")
 
+Place = tuple[int, str, str]
+"""(line, id of the problem, what stands there)"""
 
-def concerns(text: str, nnodes: int) -> list[tuple[int, str]]:
-    """(line, sentence) of each place that will not do under a launcher on `nnodes` nodes, in the order of the lines."""
+
+def concerns(file: str, text: str, nnodes: int) -> list[Problem]:
+    """Each place that will not do under a launcher on `nnodes` nodes, in the order of the lines."""
+    return [
+        problem(id, "warning", file=file, line=str(line), given=given)
+        for line, id, given in sorted({*_places(text, nnodes)})
+    ]
+
+
+def _places(text: str, nnodes: int) -> Iterator[Place]:
     if text.startswith("#!") and "python" not in text.partition("\n")[0]:
-        return list(_in_shell(text))
+        return _in_shell(text)
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         # A shell script, another Python, or a mistake that Python itself tells best.
-        return list(_in_shell(text))
-    found = [each for check in CHECKS for each in check(tree, text, nnodes)]
-    return sorted(dict.fromkeys(found))
+        return _in_shell(text)
+    return (place for check in CHECKS for place in check(tree, text, nnodes))
 
 
-def _in_shell(text: str) -> Iterator[tuple[int, str]]:
+def _in_shell(text: str) -> Iterator[Place]:
     for number, line in enumerate(text.splitlines(), 1):
-        hit = STARTS_RANKS.search(line.partition("#")[0])
-        if hit:
-            yield (
-                number,
-                f"{hit[1]} is started by each of the processes that torchrun has started already. Name the script that "
-                "stands behind it in TRAIN_SCRIPT, and its arguments in TRAIN_ARGS",
-            )
+        if hit := STARTS_RANKS.search(line.partition("#")[0]):
+            yield number, "script.starts-ranks", hit[1]
 
 
-def _sets_variables(tree: ast.Module, _text: str, nnodes: int) -> Iterator[tuple[int, str]]:
+def _sets_variables(tree: ast.Module, _text: str, nnodes: int) -> Iterator[Place]:
     for node in _unconditional(tree):
         if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Constant):
             continue
         for name in (_environ_key(target) for target in node.targets):
             value = str(node.value.value)
             if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-                yield node.lineno, f"it sets {name}={value} in all ranks, which is set already. Delete the line"
+                yield node.lineno, "script.sets-rank", f"{name}={value}"
             elif name == "MASTER_PORT":
-                yield (
-                    node.lineno,
-                    f"nobody listens on MASTER_PORT={value}: torchrun's store has the one that is set. Delete the line",
-                )
+                yield node.lineno, "script.sets-master-port", value
             elif name == "MASTER_ADDR" and nnodes > 1 and LOOPBACK.match(value):
-                yield (
-                    node.lineno,
-                    f"MASTER_ADDR={value} is another machine on each node. Delete the line: it is set already",
-                )
+                yield node.lineno, "script.sets-master-addr", value
 
 
-def _calls(tree: ast.Module, _text: str, nnodes: int) -> Iterator[tuple[int, str]]:
+def _calls(tree: ast.Module, _text: str, nnodes: int) -> Iterator[Place]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         name, words = _name(node.func), {each.arg: each.value for each in node.keywords}
         method, rank = _leading_text(words.get("init_method")), words.get("rank")
         if name == "init_process_group" and nnodes > 1 and re.match(r"tcp://(127\.|localhost|\[::1\])", method):
-            yield (
-                node.lineno,
-                f"{method} is another machine on each node. Delete init_method: the default reads what is set",
-            )
+            yield node.lineno, "script.init-method", method
         if name in ("init_process_group", "DistributedSampler") and nnodes > 1 and rank is not None and _is_local(rank):
-            yield (
-                node.lineno,
-                f'{name} gets the rank within the node. Give it int(os.environ["RANK"]), or leave rank out',
-            )
+            yield node.lineno, "script.local-rank-as-rank", name
         module, several = _name(getattr(node.func, "value", None)), words.get("nprocs")
         one = isinstance(several, ast.Constant) and several.value == 1
         if name == "spawn" and module in ("mp", "multiprocessing") and several and not one:
-            yield (
-                node.lineno,
-                "it starts its own processes in each of those that torchrun has started. Call the function once, with "
-                'int(os.environ["LOCAL_RANK"])',
-            )
+            yield node.lineno, "script.spawns", name
 
 
-def _local_rank_argument(tree: ast.Module, text: str, _nnodes: int) -> Iterator[tuple[int, str]]:
+def _local_rank_argument(tree: ast.Module, text: str, _nnodes: int) -> Iterator[Place]:
     if "LOCAL_RANK" in text or "deepspeed" in text:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and _name(node.func) == "add_argument":
             options = {each.value for each in node.args if isinstance(each, ast.Constant)}
             if options & {"--local_rank", "--local-rank"}:
-                yield node.lineno, 'torchrun gives no --local_rank. Take int(os.environ["LOCAL_RANK"])'
+                yield node.lineno, "script.local-rank-argument", "--local_rank"
 
 
-CHECKS: tuple[Callable[[ast.Module, str, int], Iterator[tuple[int, str]]], ...] = (
-    _sets_variables,
-    _calls,
-    _local_rank_argument,
-)
+CHECKS: tuple[Callable[[ast.Module, str, int], Iterator[Place]], ...] = (_sets_variables, _calls, _local_rank_argument)
 
 
 def _unconditional(node: ast.AST) -> Iterator[ast.AST]:

@@ -41,25 +41,11 @@ def decide_minimum(settings: Settings, size: int | None, ledger: Ledger) -> int:
         return size or 1
     ledger.take("timeouts", least, "a restart may go on with fewer nodes, down to these")
     if size is not None and least.value > size:
-        ledger.refuse(
-            "timeouts.min-nodes",
-            what="{given}, but the job has {nodes:node}",
-            fix=f"Set at most {size}",
-            given=least,
-            nodes=size,
-        )
+        ledger.refuse("timeouts.min-nodes", given=least, nodes=size)
     return least.value
 
 
 def _check_grace(settings: Settings, host: Host, ledger: Ledger) -> None:
     waits, grace = settings.stop_grace_period.value, settings.stop_grace
     if host.container and waits is not None and grace.value + ENDING > waits:
-        ledger.warn(
-            "timeouts.stop-grace",
-            what="{given} is more than Docker waits (STOP_GRACE_PERIOD, {waits:g} s): workers would be killed while "
-            "they save",
-            fix="Set STOP_GRACE_PERIOD={needed:g}s or more in .env",
-            given=grace,
-            waits=waits,
-            needed=grace.value + ENDING,
-        )
+        ledger.warn("timeouts.stop-grace", given=grace, waits=waits, needed=grace.value + ENDING)

@@ -82,31 +82,19 @@ def _check_hardware(settings: Settings, host: Host, ledger: Ledger) -> None:
     if host.gpus.visible:
         return
     if word is None and cards and not host.container:
-        ledger.warn(
-            "gpus.no-driver",
-            what=f"This machine has {{cards:{vendor.name} GPU}}, but no driver offers them: training runs on the CPU",
-            fix=f"Install the {vendor.name} driver",
-            setting="HARDWARE",
-            cards=cards,
-        )
+        ledger.warn("gpus.no-driver", setting="HARDWARE", cards=cards, vendor=vendor.name)
     elif word is None and cards:
         ledger.refuse(
             "gpus.hardware-unset",
-            what=f"HARDWARE is not set, and this machine has {{cards:{vendor.name} GPU}} that the container was not "
-            "given",
-            fix=f"Set HARDWARE={{fitting}} in .env (or HARDWARE=cpu to train without {'them' if cards > 1 else 'it'})",
             setting="HARDWARE",
             cards=cards,
+            vendor=vendor.name,
+            several=cards > 1,
             fitting=vendor.hardware_rdma if host.rdma_ports else vendor.hardware,
         )
     elif word is not None and word.value != "cpu" and settings.backend.value != "gloo":
-        ledger.refuse(
-            "gpus.none-here",
-            what="{given}, but no GPU is here: {node} is missing or not open to this user",
-            fix=f"Install {vendor_for(word.value).driver} on this machine, or set HARDWARE=cpu",
-            given=word,
-            node=vendor_for(word.value).device_node,
-        )
+        meant = vendor_for(word.value)
+        ledger.refuse("gpus.none-here", given=word, node=meant.device_node, driver=meant.driver)
 
 
 def _backend(settings: Settings, host: Host, gpus: int, ledger: Ledger) -> str:
@@ -117,24 +105,14 @@ def _backend(settings: Settings, host: Host, gpus: int, ledger: Ledger) -> str:
     if asked.value != "auto":
         ledger.take("gpus", asked, "as you set it")
         if asked.value == "nccl" and (absence or unfit):
-            fix = "Set BACKEND=gloo, or leave it out"
-            ledger.refuse(
-                "gpus.nccl-without-gpu", what="{given}, but {why}", fix=fix, given=asked, why=absence or unfit
-            )
+            ledger.refuse("gpus.nccl-without-gpu", given=asked, why=absence or unfit)
         return asked.value
     on_cpu = absence
     if not on_cpu and settings.hardware is not None and settings.hardware.value == "cpu":
         on_cpu = "HARDWARE=cpu asks for workers on the CPU"
     elif not on_cpu and unfit:
         on_cpu = unfit
-        ledger.warn(
-            "gpus.torch-without-cuda",
-            what="{gpus:GPU} here, but {why}: training runs on the CPU",
-            fix=f"Build the image with HARDWARE={vendor.hardware}, or set HARDWARE=cpu",
-            setting="HARDWARE",
-            gpus=gpus,
-            why=unfit,
-        )
+        ledger.warn("gpus.torch-without-cuda", setting="HARDWARE", gpus=gpus, why=unfit, hardware=vendor.hardware)
     elif not on_cpu and settings.nproc_per_node.value == "cpu":
         on_cpu = "NPROC_PER_NODE=cpu asks for CPU workers"
     backend = "gloo" if on_cpu else "nccl"
@@ -147,18 +125,11 @@ def _nproc(settings: Settings, host: Host, gpus: int, backend: str, ledger: Ledg
     if isinstance(asked.value, int):
         ledger.take("gpus", asked, "as you set it")
         if backend == "nccl" and gpus and asked.value > gpus:  # NCCL without any GPU is refused with BACKEND
-            ledger.refuse(
-                "gpus.too-few",
-                what="{given}, but this node has {gpus:usable GPU}, and NCCL needs one for each process",
-                fix=f"Set at most {gpus}, or auto",
-                given=asked,
-                gpus=gpus,
-            )
+            ledger.refuse("gpus.too-few", given=asked, gpus=gpus)
         return asked.value
     if asked.value == "gpu" and not gpus:
-        why, fix = _absence(settings, host)
-        fix = f"Set a number or cpu, or {fix}"
-        ledger.refuse("gpus.none-to-count", what="{given}, but {why}", fix=fix, given=asked, why=why)
+        why, remedy = _absence(settings, host)
+        ledger.refuse("gpus.none-to-count", given=asked, why=why, remedy=remedy)
     if asked.value == "gpu" or (asked.value == "auto" and backend == "nccl"):
         nproc, reason = max(1, gpus), f"{asked.value}: one process per GPU, {gpus} here"
     elif asked.value == "auto":

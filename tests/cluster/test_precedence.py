@@ -110,6 +110,7 @@ FOR_COMPOSE = {
     "IMAGE": ("local/a:1", "local/b:1"),
     "BASE_IMAGE": ("debian:12", "debian:13"),
     "WHEELHOUSE": ("./a-wheels", "./b-wheels"),
+    "RENDER_GROUP": ("44", "45"),
     "RUNS": ("./a-runs", "./b-runs"),
     "RUN_AS": ("1001:1001", "1002:1002"),
     "WORKSPACE": ("./a-work", "./b-work"),
@@ -221,7 +222,8 @@ def test_what_compose_reads_follows_the_same_order(cluster2: Cluster, name: str)
 
 
 def as_compose_sees_it(name: str, node: Node, env: dict[str, str], shell: dict[str, str]) -> str:
-    stack = node.stack({"ENV_FILE": "", **env}, exports=shell)
+    kind = {"HARDWARE": "rocm"} if name == "RENDER_GROUP" else {}
+    stack = node.stack({"ENV_FILE": "", **env}, exports=kind | shell)
     # Compose resolves the folders; a build argument that nobody sets has no value.
     model = json.loads(
         stack.compose("--profile", "tensorboard", "config", "--format", "json").replace(f"{stack.folder}/", "")
@@ -235,6 +237,7 @@ def as_compose_sees_it(name: str, node: Node, env: dict[str, str], shell: dict[s
             "IMAGE": service["image"],
             "BASE_IMAGE": service["build"]["args"].get("BASE_IMAGE"),
             "WHEELHOUSE": service["build"]["additional_contexts"]["wheels"],
+            "RENDER_GROUP": service.get("group_add", [""])[-1],
             "RUNS": mounts["/runs"],
             "RUN_AS": service["user"],
             "WORKSPACE": mounts["/workspace"],

@@ -38,7 +38,7 @@ def run(folder: Path, *arguments: str, through: tuple[str, ...] = ()) -> subproc
             "NODE_RANK=2 (.env:2), but NODES lists 2 nodes: ranks run from 0 to 1",
         ),
         ("NODE_RANK=first", "NODE_RANK=first (.env:1) is not a number"),
-        ("NODES=127.0.0.1,127.0.0.1\nNODE_RANK=0", "127.0.0.1 is listed twice, as node 0 and node 1"),
+        ("NODES=127.0.0.1,127.0.0.1\nNODE_RANK=0", "node 0 (127.0.0.1) and node 1 (127.0.0.1) are one machine"),
         ("NODES=127.0.0.1,no-such-host.invalid", "no-such-host.invalid has no address here"),
         ("MASTER_PORT=65536", "MASTER_PORT=65536 (.env:1) is out of range. Write a whole number from 1 to 65535."),
         ("CONTROL_PORT=29400", "CONTROL_PORT=29400 (.env:1) is MASTER_PORT as well"),

@@ -290,14 +290,15 @@ def test_what_was_not_checked_is_never_green(tmp_path: Path) -> None:
 
 
 def test_a_problem_of_the_plan_stands_at_its_check_with_its_id_values_and_fix() -> None:
-    down = problem("network.link-down", "severe", what="{nic} is down", fix="Check its cable", nic="eth0")
-    slow = problem("script.text", "warning", what="x")
+    down = problem("network.link-down", "severe", nic="eth0", address="10.0.0.1", state="down")
+    slow = problem("script.spawns", "warning", file="x.py", line="1")
     found = planned(Draft(plan=None, run_dir=Path("r"), problems=(), decisions=(), warnings=(down, slow)))
     assert [(each.id, each.check, each.severity) for each in found] == [
         ("network.link-down", "network", Severity.RED),
-        ("script.text", "settings", Severity.YELLOW),
+        ("script.spawns", "settings", Severity.YELLOW),
     ]
-    assert (found[0].sentence, found[0].fix, found[0].values) == ("eth0 is down.", "Check its cable", {"nic": "eth0"})
+    assert (found[0].sentence, found[0].fix) == (f"{down.cause}.", down.remedy)
+    assert found[0].values == {"nic": "eth0", "address": "10.0.0.1", "state": "down"}
 
 
 def test_doctor_has_a_check_for_all_that_a_problem_may_be_about() -> None:

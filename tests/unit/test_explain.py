@@ -76,7 +76,8 @@ def test_json_has_the_plan_the_decisions_and_what_is_wrong() -> None:
     assert json.loads(out.getvalue())["plan"] is None
     problem = json.loads(out.getvalue())["problems"][0]
     assert (problem["id"], problem["severity"], problem["check"]) == ("ports.not-a-number", "error", "ports")
-    assert (problem["setting"], problem["values"]) == ("MASTER_PORT", {"given": "MASTER_PORT=x (environment)"})
+    assert problem["setting"] == "MASTER_PORT"
+    assert problem["values"] == {"given": "MASTER_PORT=x (environment)", "span": "from 1 to 65535"}
 
 
 def test_the_start_prints_six_lines() -> None:

@@ -23,6 +23,7 @@ def a_round(told: list[str]) -> RoundState:
         names=names,
         stop_grace=30,
         patience=10,
+        hang_report=60,
         hang_timeout=100,
         halt=lambda why, grace, reason: told.append(f"{why} {grace:g}"),
         tell=told.append,

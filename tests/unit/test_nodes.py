@@ -96,7 +96,7 @@ def test_an_unresolvable_name_is_refused_with_what_the_resolver_said() -> None:
 
 def test_two_names_of_one_machine_are_refused() -> None:
     host = machine(FABRIC, answers=named(a=("10.0.0.1",), b=("10.0.0.1",)))
-    assert "a and b are both 10.0.0.1" in refused(host, NODES="a,10.0.0.2,b")
+    assert "node 0 (a) and node 2 (b) are one machine" in refused(host, NODES="a,10.0.0.2,b")
 
 
 def test_an_ipoib_interface_is_found_like_any_other() -> None:
@@ -122,7 +122,7 @@ def test_a_loopback_address_among_others_is_refused() -> None:
 @pytest.mark.parametrize(
     ("nodes", "wrong"),
     [
-        ("10.0.0.1,10.0.0.2,10.0.0.1", "10.0.0.1 is listed twice, as node 0 and node 2"),
+        ("10.0.0.1,10.0.0.2,10.0.0.1", "node 0 (10.0.0.1) and node 2 (10.0.0.1) are one machine"),
         ("10.0.0.1,10.0.0", "10.0.0 is not a complete IPv4 address"),
         ("10.0.0.1:29400,10.0.0.2", "10.0.0.1:29400 has a port"),
         ("fe80::1,10.0.0.2", "fe80::1 is a link-local address"),
@@ -183,7 +183,7 @@ def test_master_addr_must_be_node_0() -> None:
     ],
 )
 def test_master_addr_is_read_like_an_entry_of_nodes(master: str, wrong: str, others: dict[str, str]) -> None:
-    assert refused(HOST, MASTER_ADDR=master, **others) == f"MASTER_ADDR={master} (environment) {wrong}"
+    assert refused(HOST, MASTER_ADDR=master, **others) == f"MASTER_ADDR={master} (environment): {master} {wrong}"
 
 
 def test_one_listed_node_is_one_node() -> None:
@@ -314,5 +314,5 @@ def test_slurms_host_lists_are_expanded(text: str, names: tuple[str, ...]) -> No
 
 
 def test_a_machine_without_any_address_is_refused() -> None:
-    assert "no network address" in refused(machine(), NODES=NODES, NODE_RANK="1")
+    assert "has no address" in refused(machine(), NODES=NODES, NODE_RANK="1")
     assert LOOPBACK.kind == "loopback"

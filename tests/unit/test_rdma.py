@@ -119,9 +119,7 @@ def test_what_keeps_the_container_from_infiniband_is_said_with_its_fix(
     software: RdmaSoftware, openable: bool, because: str
 ) -> None:
     host = gpu_host(infiniband("mlx5_0", openable=openable), rdma_software=software)
-    assert f"InfiniBand is on this machine but the container cannot use it, because {because}" in warned(
-        host, NODES=NODES
-    )
+    assert f"InfiniBand is on this machine but the container cannot use it: {because}" in warned(host, NODES=NODES)
     assert planned(host, NODES=NODES).script.env["NCCL_IB_DISABLE"] == "1"
 
 

@@ -111,7 +111,7 @@ if __name__ == "__main__":
     ],
 )
 def test_a_script_that_finds_its_peers_in_its_own_way_is_told_with_the_line(text: str, lines: list[int]) -> None:
-    assert [line for line, _ in concerns(text, 2)] == lines
+    assert [each.values["line"] for each in concerns("x.py", text, 2)] == [*map(str, lines)]
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,14 @@ def test_a_script_that_finds_its_peers_in_its_own_way_is_told_with_the_line(text
     ],
 )
 def test_what_may_be_meant_is_not_told(text: str) -> None:
-    assert concerns(text, 2) == []
+    assert concerns("x.py", text, 2) == []
 
 
 def test_on_one_node_the_own_address_of_a_script_will_do() -> None:
     text = (
         'os.environ["MASTER_ADDR"] = "127.0.0.1"\ninit_process_group(init_method="tcp://127.0.0.1:1", rank=local_rank)'
     )
-    assert concerns(text, 1) == []
+    assert concerns("x.py", text, 1) == []
 
 
 def test_a_warning_names_the_file_and_the_line() -> None:

@@ -261,7 +261,7 @@ def test_limits_below_what_the_plan_needs_are_told() -> None:
     one = machine(limits=Limits(cpus=8, shm=32 << 20, open_files=1 << 20))
     (warning,) = planned(one, NPROC_PER_NODE="1").warnings
     assert (warning.id, warning.setting) == ("limits.shm", "SHM_SIZE")
-    assert warning.values == {"size": "32 MiB", "wanted": "64 MiB", "nproc": 1}
+    assert warning.values == {"size": "32 MiB", "wanted": "64 MiB", "nproc": 1, "nccl": False}
     assert "The memory limit is 1 GiB for 2 processes" in text
 
 
