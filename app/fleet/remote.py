@@ -10,14 +10,14 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from app.config.console import say
 from app.config.errors import printable
-from app.config.problems import Problem, problem
+from app.config.problems import Problem, problem, texts
 from app.fleet.hosts import Desk, Host
 
 T = TypeVar("T")
@@ -29,6 +29,7 @@ LIMIT = 16 << 20
 """Bytes of a command's output that are kept."""
 CHUNK = 1 << 16
 SSH_FAILED = 255
+FAILURES = Path(__file__).parent / "failures.toml"
 PATIENCE = 2.0
 """Seconds without a word."""
 DRAIN = 0.3
@@ -218,95 +219,17 @@ def disconnect(host: Host) -> None:
     subprocess.run(["ssh", *sharing(host.name), "-O", "exit", "--", host.name], capture_output=True, check=False)
 
 
-SSH_FAILURES: Sequence[tuple[str, str, str, str]] = (
-    (
-        r"REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "ssh.host-key-changed",
-        "{host} has another host key than before",
-        "If it was set up anew, `ssh-keygen -R {host}` and `ssh {host}` once; if not, somebody may be in between",
-    ),
-    (
-        r"Host key verification failed|No .* host key is known",
-        "ssh.host-key-unknown",
-        "{host}'s host key is not known here yet",
-        "Run `ssh {host}` once, compare the fingerprint, and answer yes",
-    ),
-    (
-        r"Permission denied \(|Too many authentication failures",
-        "ssh.key-refused",
-        "{host} refuses the keys of this user",
-        "Run `ssh-copy-id {host}`; for a key with a passphrase, `ssh-add` first",
-    ),
-    (
-        r"Could not resolve hostname|Name or service not known",
-        "ssh.unknown-name",
-        "{host} has no address",
-        "Correct HOSTS, or add the name to ~/.ssh/config",
-    ),
-    (
-        r"Connection refused",
-        "ssh.no-server",
-        "{host} answers, but no ssh server listens there",
-        "Start it there: `sudo systemctl start ssh`, or name its port in ~/.ssh/config",
-    ),
-    (
-        r"timed out|No route to host|is unreachable|Host is down|not responding",
-        "ssh.host-down",
-        "{host} does not answer",
-        "Is it switched on, and is its ssh port open to this machine?",
-    ),
-)
-HOST_FAILURES: Sequence[tuple[str, str, str, str]] = (
-    (
-        r"permission denied while trying to connect to the [Dd]ocker|docker\.sock.*permission denied",
-        "docker.permission",
-        "This user may not use Docker on {host}",
-        "There: `sudo usermod -aG docker $USER`, then try again",
-    ),
-    (
-        r"docker: (command )?not found|docker: No such file|docker: inaccessible",
-        "docker.missing",
-        "{host} has no Docker",
-        "There: `curl -fsSL https://get.docker.com | sudo sh`",
-    ),
-    (
-        r"[Cc]annot connect to the Docker daemon|failed to connect to the docker API",
-        "docker.not-running",
-        "Docker does not run on {host}",
-        "There: `sudo systemctl enable --now docker`",
-    ),
-    (
-        r"'compose' is not a docker command|unknown (shorthand )?flag: .* in -|unknown command: docker compose",
-        "compose.missing",
-        "{host} has no Docker Compose",
-        "There: `sudo apt-get install docker-compose-plugin`, or docker-compose on Debian 13",
-    ),
-    (
-        r"No space left on device|Disk quota exceeded",
-        "disk.full",
-        "{host} has no space left",
-        "There: `docker system df` and `df -h` show what fills it; `docker image prune` removes old images",
-    ),
-    (r"no project here yet", "host.empty", "{host} has no project yet", "`torchrun-compose push` brings it"),
-    (
-        r"could not select device driver",
-        "docker.no-toolkit",
-        "Docker on {host} cannot hand out GPUs",
-        "Install the NVIDIA container toolkit there, or set HARDWARE=cpu",
-    ),
-)
-
-
 def explain_failure(host: Host, code: int, said: str, *, late: float = 0) -> Problem:
     """One sentence for what ssh or the command on the host complained of."""
     if late:
         what = (
             "{host} did not answer within {late:g} s" if late <= CONNECT + 1 else "{host} did not finish in {late:g} s"
         )
-        return problem("ssh.host-down", "error", what=what, fix="Try `ssh {host}`", host=host.name, late=late)
-    for pattern, id, what, fix in (*(SSH_FAILURES if code == SSH_FAILED else ()), *HOST_FAILURES):
-        if re.search(pattern, said):
-            return problem(id, "error", what=what, fix=fix, host=host.name)
+        return problem("ssh.host-down", what=what, fix="Try `ssh {host}`", host=host.name, late=late)
+    for room, named in texts(FAILURES).items():
+        for name, each in named.items():
+            if "pattern" in each and (room != "ssh" or code == SSH_FAILED) and re.search(each["pattern"], said):
+                return problem(f"{room}.{name}", what=each["what"], fix=each["fix"], host=host.name)
     kind, what = ("ssh.failed", "{host}: {said}") if code == SSH_FAILED else ("host.failed", "{host}: {said} ({code})")
     last = next((line for line in reversed(said.splitlines()) if line.strip()), "the command failed without a word")
-    return problem(kind, "error", what=what, host=host.name, said=last.strip().rstrip("."), code=code)
+    return problem(kind, what=what, host=host.name, said=last.strip().rstrip("."), code=code)
