@@ -3,6 +3,8 @@
 #   docker compose build                                              # the variant that HARDWARE in .env asks for
 #   docker compose build --build-arg BASE_IMAGE=debian:13-slim        # any Debian 12/13 or Ubuntu 24.04 base
 #   WHEELHOUSE=/mnt/wheels docker compose build                       # air-gapped: wheels from a folder, see wheels/
+#   TORCH=base BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3 docker compose build       # on an image with its own torch
+#   docker build --target launcher -t torchrun-compose:launcher .     # for your own Dockerfile: docs/images.md
 #
 # No `# syntax=` line: it would make every build ask a registry.
 
@@ -60,35 +62,55 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
 RUN rm -rf /opt/venv/lib/python3*/site-packages/torch/test \
  && find /opt/venv/lib/python3*/site-packages/torch/bin -type f ! -name torch_shm_manager -delete
 
+# All that an image with its own torch lacks: nothing of it depends on the kind of machine or the version of Python.
+FROM ${BASE_IMAGE} AS folders
+# hadolint ignore=DL3002
+USER 0
+# A fresh volume mounted at /runs has its mode, so that any RUN_AS may write.
+RUN install -d -m 0777 /launcher/runs /launcher/workspace \
+ && install -D -m 0644 /dev/null /launcher/etc/torchrun-compose/.env \
+ && install -d /launcher/etc/torchrun-compose/secrets
+
+FROM scratch AS launcher
+# Empty places for ENV_FILE and secrets/ to be mounted over.
+COPY --from=folders /launcher /
+COPY --chmod=0755 entrypoint.py /opt/torchrun-compose/
+COPY app /opt/torchrun-compose/app
+
 # hadolint ignore=DL3006
-FROM os-${TORCH}
-ARG TORCH
+FROM os-${TORCH} AS with-pinned
 COPY --from=venv /opt/venv /opt/venv
-# Ubuntu's images have a user 1000 already. A fresh volume mounted at /runs has its mode, so that any RUN_AS may write.
-RUN getent passwd 1000 >/dev/null || useradd --uid 1000 --create-home --shell /usr/sbin/nologin trainer; \
-    install -d -o 1000 -g 1000 -m 0777 /runs /workspace
+ENV PATH=/opt/venv/bin:$PATH
+# Ubuntu's images have a user 1000 already.
+RUN getent passwd 1000 >/dev/null || useradd --uid 1000 --create-home --shell /usr/sbin/nologin trainer
+
+FROM with-pinned AS with-cpu
+FROM with-pinned AS with-cuda
+FROM with-pinned AS with-rocm
+FROM ${BASE_IMAGE} AS with-base
+
+# hadolint ignore=DL3006
+FROM with-${TORCH}
+USER 0
 # The NVIDIA_* pair is what the GPU runtime reads; other bases than nvidia/cuda do not set it, and without a GPU nobody
 # reads it. HOME is for what is started without the launcher: a training's own lies below /runs, where there is room, where
 # compiled kernels can be loaded from, and which outlasts the container (app/plan/script.py).
-ENV PATH=/opt/venv/bin:$PATH \
-    PYTHONUNBUFFERED=1 \
+ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
     RUNS_ROOT=/runs \
     ENV_FILE=/etc/torchrun-compose/.env \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-# Empty places for ENV_FILE and secrets/ to be mounted over.
-RUN install -D -m 0644 /dev/null /etc/torchrun-compose/.env && install -d /etc/torchrun-compose/secrets
 WORKDIR /workspace
 # The start period covers the roll call, in which nodes may wait minutes for each other.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
-    CMD ["python", "/opt/torchrun-compose/entrypoint.py", "healthcheck"]
-ENTRYPOINT ["python", "/opt/torchrun-compose/entrypoint.py"]
-# Last, so that an edit copies and compiles a few files and nothing more.
-COPY --chmod=0755 entrypoint.py /opt/torchrun-compose/
-COPY app /opt/torchrun-compose/app
-RUN python3 -m compileall -q /opt/torchrun-compose
+    CMD ["sh", "/opt/torchrun-compose/app/start.sh", "healthcheck"]
+ENTRYPOINT ["sh", "/opt/torchrun-compose/app/start.sh"]
+# Last, so that an edit copies and compiles a few files and nothing more. Refuses a base without a torch that can train.
+# hadolint ignore=DL3067
+COPY --from=launcher / /
+RUN PYTHONDONTWRITEBYTECODE="" sh /opt/torchrun-compose/app/start.sh --compile
 USER 1000:1000
 ARG BASE_IMAGE
 ARG REVISION=unknown

@@ -25,7 +25,8 @@ from app.config.errors import UserError
 from app.config.project import VERSION
 
 Command = Callable[[Sequence[str]], int]
-INSTALL = "Without Docker: `python3 -m venv env && env/bin/pip install -r requirements/cuda.txt`, then env/bin/python"
+# The one package that the launcher needs, for images that lack it: the image's own comes first.
+sys.path += map(str, Path(__file__).parent.glob("app/lib/*.whl"))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,11 +43,6 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         say(error.message)
         return error.code
-    except ModuleNotFoundError as error:
-        if error.name not in ("dotenv", "psutil"):
-            raise
-        say(f"{sys.executable} lacks {error.name}. {INSTALL}")
-        return 2
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -123,6 +123,7 @@ class Settings:
     env_file: Value[str] | None = optional(str, scope="compose")
     image: Value[str] | None = optional(str, scope="compose")
     base_image: Value[str] | None = optional(str, scope="compose")
+    torch: Value[str] | None = optional(one_of("base", "cpu", "cuda", "rocm"), scope="compose")
     wheelhouse: Value[str] | None = optional(str, scope="compose")
     render_group: Value[str] | None = optional(str, scope="compose")
     runs: Value[str] | None = optional(str, scope="compose")

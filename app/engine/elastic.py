@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_han
 from torch.distributed.run import main as torchrun
 
 from app.engine import torch_private, warm
-from app.engine.output import in_pipes
+from app.engine.output import OwnLines, in_pipes
 from app.engine.warm import Connection
 
 Tell = Callable[[dict[str, object]], None]
@@ -44,9 +44,9 @@ SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - as in worker.py
 
 def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None) -> int:
     """Runs torchrun; 0, 1, or 128 + the signal that stopped it. `grace` is the seconds that its workers get to end."""
-    signals = Signals()
+    signals, own_lines = Signals(), OwnLines()
     if not torch_private.missing(torch_private.ENGINE):
-        context: Any = partial(Workers, signals=signals, grace=grace, tell=tell)
+        context: Any = partial(Workers, signals=signals, grace=grace, tell=tell, own_lines=own_lines)
         # Functions that return what the classes do: they are only called.
         multiprocessing.SubprocessContext = context  # type: ignore[misc]
         if server is not None:
@@ -70,6 +70,7 @@ def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None)
         raise
     finally:
         signals.ignore()
+        own_lines.close()
 
 
 class Signals:
@@ -131,7 +132,17 @@ class Workers(SubprocessContext):
     """The workers of one node; tells `{"event": "closing"}` as soon as torch begins to end them or one has failed,
     which is up to `grace` seconds before it says why."""
 
-    def __init__(self, *, signals: Signals, grace: int | None, tell: Tell, **rest: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        *,
+        signals: Signals,
+        grace: int | None,
+        tell: Tell,
+        own_lines: OwnLines,
+        **rest: Any,  # noqa: ANN401
+    ) -> None:
+        # From here on the descriptor is the ranks', whose lines are looked at before.
+        own_lines.close()
         try:
             super().__init__(**rest)
         except OSError:
@@ -156,7 +167,10 @@ class Workers(SubprocessContext):
 
     def _poll(self) -> RunProcsResult | None:
         with self._signals.held():
-            return super()._poll()
+            result = super()._poll()
+            if result and not result.is_failed():
+                self._tell({"event": "finished"})
+            return result
 
     def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
         if not self._signals.deaf and any(each.proc.poll() != 0 for each in self.subprocess_handlers.values()):

@@ -41,6 +41,8 @@ class Outcome:
     """The first cause on this node first; those that torchrun itself ended afterwards are among them."""
     halted: bool = False
     """It had been told to end before the first of them failed."""
+    finished: bool = False
+    """All its workers had ended with 0 before it was told to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,3 +76,5 @@ class Stall:
     run_id: str = ""
     """Of its round, "" where that is not known."""
     ended: bool = False
+    time: float = 0.0
+    """When it ended, seconds since the epoch."""

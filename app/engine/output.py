@@ -172,6 +172,32 @@ class Output:
             start = cut
 
 
+class OwnLines:
+    """What this process itself prints on `descriptor`, without NOISE, from the beginning until it is closed."""
+
+    def __init__(self, descriptor: int = 2) -> None:
+        self._descriptor, self._original = descriptor, os.dup(descriptor)
+        read, write = os.pipe()
+        os.dup2(write, descriptor)
+        os.close(write)
+        self._thread = threading.Thread(target=self._copy, args=(read,), name="own output", daemon=True)
+        self._thread.start()
+
+    def _copy(self, end: int) -> None:
+        lines = Lines()
+        with open(end, "rb", buffering=0) as pipe, contextlib.suppress(OSError):
+            while data := pipe.read(CHUNK):
+                _write_all(self._original, lines.feed(data))
+            _write_all(self._original, lines.end())
+
+    def close(self) -> None:
+        if self._original >= 0:
+            os.dup2(self._original, self._descriptor)
+            self._thread.join(DRAIN)
+            os.close(self._original)
+        self._original = -1
+
+
 def _write_all(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]

@@ -11,15 +11,13 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from app.engine.outcome import Failure, Outcome
+from app.engine.processes import Process, below
 from app.engine.warm import Forked, Preloaded
 from app.known_errors.consequences import is_consequence
 from app.plan import Plan
-
-if TYPE_CHECKING:
-    import psutil
 
 AGENT = Path(__file__).with_name("agent.py")
 WORKER = Path(__file__).with_name("worker.py")
@@ -105,8 +103,12 @@ class Torchrun:
     async def watch(self, failing: Callable[[], None]) -> Outcome:
         """Waits for the end. `failing` is called once, as soon as torchrun begins to end its workers."""
         failures: tuple[Failure, ...] = ()
-        closing = told_to_end = killing = False
+        closing = told_to_end = killing = finished = False
         async for event in self._events():
+            if event["event"] == "finished":
+                # A script may end with 0 because it is told to.
+                finished = not self.told_to_end
+                continue
             if event["event"] == "failed":
                 failures = first_cause_first([_failure(fields) for fields in event["failures"]])
             if not closing:
@@ -119,7 +121,7 @@ class Torchrun:
             failures = (Failure(rank=-1, exitcode=1, text=text, time=time.time()),)
         # Within the grace a worker may be killed by others than us.
         halted = killing if failures and failures[0].exitcode == -signal.SIGKILL else told_to_end
-        outcome = Outcome(code=self.process.returncode or 0, failures=failures, halted=halted)
+        outcome = Outcome(code=self.process.returncode or 0, failures=failures, halted=halted, finished=finished)
         self.keep(outcome)
         return outcome
 
@@ -182,25 +184,17 @@ class Torchrun:
 
     def _tell_workers(self, number: signal.Signals) -> int:
         """Signals all below torchrun; returns how many of those live."""
-        import psutil
-
-        alive = [worker for worker in self._workers() if _lives(worker)]
+        alive = [worker for worker in self._workers() if worker.lives()]
         for worker in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                worker.send_signal(number)
+            worker.tell(number)
         return len(alive)
 
-    def _workers(self) -> "list[psutil.Process]":
+    def _workers(self) -> list[Process]:
         """All below torchrun, those included that have ended and that it has not looked at yet."""
         if self.process.poll() is not None:
             # Its number may be another process's by now.
             return []
-        import psutil
-
-        with contextlib.suppress(psutil.NoSuchProcess):
-            below = psutil.Process(self.root).children(recursive=True)
-            return [each for each in below if each.pid != self.process.pid]
-        return []
+        return [each for each in below(self.root) if each.pid != self.process.pid]
 
 
 def first_cause_first(failures: list[Failure]) -> tuple[Failure, ...]:
@@ -224,32 +218,26 @@ def sweep(keep: int = 0) -> int:
     `adopt_orphans`.
 
     For use between rounds: no torchrun may be running."""
+    if not _reap():
+        return 0
+    left = [each for each in below(os.getpid()) if each.pid != keep]
+    alive = [process for process in left if process.lives()]
+    for process in left:
+        process.tell(signal.SIGKILL)
+    until = time.monotonic() + KILL_AFTER
+    while _reap() and any(process.lives() for process in left) and time.monotonic() < until:
+        time.sleep(0.005)
+    return len(alive)
+
+
+def _reap() -> bool:
+    """Whether this process has children left."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     except ChildProcessError:
-        # Nothing is left, as after most rounds, and psutil need not be loaded.
-        return 0
-    import psutil
-
-    left = [each for each in psutil.Process().children(recursive=True) if each.pid != keep]
-    alive = [process for process in left if _lives(process)]
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=KILL_AFTER)
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    return len(alive)
-
-
-def _lives(process: "psutil.Process") -> bool:
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    return False
+        return False
+    return True
 
 
 def _failure(fields: Mapping[str, object]) -> Failure:

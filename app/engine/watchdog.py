@@ -90,6 +90,7 @@ class Sample(NamedTuple):
 
 def watch(folder: str, patience: float) -> None:
     """Writes FOLDER/rankN.json while this rank has made no progress for `patience` seconds, and removes it afterwards.
+    A shorter time-out of a process group counts by half: once it is over, nobody could tell who had not come.
 
     The file holds `rank`, `seconds`, `at` (the script's own line), the collectives that this rank has `entered` last
     as torch's flight recorders have them, the `stack`, and the `recorder`'s last entries. FOLDER/rankN is written at
@@ -105,11 +106,12 @@ def _watch(heartbeat: str, patience: float) -> None:
     path = f"{heartbeat}.json"
     main = threading.main_thread().ident or 0
     clock = time.pthread_getcpuclockid(main)
-    pause = min(LONGEST_PAUSE, patience / 4)
     place, wanted, before, told = list[object](), 0.0, None, False
     seen = since = time.monotonic()
     while frame := sys._current_frames().get(main):
         now, uses_gpu = time.monotonic(), _uses_gpu()
+        limit = min(patience, _shortest_timeout() / 2)
+        pause = min(LONGEST_PAUSE, limit / 4)
         # Whoever was stopped, or did not come to a turn, did not stand still meanwhile.
         since += max(0.0, now - seen - 2 * pause)
         here, want = _places(frame), time.clock_gettime(clock) + _waited_for_a_processor()
@@ -128,7 +130,7 @@ def _watch(heartbeat: str, patience: float) -> None:
                 told = False
                 with contextlib.suppress(OSError):
                     os.unlink(path)  # noqa: PTH108
-        elif now - since >= patience and not _is_debugged(frame):
+        elif now - since >= limit and not _is_debugged(frame):
             told = _tell(path, now - since, frame)
         # A frame that is kept would keep the script's tensors.
         del frame
@@ -318,6 +320,17 @@ def _sequences() -> list[int]:
             with contextlib.suppress(Exception):
                 found.append(int(group._get_sequence_number_for_group()))
     return found
+
+
+def _shortest_timeout() -> float:
+    """Seconds after which torch ends a rank that waits in a collective; infinite where that is unknown."""
+    found = [float("inf")]
+    with contextlib.suppress(Exception):  # As above.
+        for group in list(sys.modules["torch.distributed.distributed_c10d"]._world.pg_map):
+            for device in group._device_types:
+                with contextlib.suppress(Exception):
+                    found.append(group._get_backend(device).options._timeout.total_seconds())
+    return min(found)
 
 
 def _groups() -> list[str]:

@@ -24,7 +24,6 @@ CONTENT = (
 )
 LAYERS = "{{json .RootFS.Layers}}"
 BUILT_FROM = ("Dockerfile", "entrypoint.py", "app", "requirements")
-SOURCES = (".py", ".toml", ".txt", ".in", "Dockerfile")
 TRANSFER = 7200.0
 """Seconds for an image on a slow line."""
 
@@ -90,7 +89,7 @@ def source_digest(project: Path) -> str:
     for part in BUILT_FROM:
         path = project / part
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file() and file.name.endswith(SOURCES):
+            if file.is_file() and "__pycache__" not in file.parts:
                 digest.update(str(file.relative_to(project)).encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

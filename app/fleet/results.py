@@ -170,7 +170,8 @@ async def _pull_from(desk: Desk, host: Host, patterns: Sequence[str], to: Path) 
     began, receiver = time.monotonic(), Receiver(folder)
     if patterns:
         request = json.dumps({"patterns": patterns, "have": present(folder)}).encode()
-        command = run_trainer(desk, host, "-c", SENDER, entrypoint="python", options=("--interactive",))
+        words = ("-c", 'exec "$(command -v python3 || command -v python)" -c "$0"', SENDER)
+        command = run_trainer(desk, host, *words, entrypoint="sh", options=("--interactive",))
         try:
             done = await run(host, command, stdin=request, deadline=PULL, sink=receiver.feed)
         finally:

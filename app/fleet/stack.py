@@ -39,6 +39,8 @@ def in_stack(desk: Desk, host: Host, script: str) -> str:
     """Lines of sh in the project's folder, with the settings of the stack."""
     folder = shlex.quote(desk.folder)
     lines = [f"cd {folder} 2>/dev/null || {{ echo 'no project here yet' >&2; exit 1; }}"]
+    # Of the stack's name, as in a shell there.
+    lines.append("export PWD")
     if not desk.settings.text("RUN_AS"):
         # What the script writes is the user's own there, as the files of its folder are.
         lines.append('[ "$(id -u)" = 0 ] || export RUN_AS="$(id -u):$(id -g)"')

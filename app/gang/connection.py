@@ -17,8 +17,8 @@ MAX_LINE = 1 << 16
 """Bytes. The longest honest line is the hello of a node with a list of 1,000 addresses (about 20 KB)."""
 MAX_BACKLOG = 1 << 20
 """Bytes waiting for a peer that does not read; more, and it is dropped."""
-SEGMENT = 1200
-"""Bytes; fits the smallest MTU of IPv6, 1280."""
+SEGMENT = 536
+"""Bytes; fits what every path has to carry, also a tunnel inside a tunnel (RFC 879: packets of 576)."""
 PATIENCE = 3
 """HEARTBEAT_TIMEOUTs until the kernel gives a stuck connection up: presence is judged by what is heard, and one that
 was stuck for a while must still be there when the link is back."""

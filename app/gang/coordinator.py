@@ -16,7 +16,7 @@ from app.gang.connection import Connection, text
 from app.gang.connectivity import Blocked
 from app.gang.membership import NodeConnection
 from app.gang.messages import LAST_ROUND, Hello, Say
-from app.gang.mirror.step import copy_in_background, share_checkpoints
+from app.gang.mirror.step import copy_in_background, copy_last, share_checkpoints
 from app.gang.round import RoundState
 from app.gang.session import LAST_WORD, Session
 from app.gang.verdict import JobEnded, NodeFailure, Verdict, first_causes, summarize, suspect_self
@@ -50,6 +50,8 @@ class Coordinator(Session):
         self._cause = ""
         self._has_progressed = False
         """The training made progress in some round, so its script and arguments are good."""
+        self._ending_since = 0.0
+        """Monotonic time at which the last round was told to end, or ended by itself."""
 
     def objection(self, hello: Hello) -> str:
         """Two nodes that claim one rank at the start end the job."""
@@ -79,6 +81,7 @@ class Coordinator(Session):
                 await self._restart_or_fail(failures or await self._run_round(nodes))
         except JobEnded as end:
             verdict = end.verdict
+            await self._copy_last(verdict)
         finally:
             presence.cancel()
         refused = not self.round and verdict.code in (ExitCode.DISAGREE, ExitCode.SETTINGS)
@@ -229,7 +232,7 @@ class Coordinator(Session):
                 if ending.start != state.halted_at:
                     ending = Waiting(state.limit - state.halted_at, self.tell, start=state.halted_at)
                 ending.tell(lambda: f"{self.membership.names(state.running)} to end")
-        self._running = False
+        self._running, self._ending_since = False, state.halted_at or time.monotonic()
         copying.cancel()
         await asyncio.wait([copying], timeout=LAST_WORD)
         after = {rank: node.hello.progress for rank, node in self.membership.all().items()}
@@ -240,6 +243,14 @@ class Coordinator(Session):
     async def _copy_in_background(self, nodes: int) -> None:
         if nodes > 1 and self.plan.checkpoints.mirror:
             await copy_in_background(self.plan, self.membership, self.ask, self.tell)
+
+    async def _copy_last(self, verdict: Verdict) -> None:
+        """A job that ends well or is stopped leaves its last checkpoints on a second node, within the grace of a stop:
+        then Docker kills the container."""
+        ended = verdict.code in (ExitCode.DONE, ExitCode.STOPPED) and self._ending_since
+        if ended and len(self.membership) > 1 and self.plan.checkpoints.mirror:
+            left = self._ending_since + self.plan.timeouts.stop_grace - time.monotonic()
+            await copy_last(self.plan, self.membership, self.ask, self.tell, max(LAST_WORD, left))
 
     async def _restart_or_fail(self, failures: Sequence[NodeFailure]) -> None:
         """Another round after a pause, or JobEnded."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import re
 import secrets
 import signal
@@ -67,8 +68,8 @@ class Participant:
         self._round = 0
         self._failures = 0
         self._before = ""
-        self._halted = False
-        """The engine was told to end."""
+        self._halted = math.inf
+        """When the engine was told to end, seconds since the epoch."""
         self._heard = 0.0
         self._stalled, self._run_id = list[tuple[int, str, tuple[Collective, ...]]](), ""
 
@@ -328,7 +329,7 @@ class Participant:
         self.close_listener()
         self._round, self._failures = min(place.round, LAST_ROUND), integer(message, "failures", 0, LAST_ROUND)
         self._before = self.services.progress()
-        self._halted = False
+        self._halted = math.inf
         self._stalled, self._run_id = [], place.run_id
         self.services.state("running", self._round)
         self._engine = self.services.launch(place)
@@ -365,21 +366,22 @@ class Participant:
             await self._open_listener()
         self.services.state("waiting", self._round)
         reports = await self._reports(outcome)
-        finished = "" if outcome.failures else self._finished(await self.services.ended())
+        finished = "" if outcome.failures else self._finished(await self.services.ended(), outcome)
         self._send("ended", code=_clamp(outcome.code), failures=reports, finished=finished, **self._readiness())
 
-    def _finished(self, stalls: Sequence[Stall]) -> str:
-        """After which collective all ranks of this node ended by themselves; "" if not all have, or it is unknown."""
-        ended = [stall for stall in stalls if stall.ended and stall.run_id == self._run_id]
+    def _finished(self, stalls: Sequence[Stall], outcome: Outcome) -> str:
+        """After which collective all ranks of this node ended by themselves; "" if not all have, or it is unknown.
+        Scripts that end well because they are told to have not finished."""
+        ended = [each for each in stalls if each.ended and each.run_id == self._run_id and each.time < self._halted]
         if len(ended) < self.plan.workers.nproc:
-            return ""
+            return "its last step" if outcome.finished else ""
         entered = [one for stall in ended for one in stall.entered[-1:] if one.sequence]
         last = max(entered, key=lambda one: one.sequence, default=None)
         return f"{last.name} #{last.sequence}" if last else "no collective"
 
     def _fails(self) -> None:
         """A worker failed: the first sign, long before torchrun says which and why."""
-        if not self._halted:
+        if self._halted == math.inf:
             self._send("failing")
 
     async def _reports(self, outcome: Outcome) -> list[dict[str, object]]:
@@ -404,8 +406,8 @@ class Participant:
 
     def _end(self, *, gently: bool, grace: float) -> None:
         # Once: a second SIGTERM would cut torchrun's own orderly end short.
-        if self._engine and not self._halted:
-            self._halted = True
+        if self._engine and self._halted == math.inf:
+            self._halted = time.time()
             self.services.state("stopping", self._round)
             self._spawn(self._engine.end(gently=gently, grace=grace))
 

@@ -8,7 +8,7 @@ from signal import SIGABRT
 from app.config.exitcodes import ExitCode
 from app.engine.outcome import Stall
 from app.gang.messages import Event, Say
-from app.gang.stalls import describe, is_blocked
+from app.gang.stalls import describe, is_blocked, is_free
 from app.gang.verdict import JobEnded, NodeFailure, Weight, left_alone, worker_failure
 
 HALT_GRACE = 2.0
@@ -80,7 +80,7 @@ class RoundState:
         """Says once that no rank of the job makes progress, and why; and that it goes on, if it does."""
         stalls = {rank: self._stalls.get(rank, ()) for rank in self.running}
         seconds = [stall.seconds for each in stalls.values() for stall in each if not stall.ended]
-        stands = all(stalls.values()) and now >= self._unsure_until
+        stands = all(stalls.values()) and now >= self._unsure_until and not self._nobody_waits(stalls)
         if stands and seconds and not self._stalled_since and not self.halted_at:
             self._stalled_since = now - min(seconds)
             self.tell(self.hang)
@@ -88,6 +88,13 @@ class RoundState:
             self._stalled_since = 0.0
             if not self.halted_at:
                 self.tell("progress resumed")
+
+    def _nobody_waits(self, stalls: Mapping[int, Sequence[Stall]]) -> bool:
+        """Some have finished, and those that are left have done all collectives that they entered: whoever rests then
+        keeps nobody."""
+        each = [stall for some in stalls.values() for stall in some]
+        left = [stall for stall in each if not stall.ended]
+        return (len(left) < len(each) or self.running < self.names.keys()) and all(is_free(stall) for stall in left)
 
     @property
     def hang(self) -> str:
@@ -125,7 +132,8 @@ class RoundState:
     def _close(self, event: Event, node: str, now: float) -> None:
         if event.kind == "lost":
             self.failures.append(lost(event, node, now))
-            self._end("failure", HALT_GRACE, f"{node} was lost", now)
+            # Whose link it was that went silent is not known yet.
+            self._end("failure", HALT_GRACE, f"{node} {'is not heard any more' if event.silent else 'was lost'}", now)
             return
         self._codes[event.rank] = event.code
         if event.finished:

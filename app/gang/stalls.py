@@ -135,6 +135,11 @@ def is_blocked(stall: Stall) -> bool:
     return any(not one.done for one in stall.entered)
 
 
+def is_free(stall: Stall) -> bool:
+    """Whether it is known to wait in no collective: it has used some, and all are done."""
+    return _last(stall) is not None and not is_blocked(stall)
+
+
 def _called(one: Collective) -> str:
     """`all_reduce #6`; of another group than everybody's with its name."""
     named, _, description = one.group.rpartition(":")

@@ -50,11 +50,13 @@ class Weight(IntEnum):
     """An error in its own words, a signal, or a lost node: nobody else's end explains it."""
     EXIT_CODE = 1
     """No word, but an exit code of its own."""
-    SILENT = 2
+    ABORT = 2
+    """SIGABRT without a word: native code gave up, its own or that of NCCL's watchdog, which has words mostly."""
+    SILENT = 3
     """Exit code 1 without a word: the script said it elsewhere, or its peer has gone."""
-    CONSEQUENCE = 3
+    CONSEQUENCE = 4
     """Words that only say that a peer has gone."""
-    FOLLOWED = 4
+    FOLLOWED = 5
     """It was told to end."""
 
 
@@ -187,7 +189,7 @@ def _weight(report: WorkerReport) -> Weight:
     if report.halted and report.exitcode in {-SIGTERM, -SIGKILL, 1, 128 + SIGTERM}:
         return Weight.FOLLOWED
     if report.exitcode == -SIGABRT:
-        return Weight.SILENT
+        return Weight.SILENT if report.halted else Weight.ABORT
     if report.exitcode < 0:
         return Weight.CAUSE
     return Weight.SILENT if report.exitcode == 1 else Weight.EXIT_CODE

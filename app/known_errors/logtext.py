@@ -37,6 +37,8 @@ def _told(line: re.Match[str]) -> str:
         fields = json.loads(line[0])
     except ValueError:
         return line[0]
+    if str(fields.get("level")).lower() in ("debug", "trace"):
+        return ""
     nested = {**fields, **inner} if isinstance(inner := fields.get("record"), dict) else fields
     texts = [value for name in JSON_FIELDS if isinstance(value := nested.get(name), str)]
     return LINE_IN_LINE.join(each.rstrip("\n").replace("\n", LINE_IN_LINE) for each in texts) or line[0]

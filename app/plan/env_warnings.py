@@ -1,17 +1,21 @@
 """Values that users copy from elsewhere and that cost speed or correctness. They are kept; the cost is named."""
 
 from collections.abc import Callable, Mapping
+from ipaddress import ip_network
 
 from app.config.settings import Settings
 from app.config.values import Value
 from app.host import Host
-from app.host.addresses import is_link_local
-from app.host.nics import Nic
+from app.host.addresses import is_link_local, parse
+from app.host.nics import Nic, routed_by
 from app.plan.decisions import Ledger
 from app.plan.local import Own
 from app.plan.node_list import NodeList
 from app.plan.resource_checks import speed_of
 from app.plan.typos import misspelt
+
+OVERLAY = ip_network("100.64.0.0/10")
+"""Shared address space (RFC 6598), of which Tailscale and others give addresses to nodes."""
 
 
 def equals(*texts: str) -> Callable[[str], bool]:
@@ -58,9 +62,14 @@ def warn_costs(settings: Settings, host: Host, ledger: Ledger) -> None:
 
 
 def warn_elsewhere(settings: Settings, host: Host, nodes: NodeList, backend: str, ledger: Ledger) -> None:
-    """A named interface that does not carry this node's address: the other nodes are sent to what it carries."""
+    """A named interface that does not carry this node's address: the other nodes are sent to what it carries; and
+    nodes that are listed by addresses of two networks."""
     if len(nodes.addresses) < 2:
         return
+    overlay = [each for each in nodes.addresses if _in_overlay(each, host)]
+    direct = [each for each in nodes.addresses if each not in overlay]
+    if overlay and direct:
+        ledger.warn("network.mixed", "severe", overlay=overlay[0], direct=direct[0])
     mine = nodes.own
     own = next((nic for nic in host.nics if nic.name == mine.interface), None)
     given = [settings.gloo_socket_ifname, settings.nccl_socket_ifname if backend == "nccl" else None]
@@ -79,6 +88,17 @@ def warn_elsewhere(settings: Settings, host: Host, nodes: NodeList, backend: str
             other=chosen[0].name,
             lost=lost,
         )
+
+
+def _in_overlay(address: str, host: Host) -> bool:
+    """Whether an address belongs to a VPN, as far as this machine can tell: routes of some are in tables of theirs."""
+    parsed = parse(address)
+    tunnels = [nic for nic in host.nics if nic.kind == "tunnel"]
+    return parsed is not None and (
+        parsed in OVERLAY
+        or routed_by(host.routes, parsed) in [nic.name for nic in tunnels]
+        or any(parsed in each.network for nic in tunnels for each in nic.addresses)
+    )
 
 
 def _named(value: Value[str], host: Host) -> list[Nic]:

@@ -47,7 +47,7 @@ def files_to_look_at(settings: Settings) -> tuple[str, ...]:
     words = _words(script).words
     named = (settings.run_dir, settings.checkpoint_dir, settings.cluster_token_file)
     given = [str(each.value) for each in named if each]
-    folders = [*given, str(_run_dir(settings)), str(settings.runs_root.value), CURRENT]
+    folders = [*given, str(_run_dir(settings)), str(settings.runs_root.value), CURRENT, settings.text("HOME")]
     # The whole text too: a file with a space in its name was meant, if it is there.
     scripts = [] if words[:1] == ("-m",) else [*words[:1], script.text]
     return tuple(dict.fromkeys(filter(None, [*scripts, *folders])))
@@ -196,10 +196,11 @@ def _folder(
 
 
 def _home(settings: Settings, host: Host) -> Path | None:
-    """Of each user one, since RUN_AS may change, and beside the runs, where there is room and what lies there lasts."""
-    root = str(settings.runs_root.value)
-    own = settings.values.get("HOME")
-    if not host.container or host.files.get(root, Seen()).obstacle or (own and own.text != IMAGE_HOME):
+    """Of each user one, since RUN_AS may change, and beside the runs, where there is room and what lies there lasts. In
+    images of others the engine sets HOME to what their list of users says, where nothing may be written."""
+    root, own = str(settings.runs_root.value), settings.text("HOME")
+    kept = own not in ("", IMAGE_HOME) and not host.files.get(own, Seen()).obstacle
+    if not host.container or host.files.get(root, Seen()).obstacle or kept:
         return None
     return host.cwd / root / ".home" / str(host.uid)
 

@@ -1,19 +1,12 @@
 """What is known of one worker's failure on its own node, at once and for all nodes: its words, where, cause and fix."""
 
 import glob
-import re
 import signal
 
 from app.engine.outcome import Explanation, Failure
 from app.plan import Plan
-from app.report.history import read_error_file
+from app.report.history import end_of_log, last_error, may_speak, read_error_file
 from app.report.node_report import end_of, own_line
-
-LAST_WORDS = 100
-"""Lines of a log in which an error still has to do with the end: earlier ones were survived."""
-ERROR = re.compile(r"^(?:\[[^\]]*\]:? ?)*((?:[\w.]*(?:Error|Exception)|[Ee]rror|ERROR)\b: .*)$", re.MULTILINE)
-"""An exception's last line, or an error as programs print it, behind the prefix of a rank."""
-LONGEST = 500
 
 
 def examine(plan: Plan, run_id: str, failure: Failure, *, memory_kills: bool) -> Explanation:
@@ -31,11 +24,8 @@ def examine(plan: Plan, run_id: str, failure: Failure, *, memory_kills: bool) ->
     traceback = recorded.traceback if recorded else ""
     log = "\n".join(end_of(folder / f"{name}.log") for name in ("stdout", "stderr"))
     words = failure.text
-    # A signal comes without a word, but for an abort: what stands in the log then was said by a healthy process.
-    if not words and (failure.exitcode > 0 or failure.exitcode == -signal.SIGABRT):
-        last = "\n".join(log.splitlines()[-LAST_WORDS:])
-        words = next(reversed(ERROR.findall(last)), "")[:LONGEST]
-        found = diagnose(last)
+    if not words and may_speak(failure.exitcode):
+        words, found = last_error(log), diagnose(end_of_log(log))
     else:
         found = diagnose(f"{traceback}\n{words}") if words else None
     known = found if found and found.error.rank > CONSEQUENCE else None

@@ -2,13 +2,13 @@
 
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 
 from app.known_errors.catalog import BROKEN, CAUSE, CONSEQUENCE, all_errors
+from app.known_errors.consequences import is_consequence
 from app.known_errors.diagnose import Diagnosis, diagnose
-from app.report.history import RoundRecord
+from app.report.history import RoundRecord, end_of_log, last_error, may_speak
 
-LAST_WORDS = 100
-"""Lines of a log in which an error still has to do with the end: earlier ones were survived."""
 BY_EXCEPTION = " failed with "
 """In a verdict whose first cause is an exception (gang/verdict.py)."""
 
@@ -31,6 +31,15 @@ def diagnosis(
     return max(named, key=lambda each: each.error.rank, default=None)
 
 
+def in_own_words(last: RoundRecord, logs: Mapping[str, str]) -> RoundRecord:
+    """With the last error in the log of the rank that failed first, if that left no exception and may have spoken.
+    A rank may have been told to end before its failure was noticed, by peers that failed because of it."""
+    if last.message or not last.failures or not may_speak(last.failures[0].exitcode):
+        return last
+    words = last_error(_last_words(_of_first(last, logs)))
+    return last if is_consequence(words) else replace(last, message=words)
+
+
 def _own(last: RoundRecord, words: str, memory_kills: bool) -> Diagnosis | None:
     """What this node's own first failure is known as."""
     if last.message:
@@ -40,9 +49,7 @@ def _own(last: RoundRecord, words: str, memory_kills: bool) -> Diagnosis | None:
         by_kernel = next(each for each in all_errors() if each.id == "oom-kernel")
         line = f"{last.first_error}, and the control group has killed for memory"
         return Diagnosis(error=by_kernel, line=line, number=1)
-    # Native code says why it aborts, and a script why it exits; other signals come without a word.
-    spoke = code >= 0 or code == -signal.SIGABRT
-    said = diagnose(words) if spoke else None
+    said = diagnose(words) if code == 0 or may_speak(code) else None
     return said if said and said.error.rank >= CONSEQUENCE else diagnose(last.first_error)
 
 
@@ -62,7 +69,7 @@ def _of_first(last: RoundRecord, logs: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _last_words(logs: Mapping[str, str]) -> str:
-    return "\n".join("\n".join(text.splitlines()[-LAST_WORDS:]) for text in logs.values())
+    return "\n".join(map(end_of_log, logs.values()))
 
 
 def _broken(logs: Mapping[str, str]) -> Diagnosis | None:

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,11 @@ from app.plan import Plan
 from app.report.redaction import plan_secrets, redact_data
 
 ROUNDS = "rounds.jsonl"
+LAST_WORDS = 100
+"""Lines of a log in which an error still has to do with the end: earlier ones were survived."""
+ERROR = re.compile(r"^(?:\[[^\]]*\]:? ?)*((?:[\w.]*(?:Error|Exception)|[Ee]rror|ERROR)\b: .*)$", re.MULTILINE)
+"""An exception's last line, or an error as programs print it, behind the prefix of a rank."""
+LONGEST = 500
 LEFT_OUT = "preload.jsonl"
 
 
@@ -30,6 +36,8 @@ class RoundRecord:
     """First failure first; torchrun counts the workers that it ended itself among them."""
     halted: bool = False
     """This node had been told to end before any of its workers failed."""
+    finished: bool = False
+    """All its workers had ended with 0 before that."""
     message: str = ""
     """The first failing worker's exception, "" if it left none."""
     traceback: str = ""
@@ -54,6 +62,20 @@ def ending(failure: Failure) -> str:
     if code >= 0:
         return f"{who} ended with exit code {code}, without an exception"
     return f"{who} was ended by {signal.Signals(-code).name if -code in {*signal.Signals} else f'signal {-code}'}"
+
+
+def end_of_log(log: str) -> str:
+    return "\n".join(log.splitlines()[-LAST_WORDS:])
+
+
+def last_error(log: str) -> str:
+    """The last error that a log tells of, "" for none: some scripts print theirs and end with 1, as those of hydra."""
+    return next(reversed(ERROR.findall(end_of_log(log))), "")[:LONGEST]
+
+
+def may_speak(exitcode: int) -> bool:
+    """A signal comes without a word, but for an abort: what stands in the log then was said by a healthy process."""
+    return exitcode > 0 or exitcode == -signal.SIGABRT
 
 
 def keep_round(plan: Plan, run_id: str, outcome: Outcome) -> None:

@@ -95,7 +95,7 @@ def make_report(plan: Plan, code: int, verdict: str, before: Mapping[str, int], 
     """All that this node knows of its failure; reads logs that are newer than `started`. Never raises OSError."""
     # The table of known errors is for bad days only, and costs every start otherwise.
     from app.known_errors.catalog import CONSEQUENCE
-    from app.report.diagnosis import diagnosis
+    from app.report.diagnosis import diagnosis, in_own_words
 
     logs = plan.log_dir
     rounds = read_rounds(logs, started)
@@ -111,7 +111,7 @@ def make_report(plan: Plan, code: int, verdict: str, before: Mapping[str, int], 
         time=time.time(),
         code=code,
         verdict=verdict,
-        rounds=rounds,
+        rounds=(*rounds[:-1], *(in_own_words(each, texts) for each in rounds[-1:])),
         logs={name: tuple(content.splitlines()[-LAST_LINES:]) for name, content in texts.items()},
         counters=grown,
         counters_before=before,

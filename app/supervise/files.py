@@ -30,7 +30,9 @@ def in_time(act: Callable[[], Result], limit: float) -> Result:
 
 async def off_loop(act: Callable[[], Result], limit: float) -> Result:
     """The same, while the event loop goes on."""
-    return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(_started(act))), limit)
+    # Python 3.11's wait_for swallows a cancel that comes as the awaited ends.
+    async with asyncio.timeout(limit):
+        return await asyncio.shield(asyncio.wrap_future(_started(act)))
 
 
 def _started(act: Callable[[], Result]) -> Future[Result]:

@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.engine.outcome import Collective, Stall
@@ -83,10 +83,11 @@ def read_stalls(
 
 
 def read_ended(folder: Path) -> tuple[Stall, ...]:
-    """The ranks whose script has ended. Never raises OSError."""
+    """The ranks whose script has ended, and when. Never raises OSError."""
     try:
         files = sorted(folder.glob("rank*.ended"))
-        return tuple(_read(json.loads(file.read_text(encoding="utf-8")), ended=True) for file in files)
+        found = [(file.stat().st_mtime, json.loads(file.read_text(encoding="utf-8"))) for file in files]
+        return tuple(replace(_read(fields, ended=True), time=at) for at, fields in found)
     except (OSError, ValueError, KeyError, TypeError):
         return ()
 

@@ -39,8 +39,10 @@ class State:
             # A full disk must not end a training.
             with contextlib.suppress(OSError):
                 await off_loop(self._write, WRITE_EVERY)
+            # Python 3.11's wait_for swallows a cancel that comes as the awaited ends.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), WRITE_EVERY)
+                async with asyncio.timeout(WRITE_EVERY):
+                    await self._changed.wait()
 
     def _write(self) -> None:
         new = self._folder / f"{STATE}.new"

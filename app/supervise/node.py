@@ -138,7 +138,7 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
     coordinator = Coordinator(plan, token, say, lambda: down_link(plan.network.interface))
     server = await _listen(plan, coordinator)
     leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
-    progress = Progress(plan, folder, say, lambda: node.engine)
+    progress = Progress(plan, folder, say, lambda: 0 if node.ending else node.engine)
     state = State(folder, lambda: progress.text)
     checkpoints = Checkpoints(plan, token, say)
 
@@ -265,6 +265,10 @@ class Node:
     def engine(self) -> int:
         """The process id of the last torchrun, 0 before."""
         return self.last.process.pid if self.last else 0
+
+    @property
+    def ending(self) -> bool:
+        return self.last is not None and self.last.told_to_end
 
     def launch(self, assignment: RoundAssignment) -> torchrun.Torchrun:
         plan = self.plan

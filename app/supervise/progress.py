@@ -85,7 +85,8 @@ class Progress:
     """The newest that is known of both, brought up to date every second."""
 
     def __init__(self, plan: Plan, folder: Path, say: Callable[[str], None], engine: Callable[[], int]) -> None:
-        """`folder` is the ranks'; `engine` tells torchrun's process id, 0 for none. Reads nothing yet."""
+        """`folder` is the ranks'; `engine` tells torchrun's process id, 0 for none or while it is being ended. Reads
+        nothing yet."""
         self.stalls: Sequence[Stall] = ()
         self._plan, self._folder, self._say, self._engine = plan, folder, say, engine
         self._gained = Gained()
@@ -129,7 +130,8 @@ class Progress:
         with contextlib.suppress(OSError):
             if self.stalls:
                 in_time(lambda: keep_stalls(self._plan, self._folder), KEEP_LIMIT)
-            else:
+            elif self._engine():
+                # What moves while a round is being ended is no progress, and the report wants the stacks.
                 in_time(lambda: forget_stalls(self._plan), KEEP_LIMIT)
 
     def _check_engine(self, stopped: int) -> int:

@@ -103,6 +103,7 @@ def pause(pattern: str, seconds: float) -> Callable[[Training, int], Callable[[]
 FAULTS = (
     Fault(name="SIGKILL to a rank", act=to_rank(signal.SIGKILL)),
     Fault(name="SIGSEGV to a rank", act=to_rank(signal.SIGSEGV)),
+    Fault(name="SIGABRT to a rank", act=to_rank(signal.SIGABRT)),
     Fault(name="SIGKILL to all ranks of a node", act=to_all(WORKER)),
     Fault(name="SIGKILL to torchrun", act=to_all(AGENT)),
     Fault(name="SIGKILL to the launcher", act=to_all(ENTRYPOINT)),

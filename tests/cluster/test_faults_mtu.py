@@ -1,4 +1,4 @@
-"""A switch with a smaller MTU than its nodes: connections open, and the first full-size packet is never seen again.
+"""A path with a smaller MTU than the nodes' cards: connections open, and the first full-size packet is lost for ever.
 
 Real namespaces and wires, but native launchers: what is tested is the reach test, and no container is needed for it.
 """
@@ -18,9 +18,10 @@ PROJECT = Path(__file__).resolve().parents[2]
 PREFIX = f"tm{os.getpid()}"[:9]
 
 
-@pytest.fixture
-def narrow() -> Iterator[list[str]]:
-    """Two namespaces with cards of MTU 1500, whose switch lets 1400 through on the way to the second."""
+@pytest.fixture(params=[(1500, 1400), (1420, 1200)], ids=["a switch", "a VPN"])
+def narrow(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Two namespaces with cards of one MTU, and a way to the second that lets less through."""
+    card, path = request.param
     network.add_bridge(PREFIX)
     names = [f"{PREFIX}n{index}" for index in range(2)]
     try:
@@ -29,8 +30,9 @@ def narrow() -> Iterator[list[str]]:
             port, address = f"{PREFIX}p{index}", f"10.79.0.{index + 1}/24"
             network.add_link(netns=name, bridge=PREFIX, interface="ens1", address=address, outside=port)
             # Virtual cards hand over 64 KB at a time, which no switch would check; real wires carry packets.
-            run(["ip", "-n", name, "link", "set", "ens1", "gso_max_segs", "1", "gso_max_size", "1500"])
-        run(["ip", "link", "set", f"{PREFIX}p1", "mtu", "1400"])
+            one_at_a_time = ["gso_max_segs", "1", "gso_max_size", str(card)]
+            run(["ip", "-n", name, "link", "set", "ens1", "mtu", str(card), *one_at_a_time])
+        run(["ip", "link", "set", f"{PREFIX}p1", "mtu", str(path)])
         yield names
     finally:
         for index, name in enumerate(names):
@@ -66,4 +68,5 @@ def test_full_size_packets_that_do_not_pass_are_told_by_pair_before_anything_sta
         assert "node 0 (10.79.0.1) to node 1 (10.79.0.2), port" in output
         assert "connects, but full-size packets do not pass: a smaller MTU on the way?" in output
         assert "started" not in output
+        assert "let this node in" not in output
         assert "Traceback" not in output

@@ -191,6 +191,7 @@ def test_a_link_cut_for_five_seconds_goes_unnoticed(job: Job, table: Table) -> N
     for stack in job.stacks:
         since = stack.container().logs(since=int(job.since)).decode()
         assert "was lost" not in since
+        assert "is not heard" not in since
         assert "ending the workers" not in since
     job.good = True
     table.add("link cut for 5 s", None, "goes on training", "nothing")
@@ -199,7 +200,7 @@ def test_a_link_cut_for_five_seconds_goes_unnoticed(job: Job, table: Table) -> N
 def test_a_link_cut_for_good_and_restored_later(job: Job, table: Table) -> None:
     job.fault()
     job.bed.nodes[1].cut()
-    knows, line = all_hear(job.stacks, r"node \d \(.*was lost", job.since)
+    knows, line = all_hear(job.stacks, r"node \d \(.*(was lost|is not heard)", job.since)
     until(lambda: not any(workers(stack) for stack in job.stacks), deadline=8, what="the end of all workers")
     table.add("link cut for good", knows, "no worker is left on either side", verdict(line))
     assert knows < SECONDS + SLACK
@@ -207,6 +208,21 @@ def test_a_link_cut_for_good_and_restored_later(job: Job, table: Table) -> None:
     job.bed.nodes[1].restore()
     again = job.trains()
     table.add("the same link restored", None, f"trains again after {again:.1f} s", "round with all nodes")
+
+
+def test_node_0_whose_own_link_is_cut_suspects_itself(job: Job, table: Table) -> None:
+    """Of three nodes: who hears nobody any more says so, and the others say whom they miss."""
+    job.train(3)
+    since = job.fault()
+    job.bed.nodes[0].cut()
+    knows, line = heard(job.stacks[0], r"node 0 \(\S+\) no longer hears any other node: its (own )?link \S+ is", since)
+    assert not re.search(r"node [12] \(\S+\) was lost", job.stacks[0].container().logs(since=int(since)).decode())
+    missed, _ = all_hear(job.stacks[1:], r"node 0 \(\S+\) was lost", since)
+    job.fault()
+    job.bed.nodes[0].restore()
+    again = job.trains()
+    table.add("the link of node 0 of 3 cut", max(knows, missed), f"trains again after {again:.1f} s", verdict(line))
+    job.good = False
 
 
 def test_all_containers_are_killed_and_started_again(job: Job, table: Table) -> None:
@@ -265,7 +281,7 @@ def test_a_power_cut(job: Job, table: Table) -> None:
     job.train(REJOIN_TIMEOUT="5")
     since = job.fault()
     job.bed.nodes[1].crash()
-    knows, line = heard(job.stacks[0], r"node 1 \(.*was lost", since)
+    knows, line = heard(job.stacks[0], r"node 1 \(.*(was lost|is not heard)", since)
     found = [job.stacks[0].wait()]
     table.add("power cut of node 1, never back (REJOIN_TIMEOUT=5)", knows, ends(found), verdict(line))
     assert knows < SECONDS + SLACK

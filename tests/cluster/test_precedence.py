@@ -109,6 +109,7 @@ FOR_COMPOSE = {
     "ENV_FILE": ("./a.env", "./b.env"),
     "IMAGE": ("local/a:1", "local/b:1"),
     "BASE_IMAGE": ("debian:12", "debian:13"),
+    "TORCH": ("cpu", "base"),
     "WHEELHOUSE": ("./a-wheels", "./b-wheels"),
     "RENDER_GROUP": ("44", "45"),
     "RUNS": ("./a-runs", "./b-runs"),

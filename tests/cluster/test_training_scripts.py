@@ -13,6 +13,7 @@ from tests.testbed import Cluster, cluster
 from tests.testbed.engines import find_tools
 from tests.testbed.image import builder, buildx, ensure_image, store, store_lock
 from tests.testbed.shell import PROJECT
+from tests.testbed.stack import VOLUME
 
 SCRIPTS = PROJECT / "tests/scripts"
 IMAGE = "torchrun-compose:extended"
@@ -77,7 +78,7 @@ def test_the_current_folder_and_what_is_written_there_are_the_users(cluster2: Cl
     assert (workspace / "out/last.pt").read_text() == "saved"
     said = stack.logs()
     assert f"written as {uid} /runs/.home/{uid}" in said
-    assert f"results: /runs/default in volume {stack.project}_runs" in said
+    assert f"results: /runs/default in volume {VOLUME}" in said
     assert f"checkpoints: {workspace}/out on this host" in said
 
 

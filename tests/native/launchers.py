@@ -52,8 +52,7 @@ class Launcher:
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
+        for line in self.process.stdout or ():
             with self._news:
                 self.text += line
                 self.seen.setdefault(line, time.monotonic())
@@ -117,6 +116,9 @@ class Nodes:
     count: int
     script: Path
     settings: dict[str, str] = field(default_factory=dict)
+    apart: bool = False
+    """Each node's current folder is on its own disk as well."""
+    output: int = subprocess.PIPE
     launchers: list[Launcher] = field(default_factory=list)
 
     def start(self, rank: int, *arguments: str, **settings: str) -> Launcher:
@@ -128,22 +130,27 @@ class Nodes:
             "NODE_RANK": str(rank),
             "NPROC_PER_NODE": "1",
             "OMP_NUM_THREADS": "1",
-            "RUNS_ROOT": str(self.folder / f"node{rank}"),
+            "RUNS_ROOT": str(self.disk(rank)),
             **self.settings,
             **settings,
         }
+        self.disk(rank).mkdir(exist_ok=True)
         process = subprocess.Popen(
             [sys.executable, str(PROJECT / "entrypoint.py"), "run", str(self.script), *arguments],
             env={name: value for name, value in environment.items() if value},
-            cwd=self.folder,
+            cwd=self.disk(rank) if self.apart else self.folder,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=self.output,
             stderr=subprocess.STDOUT,
             text=True,
         )
         launcher = Launcher(process)
         self.launchers.append(launcher)
         return launcher
+
+    def disk(self, rank: int) -> Path:
+        """Where a node keeps what outlives its launcher."""
+        return self.folder / f"node{rank}"
 
     def start_all(self, *arguments: str) -> list[Launcher]:
         return [self.start(rank, *arguments) for rank in range(self.count)]

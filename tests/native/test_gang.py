@@ -118,6 +118,42 @@ def test_the_same_error_at_the_same_place_twice_without_progress_ends_the_job(tm
         assert sum("All nodes start again" in line for line in launcher.said) == 1
 
 
+STUCK = """
+import os, signal, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+last = os.path.join(os.environ["CHECKPOINT_DIR"], "last.pt")
+start = torch.load(last) if os.path.exists(last) else 0
+print("begins at", start, flush=True)
+for step in range(start, 10):
+    dist.barrier()
+    if dist.get_rank() == 0:
+        torch.save(step, last)
+    dist.barrier()
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_checkpoint_that_is_written_again_at_the_same_step_is_no_progress(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, STUCK, MAX_RESTARTS="2") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 90) == [5, 5]
+    for launcher in launchers:
+        assert "3 failures in a row without a new checkpoint (MAX_RESTARTS=2)" in launcher.said[-1]
+        begun = re.findall(r"begins at (\d)", launcher.text)
+        assert begun == ["0", "3", "3"]
+
+
+def test_a_wrong_call_while_the_model_is_built_ends_the_job_after_the_second_round(tmp_path: Path) -> None:
+    script = "from torch import nn\ndef build():\n    return nn.Linear(in_features=3)\nbuild()\n"
+    with nodes(tmp_path, 2, script, MAX_RESTARTS="5") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 90) == [5, 5]
+    for launcher in launchers:
+        assert "failed with TypeError: " in launcher.said[-1]
+        assert sum("All nodes start again" in line for line in launcher.said) <= 1
+
+
 @pytest.mark.parametrize(
     ("end", "words"),
     [
@@ -151,7 +187,9 @@ def test_ranks_that_are_killed_together_are_all_named_and_none_followed(tmp_path
         assert "as a result" not in launcher.said[-1]
 
 
-def test_a_rank_that_finished_early_is_told_as_unequal_numbers_of_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("watch", ["60", "0"])
+def test_a_rank_that_finished_early_is_told_as_unequal_numbers_of_steps(tmp_path: Path, watch: str) -> None:
+    """Without a watch, too, which knows the last collective."""
     unequal = """
 import os, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -160,13 +198,31 @@ for step in range(3 if dist.get_rank() else 6):
         time.sleep(4)
     dist.all_reduce(torch.ones(1))
 """
-    with nodes(tmp_path, 2, unequal, MAX_RESTARTS="0") as job:
+    with nodes(tmp_path, 2, unequal, MAX_RESTARTS="0", HANG_REPORT=watch) as job:
         launchers = job.start_all()
         assert ends(launchers, 60) == [5, 5]
     for launcher in launchers:
         assert launcher.said[-1].startswith("node 0 (127.0.0.1) - rank 0 failed with ")
         assert "node 1 (127.0.0.2) had finished after" in launcher.said[-1]
         assert "unequal numbers of batches or steps" in launcher.said[-1]
+
+
+def test_a_script_that_ends_well_because_it_is_told_to_had_not_finished_early(tmp_path: Path) -> None:
+    obeys = """
+import signal, sys, time, torch, torch.distributed as dist
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+dist.init_process_group("gloo")
+dist.all_reduce(torch.ones(1))
+if dist.get_rank() == 0:
+    raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.2]:39558")
+time.sleep(60)
+"""
+    with nodes(tmp_path, 2, obeys, MAX_RESTARTS="0") as job:
+        launchers = job.start_all()
+        assert ends(launchers, 60) == [5, 5]
+    for launcher in launchers:
+        assert launcher.said[-1].startswith("cause unclear: node 0 (127.0.0.1) - rank 0 failed with ")
+        assert "had finished" not in launcher.said[-1]
 
 
 def test_a_node_that_its_own_settings_refuse_is_known_to_the_others_at_once(tmp_path: Path) -> None:

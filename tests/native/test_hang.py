@@ -125,7 +125,7 @@ def test_sizes_and_groups_are_read_of_torchs_own_recorder(tmp_path: Path, kind: 
 
 TIMES_OUT = """
 import datetime, time, torch, torch.distributed as dist
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=6))
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=15))
 dist.all_reduce(torch.ones(1))
 if dist.get_rank() == 1:
     time.sleep(60)
@@ -133,10 +133,12 @@ dist.all_reduce(torch.ones(1))
 """
 
 
+@pytest.mark.parametrize("limit", ["2", "60"])
 def test_after_torchs_own_time_out_the_verdict_names_the_collective_and_the_rank_that_did_not_come(
-    tmp_path: Path,
+    tmp_path: Path, limit: str
 ) -> None:
-    with nodes(tmp_path, 2, TIMES_OUT, HANG_REPORT="2", MAX_RESTARTS="0") as made:
+    """Also where that comes before HANG_REPORT."""
+    with nodes(tmp_path, 2, TIMES_OUT, HANG_REPORT=limit, MAX_RESTARTS="0") as made:
         made.start_all()
         for launcher in made.launchers:
             assert launcher.end(60) == 5
@@ -161,6 +163,22 @@ def test_a_rank_that_has_ended_while_another_stands_still_is_named(tmp_path: Pat
         assert re.search(r"rank 1 on node 1 \(127.0.0.2\) .* has ended|node 1 \(127.0.0.2\) had finished", line), line
         with held.open("rb+", buffering=0):
             assert [launcher.end(60) for launcher in made.launchers] == [0, 0]
+
+
+RESTS_AT_THE_END = """
+import time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+dist.all_reduce(torch.ones(1))
+if dist.get_rank() == 1:
+    time.sleep(8)
+"""
+
+
+def test_a_rank_that_rests_after_the_others_have_finished_keeps_nobody_and_is_no_hang(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, RESTS_AT_THE_END, HANG_REPORT="2", HANG_TIMEOUT="3") as made:
+        launchers = made.start_all()
+        assert [launcher.end(60) for launcher in launchers] == [0, 0]
+        assert all("no progress" not in each.text for each in launchers), "\n".join(each.text for each in launchers)
 
 
 @pytest.mark.parametrize("limit", ["2", "0"])

@@ -15,7 +15,7 @@ import pytest
 
 from app.gang.mirror.disk import Disk
 from app.gang.mirror.manifest import pack_manifest
-from app.gang.mirror.transfer import Server
+from app.gang.mirror.transfer import Server, exchange_key
 from tests.native.launchers import PROJECT, Launcher, Nodes, nodes
 
 TUTORIAL = """
@@ -105,12 +105,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 def test_the_wiped_disk_of_node_0_and_a_torn_newest_file_are_made_good(tmp_path: Path) -> None:
     with nodes(tmp_path, 2, TUTORIAL) as job:
         run(job, "4")
-        assert not (folder(job, 1) / "snapshot.pt").exists(), "the last epochs have not been copied yet"
-        assert begins(run(job, "6")) == [4, 4]
         shutil.rmtree(folder(job, 0))
-        assert begins(run(job, "9")) == [4, 4], "what node 1 had at the start of the round before"
+        assert begins(run(job, "6")) == [4, 4], "node 1 got the last epochs when the job ended"
+        shutil.rmtree(folder(job, 1).parent)
+        assert begins(run(job, "9")) == [6, 6]
         snapshot = folder(job, 0) / "snapshot.pt"
-        run(job, "9")  # node 1 gets epoch 9
         whole = snapshot.read_bytes()
         snapshot.write_bytes(whole[: len(whole) // 2])
         launchers = run(job, "10")
@@ -121,10 +120,20 @@ def test_the_wiped_disk_of_node_0_and_a_torn_newest_file_are_made_good(tmp_path:
 def test_scattered_states_come_together_and_survive_the_loss_of_a_disk(tmp_path: Path) -> None:
     with nodes(tmp_path, 2, SCATTERED, NPROC_PER_NODE="2") as job:
         run(job, "10")
-        assert begins(run(job, "10")) == [10] * 4
         shutil.rmtree(folder(job, 0))
         assert begins(run(job, "15")) == [10] * 4
+        shutil.rmtree(folder(job, 1).parent)
         assert begins(run(job, "15")) == [15] * 4
+
+
+def test_a_stopped_job_leaves_its_last_checkpoint_on_a_second_node(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, TUTORIAL) as job:
+        launchers = job.start_all("100000")
+        wait_until((folder(job, 0) / "snapshot.pt").exists)
+        stop(launchers)
+        assert (folder(job, 1) / "snapshot.pt").read_bytes() == (folder(job, 0) / "snapshot.pt").read_bytes()
+        for launcher in launchers:
+            assert len([line for line in launcher.said if "got snapshot.pt" in line]) == 1, launcher.text
 
 
 def test_with_own_a_difference_is_said_and_nothing_is_copied(tmp_path: Path) -> None:
@@ -152,19 +161,49 @@ def test_new_checkpoints_get_a_second_copy_while_the_training_runs(tmp_path: Pat
         assert (folder(job, 1) / "snapshot.pt").read_bytes() == (folder(job, 0) / "snapshot.pt").read_bytes()
 
 
+TORN_IN_PLACE = """
+import io, os, signal, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+rank, path = dist.get_rank(), os.path.join(os.environ["CHECKPOINT_DIR"], "last.pt")
+start = torch.load(path)["step"] if os.path.exists(path) else 0
+print(f"rank {rank} begins at {start}", flush=True)
+if rank == 0 and start == 0:
+    torch.save({"step": 3}, path)
+    while not os.path.exists("torn"):
+        time.sleep(0.05)
+    whole = io.BytesIO()
+    torch.save({"step": 4}, whole)
+    with open(path, "wb") as file:
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_a_save_in_place_that_was_killed_half_way_gives_way_to_the_last_whole_one(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, TORN_IN_PLACE) as job:
+        launchers = job.start_all()
+        wait_until((folder(job, 1) / "last.pt").exists, 90)
+        (tmp_path / "torn").touch()
+        assert [launcher.end(90) for launcher in launchers] == [0, 0], launchers[0].text
+        assert [begins([launcher]) for launcher in launchers] == [[0, 3], [0, 3]]
+        assert any("last.pt" in line and "torn" in line for line in launchers[1].said)
+
+
 RECEIVER = """
 import sys
 from pathlib import Path
 from app.gang.mirror.disk import Disk
 from app.gang.mirror.plan import Bounds, plan_transfers
 from app.gang.mirror.manifest import read_manifest
-from app.gang.mirror.transfer import Fetcher
+from app.gang.mirror.transfer import Fetcher, exchange_key
 import json
 folder, port, told = Path(sys.argv[1]), int(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
 disk = Disk(folder)
 plan = plan_transfers({0: read_manifest(told), 1: disk.scan()}, {}, Bounds(keep=None))
 print("begins", flush=True)
-Fetcher(disk, "127.0.0.2", b"key", {0: ("127.0.0.1", port)}).run(plan.orders[1].fetch, 1)
+Fetcher(disk, "127.0.0.2", exchange_key(b"", b"nonce"), {0: ("127.0.0.1", port)}).run(plan.orders[1].fetch, 1)
 """
 
 
@@ -185,7 +224,7 @@ def test_a_transfer_killed_at_any_moment_leaves_every_file_whole(tmp_path: Path,
             generations[name].add(content)
         disk = Disk(source)
         manifest.write_text(json.dumps(pack_manifest(disk.scan())))
-        server = Server(disk, "127.0.0.1", b"key")
+        server = Server(disk, "127.0.0.1", exchange_key(b"", b"nonce"))
         command = [sys.executable, "-c", RECEIVER, str(copy), str(server.port), str(manifest)]
         with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE) as receiver:
             assert receiver.stdout

@@ -91,6 +91,48 @@ def test_a_full_disk_costs_the_logs_and_not_the_run(tmp_path: Path, small_disk: 
     assert "rank 1 trained on" in kept[0].read_text()
 
 
+FLOODED = """
+import os, sys, time
+from pathlib import Path
+rank, done = os.environ["RANK"], Path("done")
+def steps():
+    begun = time.monotonic()
+    for step in range(300):
+        time.sleep(0.005)
+        print("step", step, "x" * 500, flush=True)
+    return time.monotonic() - begun
+if rank == "1":
+    alone = steps()
+    Path("flood").touch()
+    while not Path("flooding").exists():
+        time.sleep(0.01)
+    beside = steps()
+    done.touch()
+    Path("steps").write_text(f"{alone} {beside}")
+else:
+    while not Path("flood").exists():
+        time.sleep(0.01)
+    line, count, begun = "y" * 1000 + "\\n", 0, time.monotonic()
+    while not done.exists():
+        sys.stdout.write(line * 1000)
+        count += 1
+        if count == 20:
+            Path("flooding").touch()
+    Path("rate").write_text(str(count / (time.monotonic() - begun)))
+"""
+
+
+def test_a_rank_that_prints_all_it_can_slows_no_other(tmp_path: Path) -> None:
+    """Each step of the other sleeps and prints half a kilobyte, so that it has a processor when it asks for one."""
+    with nodes(tmp_path, 1, FLOODED, NPROC_PER_NODE="2") as job:
+        job.output = subprocess.DEVNULL
+        assert job.start(0).end(120) == 0
+    alone, beside = map(float, (tmp_path / "steps").read_text().split())
+    megabytes = float((tmp_path / "rate").read_text())
+    print(f"{megabytes:.0f} MB/s of prints: 300 steps took {beside:.2f} s, {alone:.2f} s without")
+    assert beside < 2 * alone
+
+
 def test_a_round_begins_where_there_is_no_room_for_its_logs(tmp_path: Path, small_disk: Path) -> None:
     with nodes(tmp_path, 1, FILLS) as job:
         launcher = job.start(0, RUNS_ROOT=str(small_disk))

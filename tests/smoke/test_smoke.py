@@ -53,6 +53,9 @@ def checkout(tmp_path: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(PROJECT / name, target)
     (tmp_path / "workspace/smoke.py").write_text(ALL_REDUCE)
+    # This engine is a user's: the volume with their runs is not ours to use or to remove.
+    own = "volumes: {runs: {name: '${COMPOSE_PROJECT_NAME}_runs'}}\n"
+    (tmp_path / "compose.override.yaml").write_text(own)
     for folder in (tmp_path, tmp_path / "workspace"):
         folder.chmod(0o777)
     return tmp_path

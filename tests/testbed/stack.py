@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tests.testbed.engine import Engine
 
 SERVICE = "trainer"
+VOLUME = "torchrun-compose_runs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,7 @@ class Stack:
     engine: Engine
     folder: Path
     project: str
+    """"" for the name that compose.yaml gives it."""
     exports: Mapping[str, str]
     """What the user's shell would have set when compose was started."""
 
@@ -49,12 +51,13 @@ class Stack:
 
     def command(self, *words: str) -> list[str]:
         """The same as an argument list."""
-        return ["docker", "compose", "--ansi", "never", "--project-name", self.project, *words]
+        named = ["--project-name", self.project] if self.project else []
+        return ["docker", "compose", "--ansi", "never", *named, *words]
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of the compose command."""
-        return {**self.engine.environment, **self.exports}
+        """The environment of the compose command; PWD as a shell in the stack's folder has it."""
+        return {**self.engine.environment, "PWD": str(self.folder), **self.exports}
 
     def container(self, service: str = SERVICE) -> Container:
         """The newest container of a service. Raises BedError if there is none."""
@@ -143,7 +146,7 @@ class Stack:
     @property
     def runs(self) -> Path:
         """Where this machine keeps the stack's /runs, for looks that must not wait for the engine."""
-        return self.engine.data / "volumes" / f"{self.project}_runs" / "_data"
+        return self.engine.data / "volumes" / VOLUME / "_data"
 
     def read(self, path: str) -> bytes:
         """A file of the container, also after its end. Raises BedError if it is not there."""

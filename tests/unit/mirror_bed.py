@@ -29,6 +29,7 @@ class Bed:
     answers: dict[tuple[int, str], Mapping[str, Any]] = field(default_factory=dict)
     clocks: dict[int, int] = field(default_factory=dict)
     """Nanoseconds by which a node's clock is ahead."""
+    token: bytes = b""
     hook: Any = None
     """Called before each request as hook(rank, op)."""
 
@@ -57,16 +58,19 @@ class Bed:
     def names(self, node: int) -> set[str]:
         return set(self.read(node))
 
-    def level(self, bounds: Bounds | None = None, *, background: bool = False, own: bool = False) -> list[str]:
+    def level(
+        self, bounds: Bounds | None = None, *, background: bool = False, own: bool = False, last: bool = False
+    ) -> list[str]:
         """One comparison; what was said in it."""
         self.said, self.asked, self.answers = [], [], {}
-        asyncio.run(self._level(bounds or Bounds(), background=background, own=own))
+        asyncio.run(self._level(bounds or Bounds(), background=background, own=own, last=last))
         return self.said
 
-    async def _level(self, bounds: Bounds, *, background: bool, own: bool) -> None:
+    async def _level(self, bounds: Bounds, *, background: bool, own: bool, last: bool) -> None:
         each = [
             MirrorNode(
-                Place(folder=self.folder(node), rank=node, address=f"127.0.0.{node + 1}", token=b"t"), self.said.append
+                Place(folder=self.folder(node), rank=node, address=f"127.0.0.{node + 1}", token=self.token),
+                self.said.append,
             )
             for node in range(self.count)
         ]
@@ -96,7 +100,7 @@ class Bed:
         if own:
             await compare_only(nodes)
         else:
-            await level(nodes, bounds, background=background, rate=10**9 if background else 0)
+            await level(nodes, bounds, second_copy=background or last, rate=10**9 if background else 0)
 
     def fetched(self, node: int) -> int:
         """How many files came to a node in the last comparison."""

@@ -77,8 +77,12 @@ def test_a_bug_that_all_ranks_have_is_told_once() -> None:
     assert blamed(failure(0, 2), failure(1, 2)) == (["node 0"], False)
 
 
-def test_an_abort_without_words_is_no_more_than_a_silent_end() -> None:
+def test_an_abort_without_words_says_less_than_any_other_signal_and_more_than_a_silent_1() -> None:
     assert blamed(failure(0, -6, seen=1.0), failure(1, -11, seen=2.0)) == (["node 1"], False)
+    assert blamed(failure(0, 1, seen=1.0), failure(1, 1, seen=1.1), failure(2, -6, seen=1.2)) == (["node 2"], False)
+    assert blamed(failure(0, -6, seen=1.0), failure(1, -6, seen=1.2)) == (["node 0", "node 1"], True)
+    # On its way out after it was told to end: gloo's threads.
+    assert blamed(failure(0, -6, seen=3.0, halted=True), failure(1, 1, seen=1.0)) == (["node 1"], False)
 
 
 def lost(node: int, *, silent: bool = True) -> NodeFailure:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import time
@@ -18,9 +19,10 @@ from app.gang.round import RoundState
 from app.gang.stalls import describe
 from app.gang.verdict import first_causes
 from app.plan import Plan
-from app.supervise import hang
+from app.supervise import hang, progress
 from app.supervise.hang import StalledHeartbeat
 from tests.machines.facts import drafted
+from tests.testbed.shell import until
 
 NODES = {0: "node 0 (10.0.0.1)", 1: "node 1 (10.0.0.2)"}
 
@@ -170,6 +172,27 @@ def test_a_rank_that_has_ended_waits_for_nobody_and_its_last_stall_is_forgotten(
     os.utime(tmp_path / "ranks" / "rank0.ended", (long_ago, long_ago))
     write(tmp_path, stall(0))
     assert read(plan, tmp_path) == (ended, stall(1))
+
+
+@pytest.mark.parametrize("engine", [0, 1])
+def test_what_moves_while_a_round_is_ended_is_no_progress_that_forgets_the_stacks(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: int
+) -> None:
+    monkeypatch.setattr(progress, "READ_EVERY", 0.02)
+    looks, made, kept = queue.Queue[int](), list[progress.Progress](), plan.stall_dir / "rank1.json"
+    for rank in range(2):
+        write(tmp_path, stall(rank))
+
+    def asked() -> int:
+        looks.put(len(made[0].stalls) if made else 2)
+        return engine
+
+    made.append(progress.Progress(plan, tmp_path / "ranks", print, asked))
+    until(kept.exists, deadline=5, what="the stacks")
+    (tmp_path / "ranks" / "rank0.json").unlink()
+    while looks.get(timeout=5) or looks.get(timeout=5):
+        pass
+    until(lambda: kept.exists() == (engine == 0), deadline=5, what="the end of the stacks, or not")
 
 
 def test_stacks_are_kept_for_the_report_and_forgotten_when_progress_resumes(plan: Plan, tmp_path: Path) -> None:
@@ -336,6 +359,18 @@ def test_a_node_that_has_finished_does_not_hide_that_the_others_wait() -> None:
     assert said[0].endswith("; node 1 (10.0.0.2) had finished after 5 collectives")
     course.take(stalled(0), 1002.0)
     assert said[1:] == ["progress resumed"]
+
+
+def test_a_rank_that_rests_after_the_others_have_finished_keeps_nobody() -> None:
+    said: list[str] = []
+    course = a_round(said)
+    course.take(stalled(0, stall(0, entered(number=5, done=True))), 1000.0)
+    course.take(Event(rank=1, kind="ended", code=0), 1001.0)
+    course.check_hang(1100.0)
+    assert said == []
+    # It may wait, for all that is known.
+    course.take(stalled(0, stall(0)), 1101.0)
+    assert len(said) == 1
 
 
 def test_a_job_whose_ranks_have_all_ended_does_not_hang() -> None:

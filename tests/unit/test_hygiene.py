@@ -7,7 +7,7 @@ import pytest
 from app.host.rdma import RdmaPort
 from app.plan.env_warnings import COSTS, matching
 from app.plan.typos import known_variables, misspelt
-from tests.unit.launch_facts import DOCKER, card, decide, given, machine, planned, warned
+from tests.unit.launch_facts import DOCKER, card, decide, given, machine, planned, warned, warning_ids
 
 HOST = machine(card("eth0", "10.0.0.1/24"))
 HARMFUL = {
@@ -94,6 +94,26 @@ def test_an_interface_that_does_not_lead_to_this_node_is_told(name: str, why: st
 def test_an_interface_that_may_be_meant_is_not_warned_about(name: str) -> None:
     # The same network by another card, and a faster network that NODES does not list.
     assert warned(MANY, **ON_TWO, GLOO_SOCKET_IFNAME=name) == ""
+
+
+TUNNEL = card("tailscale0", "100.64.0.1/32", kind="tunnel")
+WIREGUARD = card("wg0", "10.7.0.1/24", kind="tunnel")
+
+
+@pytest.mark.parametrize(("interface", "address"), [("tailscale0", "100.64.0.1"), ("wg0", "10.7.0.1")])
+def test_an_overlays_interface_beside_addresses_of_the_lan_is_told(interface: str, address: str) -> None:
+    text = warned(machine(card("eth0", "10.0.0.1/24"), TUNNEL, WIREGUARD), **ON_TWO, GLOO_SOCKET_IFNAME=interface)
+    assert text.startswith(f"GLOO_SOCKET_IFNAME={interface} (environment) is kept, but {interface} has {address}, and")
+
+
+@pytest.mark.parametrize("other", ["100.64.0.2", "10.7.0.2"])
+def test_nodes_of_an_overlay_and_of_the_lan_in_one_list_are_told_by_all(other: str) -> None:
+    host = machine(card("eth0", "10.0.0.1/24"), TUNNEL, WIREGUARD)
+    assert "network.mixed" in warning_ids(host, NODES=f"10.0.0.1,{other}")
+    assert "network.mixed" not in warning_ids(host, **ON_TWO)
+    assert "network.mixed" not in warning_ids(host, NODES=f"{'100.64.0.1' if '64' in other else '10.7.0.1'},{other}")
+    # Who is in the overlay alone may not know its networks, but for those of the shared address space.
+    assert "network.mixed" in warning_ids(machine(TUNNEL), NODES="10.0.0.1,100.64.0.1", NODE_RANK="1")
 
 
 def test_on_one_node_any_interface_serves_and_without_gpus_nobody_reads_nccls() -> None:

@@ -3,17 +3,19 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.gang.mirror import transfer
 from app.gang.mirror.disk import Disk
 from app.gang.mirror.manifest import Entry, Manifest, Version, pack_manifest, read_manifest, safe_link, safe_path
 from app.gang.mirror.node import pack_orders, read_orders
@@ -178,16 +180,16 @@ def test_a_fill_that_broke_off_is_no_deletion(bed: Bed, monkeypatch: pytest.Monk
 
 def _fail_after(monkeypatch: pytest.MonkeyPatch, files: int) -> None:
     """Lets a disk fail after it has taken some files."""
-    whole, count = Disk.finish, [0]
+    whole, count = Disk.complete, [0]
 
-    def finish(self: Disk, fd: int, name: str, entry: Entry) -> None:
+    def complete(self: Disk, fd: int, entry: Entry) -> None:
         count[0] += 1
         if count[0] > files:
             os.close(fd)
             raise OSError(5, "Input/output error")
-        whole(self, fd, name, entry)
+        whole(self, fd, entry)
 
-    monkeypatch.setattr(Disk, "finish", finish)
+    monkeypatch.setattr(Disk, "complete", complete)
 
 
 def test_a_node_replaced_by_an_empty_one_gets_all(tmp_path: Path) -> None:
@@ -490,8 +492,10 @@ def test_in_the_background_one_other_node_gets_what_is_whole_and_settled(tmp_pat
     bed.write(1, "step-2/model.pt", torn(large()), at=-(10**8))
     (bed.folder(1) / "step-3").mkdir()
     (bed.folder(1) / "step-3/model.txt").write_text("being written")
+    bed.write(1, "last.pt", saved(), at=time.time() - NOW)
+    bed.write(1, "last.txt", "may be half of it", at=time.time() - NOW)
     bed.level(background=True)
-    assert bed.names(2) == {"step-1/model.pt"}
+    assert bed.names(2) == {"step-1/model.pt", "last.pt"}, "a single file tells by itself that it is whole"
     assert bed.names(0) == set()
 
 
@@ -507,6 +511,90 @@ def test_in_the_background_the_last_whole_copy_outlives_its_origin_until_there_i
     bed.level(background=True)
     bed.level(background=True)
     assert bed.names(1) == {"step-2/model.pt", "big.txt"}
+
+
+def test_at_the_end_of_a_job_one_other_node_gets_what_was_written_a_moment_ago(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, count=3)
+    bed.write(0, "step-1/weights.txt", "no format that tells", at=time.time() - NOW)
+    (line,) = bed.level(last=True)
+    assert "node 1" in line
+    assert bed.read(1) == bed.read(0)
+    assert bed.names(2) == set()
+    assert not bed.level(last=True)
+
+
+def test_while_it_copies_it_says_what_and_how_much(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    bed.write(0, "model.pt", bytes(3 * transfer.FRAME))
+    bed.write(0, "small.pt", saved())
+    receive = transfer._receive_into
+
+    def slowly(peer: socket.socket, room: memoryview) -> None:
+        receive(peer, room)
+        until = time.monotonic() + 5
+        while len(room) == transfer.FRAME and not bed.said and time.monotonic() < until:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(transfer, "_receive_into", slowly)
+    monkeypatch.setattr("app.gang.mirror.node.SAY_AFTER", 0.01)
+    said = bed.level()
+    assert re.match(r"copying checkpoints: \d.* of 6.3 MB, \d of 2 files, \d.*/s", said[0])
+    assert bed.read(1) == bed.read(0)
+
+
+def test_a_name_leads_to_a_new_file_only_once_that_is_on_the_disk(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a loss of power leaves: the old file or the new one, and no memory of what is not there."""
+    acts: list[str] = []
+
+    def noted(name: str, act: Callable[..., None]) -> Callable[..., None]:
+        def both(self: Disk, *arguments: object) -> None:
+            acts.append(name)
+            act(self, *arguments)
+
+        return both
+
+    for name in ("complete", "sync", "place", "write_state"):
+        monkeypatch.setattr(Disk, name, noted(name, getattr(Disk, name)))
+    for number in range(3):
+        bed.write(0, f"step-1/{number}.pt", saved())
+    bed.level()
+    first, last = acts.index("complete"), len(acts) - acts[::-1].index("place")
+    assert acts[first - 1 : first] == ["write_state"], "what is to come is known as a copy before it comes"
+    assert acts[first:last] == ["complete"] * 3 + ["sync"] + ["place"] * 3
+    assert acts[last:] == ["sync", "write_state"]
+
+
+def test_what_cannot_be_synced_gets_no_name(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_disk: Disk) -> None:
+        raise OSError(5, "Input/output error")
+
+    bed.write(0, "a.pt", saved())
+    monkeypatch.setattr(Disk, "sync", fail)
+    said = bed.level()
+    assert bed.names(1) == set()
+    assert any("node 1" in line and "input/output error" in line for line in said)
+    monkeypatch.undo()
+    bed.level()
+    assert bed.read(1) == bed.read(0)
+
+
+@pytest.mark.parametrize("token", [b"", b"secret"])
+def test_content_that_changes_on_its_way_is_not_taken(bed: Bed, monkeypatch: pytest.MonkeyPatch, token: bytes) -> None:
+    bed.token = token
+    bed.write(0, "a.pt", saved("whole"))
+    receive = transfer._receive_into
+
+    def flipped(peer: socket.socket, room: memoryview) -> None:
+        receive(peer, room)
+        if bytes(room) == saved("whole"):
+            room[40] ^= 1
+
+    monkeypatch.setattr(transfer, "_receive_into", flipped)
+    said = bed.level()
+    assert bed.names(1) == set()
+    assert any("a.pt" in line and "checksum" in line for line in said)
+    monkeypatch.undo()
+    bed.level()
+    assert bed.read(1) == bed.read(0)
 
 
 def test_nothing_of_a_stranger_is_answered_and_no_port_stays_open(bed: Bed) -> None:

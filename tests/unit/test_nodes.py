@@ -168,6 +168,7 @@ def test_nnodes_beside_nodes_must_agree() -> None:
 
 def test_master_addr_must_be_node_0() -> None:
     assert "is not node 0, which is 10.0.0.1" in refused(HOST, NODES=NODES, MASTER_ADDR="10.0.0.2")
+    assert "is not node 0, which is 10.0.0.1" in refused(HOST, NODES=NODES, MASTER_ADDR="localhost")
     assert planned(HOST, NODES=NODES, MASTER_ADDR="10.0.0.1").network.master_addr == "10.0.0.1"
     host = machine(FABRIC, answers=named(head=("10.0.0.1",)))
     assert planned(host, NODES=NODES, MASTER_ADDR="head").network.master_addr == "10.0.0.1"

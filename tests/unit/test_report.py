@@ -115,6 +115,29 @@ def test_a_round_in_which_this_node_was_told_to_end_is_no_failure_of_its_own(tmp
     assert report.known_error == ""
 
 
+@pytest.mark.parametrize("halted", [False, True])
+def test_an_error_that_a_script_only_printed_is_the_first_error_of_its_node(tmp_path: Path, *, halted: bool) -> None:
+    plan, _ = planned(tmp_path)
+    plan.log_dir.mkdir(parents=True)
+    keep_round(plan, "default-1-abc", Outcome(code=1, failures=(killed(1, 1, 1),), halted=halted))
+    logs = plan.log_dir / "default-1-abc_x/attempt_0"
+    write(logs / "1/stderr.log", "Error executing job\nValueError: bad batch\nSet HYDRA_FULL_ERROR=1")
+    write(logs / "0/stderr.log", "ValueError: of a healthy rank")
+    report = make_report(plan, 5, "verdict", {}, 0.0)
+    assert "first error here: ValueError: bad batch" in summary(report, FOLDER)
+    assert report.rounds[-1].failed
+
+
+def test_what_a_rank_printed_whose_peer_had_gone_is_no_error_of_its_node(tmp_path: Path) -> None:
+    plan, _ = planned(tmp_path)
+    plan.log_dir.mkdir(parents=True)
+    keep_round(plan, "default-1-abc", Outcome(code=1, failures=(killed(1, 1, 1),), halted=True))
+    logs = plan.log_dir / "default-1-abc_x/attempt_0"
+    write(logs / "1/stderr.log", "RuntimeError: [pair.cc:553] Connection closed by peer [10.0.0.1]:44775")
+    report = make_report(plan, 5, "verdict", {}, 0.0)
+    assert "first error here: none, no worker of this node failed by itself" in summary(report, FOLDER)
+
+
 def test_a_torn_line_of_the_history_is_left_out(tmp_path: Path) -> None:
     plan, _ = planned(tmp_path)
     plan.log_dir.mkdir(parents=True)

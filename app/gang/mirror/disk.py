@@ -34,8 +34,6 @@ from app.gang.mirror.whole import SUFFIXES, is_torn
 INSIDE = ".torchrun-compose"
 """The work folder, where none beside CHECKPOINT_DIR is on the same file system."""
 LARGEST_STATE = 1 << 28
-SYNC_ALONE = 1 << 20
-"""Bytes from which a file is synced by itself."""
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -187,7 +185,7 @@ class Disk:
             left.unlink()
 
     def incoming(self, size: int) -> tuple[int, str]:
-        """A new file under a name that no script looks at: (descriptor, name). Raises OSError."""
+        """A new file of `size` bytes under a name that no script looks at: (descriptor, name). Raises OSError."""
         name = f"incoming/{next(self._counter)}"
         fd = os.open(name, NEW, 0o600, dir_fd=self._work)
         try:
@@ -202,20 +200,16 @@ class Disk:
         with contextlib.suppress(OSError):
             os.unlink(name, dir_fd=self._work)
 
-    def finish(self, fd: int, name: str, entry: Entry) -> None:
-        """Gives a whole incoming file its name; what had the name is kept for one generation. Closes `fd`."""
+    def complete(self, fd: int, entry: Entry) -> None:
+        """Closes an incoming file that has all its bytes. Raises OSError."""
         try:
             os.fchmod(fd, entry.mode | 0o600)
             os.utime(fd, ns=(entry.version.mtime_ns, entry.version.mtime_ns))
-            if entry.version.size > SYNC_ALONE:
-                os.fsync(fd)
         finally:
             os.close(fd)
-        self._replace(name, entry.path)
 
     def sync(self) -> None:
-        """Returns once all that came is on the disk. Small files are synced together: one by one, 10,000 of them take
-        longer than all else. Raises OSError."""
+        """Returns once all that came is on the disk. Raises OSError."""
         if ctypes.CDLL(None, use_errno=True).syncfs(self._root):
             raise OSError(ctypes.get_errno(), "syncfs")
 
@@ -224,14 +218,14 @@ class Disk:
         os.symlink(safe_link(entry.path, entry.link), name, dir_fd=self._work)
         times = (entry.version.mtime_ns, entry.version.mtime_ns)
         os.utime(name, ns=times, dir_fd=self._work, follow_symlinks=False)
-        self._replace(name, entry.path)
+        self.place(name, entry.path)
 
     def put_back(self, entry: Entry) -> None:
         """Gives the generation before its name again. Raises OSError."""
         name = f"incoming/{next(self._counter)}"
         with self._parent(self._work, f"previous/{entry.path}") as (parent, base):
             os.link(base, name, src_dir_fd=parent, dst_dir_fd=self._work, follow_symlinks=False)
-        self._replace(name, entry.path)
+        self.place(name, entry.path)
 
     def touch(self, entry: Entry) -> None:
         """A file of this node has the content of `entry`: it gets its time as well. Raises OSError."""
@@ -239,7 +233,8 @@ class Disk:
             times = (entry.version.mtime_ns, entry.version.mtime_ns)
             os.utime(base, ns=times, dir_fd=parent, follow_symlinks=False)
 
-    def _replace(self, name: str, path: str) -> None:
+    def place(self, name: str, path: str) -> None:
+        """Gives an incoming file its name; what had the name is kept for one generation. Raises OSError."""
         try:
             with self._parent(self._root, path, make=True) as (parent, base):
                 self._keep(parent, base, path)

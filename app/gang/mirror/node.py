@@ -31,7 +31,8 @@ from app.gang.mirror.manifest import (
 )
 from app.gang.mirror.plan import Orders, Transfer
 from app.gang.mirror.sentences import duration, size
-from app.gang.mirror.transfer import Fetcher, Progress, Server, exchange_key, reason, step_back
+from app.gang.mirror.transfer import Fetcher, Key, Progress, Server, exchange_key, reason, step_back
+from app.gang.mirror.whole import SUFFIXES
 
 QUIET = 5 * 10**9
 """Nanoseconds since the last write until a file counts as written, while its writer may live."""
@@ -109,7 +110,7 @@ class MirrorNode:
             self._server.close()
             self._server = None
 
-    def _key(self, told: Mapping[str, Any]) -> bytes:
+    def _key(self, told: Mapping[str, Any]) -> Key:
         return exchange_key(self._place.token, word(told.get("key")).encode())
 
     def _mark(self) -> dict[str, object]:
@@ -153,14 +154,14 @@ class MirrorNode:
         finally:
             if telling:
                 telling.cancel()
-        result = fetcher.result
+        found = fetcher.progress
         return {
-            "arrived": len(result.arrived) - result.same,
-            "bytes": fetcher.progress.done,
+            "arrived": found.arrived,
+            "bytes": found.done,
             "seconds": round(time.monotonic() - started, 3),
             "deleted": deleted,
-            "failed": [[path, why] for path, why in [*result.failed.items()][:MOST_FAILURES]],
-            "failures": len(result.failed),
+            "failed": [[path, why] for path, why in [*found.failed.items()][:MOST_FAILURES]],
+            "failures": len(found.failed),
         }
 
     async def _tell(self, fetcher: Fetcher) -> None:
@@ -187,7 +188,7 @@ def carry_out(disk: Disk, orders: Orders, fetcher: Fetcher, rank: int) -> int:
 def progress_line(progress: Progress, now: float) -> str:
     rate = progress.done / max(0.001, now - progress.started)
     left = f", about {duration((progress.total - progress.done) / rate)} left" if progress.done else ""
-    files = f"{progress.arrived} of {progress.files} files"
+    files = f"{progress.arrived + progress.same + progress.waiting} of {progress.files} files"
     return f"copying checkpoints: {size(progress.done)} of {size(progress.total)}, {files}, {size(rate)}/s{left}"
 
 
@@ -226,12 +227,12 @@ def _is_seen(disk: Disk, nonce: str) -> bool:
 
 
 def _settled(manifest: Manifest, now: int) -> Manifest:
-    """While a training runs, what was written a moment ago may not be whole yet."""
+    """While a training runs, what was written a moment ago may not be whole yet, nor a folder have all its files."""
 
     def judged(entry: Entry) -> Entry:
-        if entry.torn or entry.link or entry.origin or now - entry.version.mtime_ns > QUIET:
-            return entry
-        return replace(entry, torn=True)
+        tells = "/" not in entry.path and entry.path.endswith(SUFFIXES)
+        written = tells or entry.link or entry.origin or now - entry.version.mtime_ns > QUIET
+        return entry if written else replace(entry, torn=True)
 
     return replace(manifest, entries={path: judged(entry) for path, entry in manifest.entries.items()})
 

@@ -7,7 +7,7 @@ torn.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from app.gang.mirror.manifest import Entry, Manifest, Version
 
@@ -90,164 +90,234 @@ class Choice:
     previous: bool = False
 
 
-@dataclass(slots=True)
-class _Picture:
+def plan_transfers(
+    manifests: Mapping[int, Manifest],
+    offsets: Mapping[int, int],
+    bounds: Bounds,
+    *,
+    second_copy: bool = False,
+) -> MirrorPlan:
+    """What each node does. `offsets` are the nodes' clocks minus node 0's, in nanoseconds.
+
+    For a `second_copy` only what one node alone has goes to one other, of whole files only."""
+    return _Planner(manifests, offsets, bounds, second_copy).plan()
+
+
+class _Planner:
     """The folders of all nodes, side by side."""
 
-    manifests: Mapping[int, Manifest]
-    offsets: Mapping[int, int]
-    disks: dict[str, int] = field(init=False)
-    """The node of each disk that is here."""
-    holders: dict[str, dict[int, Entry]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.disks = {}
-        self.holders = defaultdict(dict)
-        for rank, manifest in sorted(self.manifests.items()):
+    def __init__(
+        self, manifests: Mapping[int, Manifest], offsets: Mapping[int, int], bounds: Bounds, second_copy: bool
+    ) -> None:
+        self.manifests, self.offsets, self.bounds, self.second_copy = manifests, offsets, bounds, second_copy
+        self.disks: dict[str, int] = {}
+        """The node of each disk that is here."""
+        self.holders: dict[str, dict[int, Entry]] = defaultdict(dict)
+        for rank, manifest in sorted(manifests.items()):
             self.disks.setdefault(manifest.disk, rank)
             for path, entry in manifest.entries.items():
                 self.holders[path][rank] = entry
+        self.remarks: list[Remark] = []
+        self.choices: dict[str, Choice] = {}
+        self.deleted = self._deletions()
+        self.latest = self._latest_writers()
+
+    def plan(self) -> MirrorPlan:
+        for path in sorted(self.holders):
+            if choice := self._choose(path):
+                self.choices[path] = choice
+        kept = kept_entries(self.choices.values(), self.bounds.keep)
+        orders = {rank: self._orders(rank, kept) for rank in self.manifests}
+        self._remark_kept_out(kept)
+        return MirrorPlan(orders=orders, remarks=tuple(self.remarks))
 
     def at(self, rank: int, entry: Entry) -> float:
         """When it was written, by node 0's clock: a copy has the time of the disk it came from."""
         clock = self.disks.get(entry.origin) if entry.origin else rank
         return entry.version.mtime_ns - (self.offsets.get(clock, 0) if clock is not None else 0)
 
+    def _deletions(self) -> dict[int, dict[str, Version]]:
+        """Copies whose origin is here and no longer has them.
 
-def plan_transfers(
-    manifests: Mapping[int, Manifest],
-    offsets: Mapping[int, int],
-    bounds: Bounds,
-    *,
-    background: bool = False,
-) -> MirrorPlan:
-    """What each node does. `offsets` are the nodes' clocks minus node 0's, in nanoseconds.
+        An emptied disk is filled, not obeyed: where less is left on it than half of what vanished, nobody follows."""
+        vanished: dict[int, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
+        copies: list[tuple[int, int, Entry]] = []
+        for path, holders in self.holders.items():
+            for rank, entry in holders.items():
+                origin = self.disks.get(entry.origin) if entry.origin else None
+                if origin is None or origin in holders or _may_have(self.manifests[origin], path):
+                    continue
+                vanished[origin][entry.top][path] = entry.version.size
+                copies.append((origin, rank, entry))
+        left = {
+            rank: sum(entry.version.size for entry in self.manifests[rank].entries.values() if not entry.origin)
+            for rank in vanished
+        }
+        found: dict[int, dict[str, Version]] = defaultdict(dict)
+        for origin, rank, entry in copies:
+            if 2 * left[origin] >= sum(vanished[origin][entry.top].values()) and left[origin]:
+                found[rank][entry.path] = entry.version
+        return found
 
-    In the `background`, while a training runs: one second copy of what one node alone has, of whole files only."""
-    picture = _Picture(manifests, offsets)
-    deleted = _deletions(picture)
-    remarks = list[Remark]()
-    choices = dict[str, Choice]()
-    latest = _latest_writers(picture, deleted)
-    for path in sorted(picture.holders):
-        choice = _choose(picture, path, deleted, latest, remarks, background=background)
-        if choice:
-            choices[path] = choice
-    kept = kept_entries(choices.values(), bounds.keep)
-    orders = {
-        rank: _orders(picture, rank, choices, kept, deleted.get(rank, {}), bounds, remarks, background=background)
-        for rank in manifests
-    }
-    remarks += _kept_out(manifests, choices, kept, background=background)
-    return MirrorPlan(orders=orders, remarks=tuple(remarks))
+    def _latest_writers(self) -> dict[str, list[int]]:
+        """For each top-level folder, the nodes with files of their own in it, the last to write first: where several
+        wrote the same paths, all of these come from one of them, or parts of two checkpoints would be mixed."""
+        newest: dict[str, dict[int, float]] = defaultdict(dict)
+        for path, holders in self.holders.items():
+            for rank, entry in holders.items():
+                if "/" in path and self._is_candidate(path, rank, entry):
+                    at = self.at(rank, entry)
+                    newest[entry.top][rank] = max(at, newest[entry.top].get(rank, at))
+        return {top: sorted(ranks, key=lambda rank: (-ranks[rank], rank)) for top, ranks in newest.items()}
 
+    def _is_candidate(self, path: str, rank: int, entry: Entry) -> bool:
+        """Whether an entry speaks for itself: a node's own file, or a copy of one that nobody has any more."""
+        if not entry.origin:
+            return True
+        if self.disks.get(entry.origin, -1) in self.holders[path]:
+            return False
+        return path not in self.deleted.get(rank, {})
 
-def _deletions(picture: _Picture) -> dict[int, dict[str, Version]]:
-    """Copies whose origin is here and no longer has them.
+    def _choose(self, path: str) -> Choice | None:
+        """The version of `path` for all, None if it is to disappear or, for a second copy, is not worth one."""
+        holders = self.holders[path]
+        candidates = [rank for rank, entry in holders.items() if self._is_candidate(path, rank, entry)]
+        # Copies of each other, with no file of anybody's own, cannot be; if they are, they stay.
+        candidates = candidates or [rank for rank in holders if path not in self.deleted.get(rank, {})]
+        if not candidates:
+            return None
+        order = self.latest.get(path.partition("/")[0], []) if "/" in path else []
+        place = {rank: -index for index, rank in enumerate(order)}
 
-    An emptied disk is filled, not obeyed: where less is left on it than half of what vanished, nobody follows."""
-    vanished: dict[int, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
-    copies: list[tuple[int, int, Entry]] = []
-    for path, holders in picture.holders.items():
-        for rank, entry in holders.items():
-            origin = picture.disks.get(entry.origin) if entry.origin else None
-            if origin is None or origin in holders or _may_have(picture.manifests[origin], path):
+        def worth(rank: int) -> tuple[bool, int, float, int]:
+            return not holders[rank].torn, place.get(rank, -len(order)), self.at(rank, holders[rank]), -rank
+
+        best = max(candidates, key=worth)
+        entry = holders[best]
+        same = [rank for rank, other in holders.items() if _same(other, entry)]
+        owners = [rank for rank in same if not holders[rank].origin]
+        # A copy whose disk is lost: the node of rank 0 most likely goes on writing there.
+        owner = min(owners) if owners else self.disks.get(entry.origin, min(self.manifests))
+        newest = max(candidates, key=lambda rank: self.at(rank, holders[rank]))
+        whole = None
+        if holders[newest].torn:
+            if self.second_copy:
+                return None
+            whole = self._whole_one(path, newest)
+        return whole or Choice(entry=entry, at=self.at(best, entry), holders=tuple(same), owner=owner)
+
+    def _whole_one(self, path: str, torn: int) -> Choice | None:
+        """The newest whole version of a path whose newest version is torn, be it a copy or the generation before."""
+        found = [
+            (self.at(rank, kept[path]), not previous, -rank)
+            for rank, manifest in self.manifests.items()
+            for previous, kept in ((False, manifest.entries), (True, manifest.previous))
+            if path in kept and not kept[path].torn and not kept[path].link
+        ]
+        if not found:
+            self.remarks.append(Remark(kind="torn", path=path, ranks=(torn,)))
+            return None
+        at, current, source = max(found)
+        manifest = self.manifests[-source]
+        entry = (manifest.entries if current else manifest.previous)[path]
+        self.remarks.append(Remark(kind="restored", path=path, ranks=(torn, -source), size=entry.version.size))
+        same = [rank for rank, other in self.holders[path].items() if current and _same(other, entry)]
+        return Choice(entry=entry, at=at, holders=tuple(same or [-source]), owner=torn, previous=not current)
+
+    def _orders(self, rank: int, kept: Sequence[str]) -> Orders:
+        manifest, delete = self.manifests[rank], self._delete(rank)
+        wanted: dict[str, list[Transfer]] = defaultdict(list)
+        ignored = _deleted_here(manifest)
+        for path, choice in self.choices.items():
+            mine = manifest.entries.get(path)
+            have = _same(mine, choice.entry) if mine else ignored.get(path) == choice.entry.version
+            if have or (self.second_copy and not self._is_second_copy(rank, choice)):
                 continue
-            vanished[origin][entry.top][path] = entry.version.size
-            copies.append((origin, rank, entry))
-    left = {
-        rank: sum(entry.version.size for entry in picture.manifests[rank].entries.values() if not entry.origin)
-        for rank in vanished
-    }
-    found: dict[int, dict[str, Version]] = defaultdict(dict)
-    for origin, rank, entry in copies:
-        if 2 * left[origin] >= sum(vanished[origin][entry.top].values()) and left[origin]:
-            found[rank][entry.path] = entry.version
-    return found
+            restores = choice.previous or (mine and mine.torn and not choice.entry.torn)
+            wanted[choice.entry.top if not restores else ""].append(self._transfer(rank, choice, mine))
+        fetch = wanted.pop("", [])
+        room = int(manifest.free * (1 - KEEP_FREE)) + sum(version.size for version in dict(delete).values())
+        room -= sum(item.entry.stored for item in fetch)
+        allowed = self.bounds.limit
+        for top in filter(wanted.get, kept):
+            size = sum(item.entry.stored for item in wanted[top])
+            if size > room or (allowed is not None and size > allowed):
+                kind = "disk_full" if size > room else "over_limit"
+                self.remarks.append(Remark(kind=kind, path=top, ranks=(rank,), size=size))
+                continue
+            room -= size
+            allowed = None if allowed is None else allowed - size
+            fetch += wanted.pop(top)
+        return Orders(
+            delete=delete,
+            adopt=self._adopt(rank),
+            forget=tuple(path for path in (*manifest.gone, *manifest.awaited) if path not in self.holders),
+            owed=tuple(item.entry.path for items in wanted.values() for item in items if not item.entry.origin),
+            fetch=tuple(fetch),
+        )
+
+    def _delete(self, rank: int) -> tuple[tuple[str, Version], ...]:
+        gone = [item for item in self.deleted.get(rank, {}).items() if item[0] not in self.choices]
+        if not self.second_copy:
+            return tuple(gone)
+        # A script may remove the old before it writes the new: while it trains, a copy goes once this node has a newer.
+        entries, newest = self.manifests[rank].entries, dict[str, float]()
+        for choice in self.choices.values():
+            if rank in choice.holders and not choice.entry.torn and not temporary(choice.entry.top):
+                newest[choice.entry.top] = max(choice.at, newest.get(choice.entry.top, choice.at))
+
+        def is_outdated(entry: Entry) -> bool:
+            return any(at > self.at(rank, entry) for top, at in newest.items() if top != entry.top)
+
+        return tuple((path, version) for path, version in gone if is_outdated(entries[path]))
+
+    def _adopt(self, rank: int) -> tuple[tuple[str, str], ...]:
+        """Copies whose disk is lost follow the node that has the file as its own, as soon as there is one."""
+        found = list[tuple[str, str]]()
+        for path, choice in self.choices.items():
+            mine, theirs = (self.holders[path].get(one) for one in (rank, choice.owner))
+            if not mine or not mine.origin or mine.origin in self.disks or not _same(mine, choice.entry):
+                continue
+            if choice.owner == rank:
+                found.append((path, ""))
+            elif theirs and not theirs.origin and _same(theirs, choice.entry):
+                found.append((path, self.manifests[choice.owner].disk))
+        return tuple(found)
+
+    def _transfer(self, rank: int, choice: Choice, mine: Entry | None) -> Transfer:
+        # Nodes that have it share the work; a node of its own has nothing to send.
+        source = rank if rank in choice.holders else choice.holders[rank % len(choice.holders)]
+        entry, theirs = choice.entry, self.holders[choice.entry.path].get(choice.owner)
+        # Where the owner is still to get it, which may fail, this is a copy of a lost disk until then.
+        origin = self.manifests[choice.owner].disk if theirs and not theirs.origin else entry.origin
+        return Transfer(
+            entry=replace(entry, origin="" if choice.owner == rank else origin, torn=False),
+            source=source,
+            previous=choice.previous,
+            compare=bool(mine and not mine.link and mine.version.size == entry.version.size),
+        )
+
+    def _is_second_copy(self, rank: int, choice: Choice) -> bool:
+        """Whether this node is the one that keeps a copy of what only one node has: the next in the list."""
+        ranks = sorted(self.manifests)
+        following = ranks[(ranks.index(choice.holders[0]) + 1) % len(ranks)]
+        return len(choice.holders) == 1 and rank == following and not choice.entry.torn
+
+    def _remark_kept_out(self, kept: Sequence[str]) -> None:
+        """Older top-level entries that not all nodes have, and that stay where they are."""
+        inside, sizes = set(kept), defaultdict[str, int](int)
+        for choice in self.choices.values():
+            top = choice.entry.top
+            if top not in inside and not temporary(top) and len(choice.holders) < len(self.manifests):
+                sizes[top] += choice.entry.version.size
+        if sizes and not self.second_copy:
+            remark = Remark(kind="kept_out", path=max(sizes), size=sum(sizes.values()), count=len(sizes))
+            self.remarks.append(remark)
 
 
 def _may_have(manifest: Manifest, path: str) -> bool:
     """Whether the absence of a path says nothing."""
     return manifest.left_out > 0 or path in manifest.awaited
-
-
-def _latest_writers(picture: _Picture, deleted: Mapping[int, Mapping[str, Version]]) -> dict[str, list[int]]:
-    """For each top-level folder, the nodes with files of their own in it, the last to write first: where several wrote
-    the same paths, all of these come from one of them, or parts of two checkpoints would be mixed."""
-    newest: dict[str, dict[int, float]] = defaultdict(dict)
-    for path, holders in picture.holders.items():
-        for rank, entry in holders.items():
-            if "/" in path and _is_candidate(picture, path, rank, entry, deleted):
-                at = picture.at(rank, entry)
-                newest[entry.top][rank] = max(at, newest[entry.top].get(rank, at))
-    return {top: sorted(ranks, key=lambda rank: (-ranks[rank], rank)) for top, ranks in newest.items()}
-
-
-def _is_candidate(
-    picture: _Picture, path: str, rank: int, entry: Entry, deleted: Mapping[int, Mapping[str, Version]]
-) -> bool:
-    """Whether an entry speaks for itself: a node's own file, or a copy of one that nobody has any more."""
-    if not entry.origin:
-        return True
-    origin = picture.disks.get(entry.origin)
-    if origin is not None and origin in picture.holders[path]:
-        return False
-    return path not in deleted.get(rank, {})
-
-
-def _choose(
-    picture: _Picture,
-    path: str,
-    deleted: Mapping[int, Mapping[str, Version]],
-    latest: Mapping[str, Sequence[int]],
-    remarks: list[Remark],
-    *,
-    background: bool,
-) -> Choice | None:
-    """The version of `path` for all, None if it is to disappear or, in the background, is not worth a copy yet."""
-    holders = picture.holders[path]
-    candidates = [rank for rank, entry in holders.items() if _is_candidate(picture, path, rank, entry, deleted)]
-    # Copies of each other, with no file of anybody's own, cannot be; if they are, they stay.
-    candidates = candidates or [rank for rank in holders if path not in deleted.get(rank, {})]
-    if not candidates:
-        return None
-    order = latest.get(path.partition("/")[0], []) if "/" in path else []
-    place = {rank: -index for index, rank in enumerate(order)}
-    best = max(
-        candidates,
-        key=lambda rank: (not holders[rank].torn, place.get(rank, -len(order)), picture.at(rank, holders[rank]), -rank),
-    )
-    entry = holders[best]
-    same = [rank for rank, other in holders.items() if _same(other, entry)]
-    owners = [rank for rank in same if not holders[rank].origin]
-    # A copy whose disk is lost: the node of rank 0 most likely goes on writing there.
-    lost = picture.disks.get(entry.origin, min(picture.manifests))
-    owner = min(owners) if owners else lost
-    newest = max(candidates, key=lambda rank: picture.at(rank, holders[rank]))
-    if not holders[newest].torn:
-        return Choice(entry=entry, at=picture.at(best, entry), holders=tuple(same), owner=owner)
-    if background:
-        return None
-    return _whole_one(picture, path, newest, remarks) or Choice(
-        entry=entry, at=picture.at(best, entry), holders=tuple(same), owner=owner
-    )
-
-
-def _whole_one(picture: _Picture, path: str, torn: int, remarks: list[Remark]) -> Choice | None:
-    """The newest whole version of a path whose newest version is torn, be it a copy or the generation before one."""
-    found = [
-        (not previous, picture.at(rank, kept[path]), -rank, rank, kept[path], previous)
-        for rank, manifest in picture.manifests.items()
-        for previous, kept in ((False, manifest.entries), (True, manifest.previous))
-        if path in kept and not kept[path].torn and not kept[path].link
-    ]
-    if not found:
-        remarks.append(Remark(kind="torn", path=path, ranks=(torn,)))
-        return None
-    _, at, _, source, entry, previous = max(found, key=lambda one: (one[1], one[0], one[2]))
-    remarks.append(Remark(kind="restored", path=path, ranks=(torn, source), size=entry.version.size))
-    same = [] if previous else [rank for rank, other in picture.holders[path].items() if _same(other, entry)]
-    return Choice(entry=entry, at=at, holders=tuple(same or [source]), owner=torn, previous=previous)
 
 
 def _same(one: Entry, other: Entry) -> bool:
@@ -286,119 +356,6 @@ def kept_entries(choices: Iterable[Choice], keep: int | None) -> list[str]:
     return [*(beside if keep is None else beside[:MOST_SMALL]), *chosen]
 
 
-def _orders(
-    picture: _Picture,
-    rank: int,
-    choices: Mapping[str, Choice],
-    kept: Sequence[str],
-    deleted: Mapping[str, Version],
-    bounds: Bounds,
-    remarks: list[Remark],
-    *,
-    background: bool,
-) -> Orders:
-    manifest = picture.manifests[rank]
-    delete = _delete(picture, rank, choices, deleted, background=background)
-    wanted: dict[str, list[Transfer]] = defaultdict(list)
-    ignored = _deleted_here(manifest)
-    for path, choice in choices.items():
-        mine = manifest.entries.get(path)
-        restores = choice.previous or (mine and mine.torn and not choice.entry.torn)
-        if mine and _same(mine, choice.entry):
-            continue
-        if mine is None and ignored.get(path) == choice.entry.version:
-            continue
-        if background and not _is_second_copy(picture, rank, choice):
-            continue
-        wanted[choice.entry.top if not restores else ""].append(_transfer(picture, rank, choice, mine))
-    fetch = wanted.pop("", [])
-    room = int(manifest.free * (1 - KEEP_FREE)) + sum(version.size for version in dict(delete).values())
-    room -= sum(item.entry.stored for item in fetch)
-    allowed = bounds.limit
-    for top in kept:
-        size = sum(item.entry.stored for item in wanted.get(top, ()))
-        if not wanted.get(top):
-            continue
-        if size > room or (allowed is not None and size > allowed):
-            kind = "disk_full" if size > room else "over_limit"
-            remarks.append(Remark(kind=kind, path=top, ranks=(rank,), size=size))
-            continue
-        room -= size
-        allowed = None if allowed is None else allowed - size
-        fetch += wanted.pop(top)
-    return Orders(
-        delete=delete,
-        adopt=_adopt(picture, rank, choices),
-        forget=tuple(path for path in (*manifest.gone, *manifest.awaited) if path not in picture.holders),
-        owed=tuple(item.entry.path for items in wanted.values() for item in items if not item.entry.origin),
-        fetch=tuple(fetch),
-    )
-
-
-def _delete(
-    picture: _Picture,
-    rank: int,
-    choices: Mapping[str, Choice],
-    deleted: Mapping[str, Version],
-    *,
-    background: bool,
-) -> tuple[tuple[str, Version], ...]:
-    gone = [(path, version) for path, version in deleted.items() if path not in choices]
-    if not background:
-        return tuple(gone)
-    # A script may remove the old before it writes the new: while it trains, a copy goes once this node has a newer one.
-    newest = dict[str, float]()
-    for choice in choices.values():
-        if rank in choice.holders and not choice.entry.torn and not temporary(choice.entry.top):
-            newest[choice.entry.top] = max(choice.at, newest.get(choice.entry.top, choice.at))
-    entries = picture.manifests[rank].entries
-    return tuple(
-        (path, version)
-        for path, version in gone
-        if any(at > picture.at(rank, entries[path]) for top, at in newest.items() if top != entries[path].top)
-    )
-
-
-def _adopt(picture: _Picture, rank: int, choices: Mapping[str, Choice]) -> tuple[tuple[str, str], ...]:
-    """Copies whose disk is lost follow the node that has the file as its own, as soon as there is one."""
-    found = list[tuple[str, str]]()
-    for path, choice in choices.items():
-        mine, theirs = (picture.holders[path].get(one) for one in (rank, choice.owner))
-        if not mine or not mine.origin or mine.origin in picture.disks or not _same(mine, choice.entry):
-            continue
-        if choice.owner == rank:
-            found.append((path, ""))
-        elif theirs and not theirs.origin and _same(theirs, choice.entry):
-            found.append((path, picture.manifests[choice.owner].disk))
-    return tuple(found)
-
-
-def _transfer(picture: _Picture, rank: int, choice: Choice, mine: Entry | None) -> Transfer:
-    # Nodes that have it share the work; a node of its own has nothing to send.
-    source = rank if rank in choice.holders else choice.holders[rank % len(choice.holders)]
-    entry, theirs = choice.entry, picture.holders[choice.entry.path].get(choice.owner)
-    if choice.owner == rank:
-        origin = ""
-    elif theirs and not theirs.origin:
-        origin = picture.manifests[choice.owner].disk
-    else:
-        # The owner is still to get it, which may fail: until then this is a copy of a lost disk.
-        origin = entry.origin
-    return Transfer(
-        entry=replace(entry, origin=origin, torn=False),
-        source=source,
-        previous=choice.previous,
-        compare=bool(mine and not mine.link and mine.version.size == entry.version.size),
-    )
-
-
-def _is_second_copy(picture: _Picture, rank: int, choice: Choice) -> bool:
-    """Whether this node is the one that keeps a copy of what only one node has: the next in the list."""
-    ranks = sorted(picture.manifests)
-    following = ranks[(ranks.index(choice.holders[0]) + 1) % len(ranks)]
-    return len(choice.holders) == 1 and rank == following and not choice.entry.torn
-
-
 def _deleted_here(manifest: Manifest) -> dict[str, Version]:
     """Copies that a script deleted on this node, and that shall not come back; none of an emptied disk."""
     left = sum(entry.version.size for entry in manifest.entries.values())
@@ -408,20 +365,6 @@ def _deleted_here(manifest: Manifest) -> dict[str, Version]:
     return {
         path: copy.version for path, copy in manifest.gone.items() if left and 2 * left >= sizes[path.partition("/")[0]]
     }
-
-
-def _kept_out(
-    manifests: Mapping[int, Manifest], choices: Mapping[str, Choice], kept: Sequence[str], *, background: bool
-) -> list[Remark]:
-    """Older top-level entries that not all nodes have, and that stay where they are."""
-    inside = set(kept)
-    sizes: dict[str, int] = defaultdict(int)
-    for choice in choices.values():
-        if choice.entry.top not in inside and not temporary(choice.entry.top) and len(choice.holders) < len(manifests):
-            sizes[choice.entry.top] += choice.entry.version.size
-    if background or not sizes:
-        return []
-    return [Remark(kind="kept_out", path=max(sizes), size=sum(sizes.values()), count=len(sizes))]
 
 
 def newest_entry(manifest: Manifest) -> tuple[str, Version | None]:

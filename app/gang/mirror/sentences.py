@@ -37,50 +37,28 @@ def of_remarks(remarks: Sequence[Remark], names: Names) -> list[str]:
     for kind, found in kinds.items():
         first, more = found[0], f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         where = ", ".join(dict.fromkeys(names(one.ranks[0]) for one in found[:4] if one.ranks))
-        told.append(_SENTENCES[kind](first, shown(first.path) + more, where, names))
+        told.append(
+            _SENTENCES[kind].format(
+                paths=shown(first.path) + more,
+                where=where,
+                kept=names(first.ranks[-1]) if first.ranks else "",
+                size=size(first.size),
+                older=f"{first.count} older entries" if first.count > 1 else f"the older {shown(first.path)}",
+            )
+        )
     return told
 
 
-def _restored(first: Remark, paths: str, where: str, names: Names) -> str:
-    return (
-        f"checkpoints: {paths} on {where} is torn (its writer was killed while it saved); the last whole version, "
-        f"kept on {names(first.ranks[-1])}, takes its place on all nodes"
-    )
-
-
-def _torn(_first: Remark, paths: str, where: str, _names: Names) -> str:
-    return (
-        f"warning: checkpoints: {paths} on {where} is torn (its writer was killed while it saved), and no node has a "
-        "whole version. If the script cannot load it, move it away: it resumes from the one before"
-    )
-
-
-def _over_limit(first: Remark, paths: str, where: str, _names: Names) -> str:
-    return (
-        f"warning: checkpoints: {paths} ({size(first.size)}) was not copied to {where}: more than MIRROR_LIMIT. "
-        "Raise MIRROR_LIMIT on all nodes to have it copied"
-    )
-
-
-def _disk_full(first: Remark, paths: str, where: str, _names: Names) -> str:
-    return (
-        f"warning: checkpoints: {paths} ({size(first.size)}) was not copied to {where}: its disk has not enough free "
-        "room. Make room there, or point CHECKPOINT_DIR at a larger disk"
-    )
-
-
-def _kept_out(first: Remark, paths: str, _where: str, _names: Names) -> str:
-    entries = f"{first.count} older entries" if first.count > 1 else f"the older {paths}"
-    return (
-        f"checkpoints: {entries} ({size(first.size)}) of CHECKPOINT_DIR stayed where they are: a resume needs the "
-        "newest ones. MIRROR_KEEP=all copies everything"
-    )
-
-
-_SENTENCES: dict[str, Callable[[Remark, str, str, Names], str]] = {
-    "restored": _restored,
-    "torn": _torn,
-    "over_limit": _over_limit,
-    "disk_full": _disk_full,
-    "kept_out": _kept_out,
+_SENTENCES = {
+    "restored": "checkpoints: {paths} on {where} is torn (its writer was killed while it saved); the last whole "
+    "version, kept on {kept}, takes its place on all nodes",
+    "torn": "warning: checkpoints: {paths} on {where} is torn (its writer was killed while it saved), and no node has "
+    "a whole version. If the script cannot load it, move it away: it resumes from the one before",
+    "over_limit": "warning: checkpoints: {paths} ({size}) was not copied to {where}: more than MIRROR_LIMIT. "
+    "Raise MIRROR_LIMIT on all nodes to have it copied",
+    "disk_full": "warning: checkpoints: {paths} ({size}) was not copied to {where}: its disk has not enough free room. "
+    "Make room there, or point CHECKPOINT_DIR at a larger disk",
+    "kept_out": "checkpoints: {older} ({size}) of CHECKPOINT_DIR stayed where they are: a resume needs the newest "
+    "ones. MIRROR_KEEP=all copies everything",
 }
+"""By Remark.kind."""

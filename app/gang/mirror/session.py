@@ -44,7 +44,7 @@ class Compared:
 async def compare_only(nodes: Nodes) -> None:
     """CHECKPOINTS=own: says which node has what, where that differs."""
     try:
-        compared = await _compare(nodes, background=False)
+        compared = await _compare(nodes)
         told = who_has_what(compared.manifests, nodes.name)
         if told:
             nodes.say(f"warning: CHECKPOINT_DIR differs between nodes (CHECKPOINTS=own): {told}")
@@ -52,20 +52,20 @@ async def compare_only(nodes: Nodes) -> None:
         await _close(nodes)
 
 
-async def level(nodes: Nodes, bounds: Bounds, *, background: bool = False, rate: int = 0) -> bool:
-    """Brings all CHECKPOINT_DIRs level; whether that changed any. In the `background`, new checkpoints get a second
-    copy, at most `rate` bytes a second. Raises OSError if a node is lost; any other failure is said, and leaves things
-    as they are."""
+async def level(nodes: Nodes, bounds: Bounds, *, second_copy: bool = False, rate: int = 0) -> bool:
+    """Brings all CHECKPOINT_DIRs level; whether that changed any. For a `second_copy` only what one node alone has
+    goes to one other. With a `rate`, in bytes a second, a training runs meanwhile. Raises OSError if a node is lost;
+    any other failure is said, and leaves things as they are."""
     try:
-        compared = await _compare(nodes, background=background)
+        compared = await _compare(nodes, background=rate > 0)
         if len(compared.manifests) < 2:
             return False
         plan = await in_thread(
-            lambda: plan_transfers(compared.manifests, compared.offsets, bounds, background=background)
+            lambda: plan_transfers(compared.manifests, compared.offsets, bounds, second_copy=second_copy)
         )
         done = await _carry_out(nodes, plan, rate)
-        if not background:
-            for sentence in _report(nodes, compared, plan, done):
+        if not rate:
+            for sentence in _report(nodes, compared, plan, done, second_copy=second_copy):
                 nodes.say(sentence)
         return bool(done)
     except ValueError as error:
@@ -79,7 +79,7 @@ async def _close(nodes: Nodes) -> None:
     await _ask_all(nodes, nodes.ranks, "close", {}, quiet=True)
 
 
-async def _compare(nodes: Nodes, *, background: bool) -> Compared:
+async def _compare(nodes: Nodes, *, background: bool = False) -> Compared:
     """Marks, looks and lists. Only nodes that answered in time, with a folder, are part of it."""
     found = Compared()
     asked = time.time_ns()
@@ -172,7 +172,9 @@ async def _ask_all(
     return {rank: answer for rank, answer in found.items() if "problem" not in answer}
 
 
-def _report(nodes: Nodes, compared: Compared, plan: MirrorPlan, done: Mapping[int, Mapping[str, Any]]) -> list[str]:
+def _report(
+    nodes: Nodes, compared: Compared, plan: MirrorPlan, done: Mapping[int, Mapping[str, Any]], *, second_copy: bool
+) -> list[str]:
     told = of_remarks(plan.remarks, nodes.name)
     incomplete = {rank for one in plan.remarks if one.kind in ("over_limit", "disk_full") for rank in one.ranks}
     for rank, answer in sorted(done.items()):
@@ -189,7 +191,7 @@ def _report(nodes: Nodes, compared: Compared, plan: MirrorPlan, done: Mapping[in
             told.append(f"warning: checkpoints: {nodes.name(rank)} did not get {path}{more}: {why}")
             incomplete.add(rank)
     incomplete |= {rank for rank, orders in plan.orders.items() if orders.fetch and rank not in done}
-    if incomplete:
+    if incomplete and not second_copy:
         told.append(
             "warning: nodes may resume from different checkpoints. Before this round, "
             f"{who_has_what(compared.manifests, nodes.name) or 'all had the same newest one'}"

@@ -41,8 +41,19 @@ async def copy_in_background(plan: Plan, membership: Membership, ask: Ask, say: 
         while True:
             await asyncio.sleep(pause)
             started = time.monotonic()
-            await level(_nodes(membership, ask, say), _bounds(plan), background=True, rate=rate)
+            await level(_nodes(membership, ask, say), _bounds(plan), second_copy=True, rate=rate)
             pause = max(EVERY, SHARE * (time.monotonic() - started))
+
+
+async def copy_last(plan: Plan, membership: Membership, ask: Ask, say: Callable[[str], None], seconds: float) -> None:
+    """Gives what one node alone has a second copy when the training has ended. Never raises."""
+    try:
+        async with asyncio.timeout(seconds):
+            await level(_nodes(membership, ask, say), _bounds(plan), second_copy=True)
+    except TimeoutError:
+        say(f"warning: checkpoints: {seconds:.0f} s (STOP_GRACE) were too short to copy the last ones to another node")
+    except Exception as error:  # Whatever it is: the job has ended, and how is to be told.
+        say(f"warning: checkpoints: the last ones were not copied to another node: {error}")
 
 
 def background_rate(interface: str, root: Path = Path("/")) -> int:

@@ -1,79 +1,91 @@
-"""Files from node to node: several plain TCP streams, each byte under a keyed checksum.
+"""Files from node to node: several plain TCP streams, whose answers carry a keyed checksum.
 
-The receiver asks, the sender answers in order. A connection is believed after both sides have proven the key that
-node 0 made for this exchange; nothing listens before and after. Threads with blocking sockets, so that neither a disk
-nor a checksum keeps the heartbeat waiting.
+The receiver asks for a frame, which is many small files or a piece of a large one, and uses it once the checksum has
+proven it. A connection is believed after both sides have proven the key that node 0 made for this exchange; nothing
+listens before and after. Threads with blocking sockets, so that neither a disk nor a checksum keeps the heartbeat
+waiting.
 """
 
 import contextlib
 import errno
 import hashlib
 import hmac
-import io
 import itertools
 import json
 import os
 import queue
 import secrets
 import socket
-import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from app.gang.mirror.disk import Disk
-from app.gang.mirror.manifest import Copy, Version, fields, number, read_version, safe_path, word
+from app.gang.mirror.manifest import Copy, Version, listed, number, read_version, row, safe_path, word
 from app.gang.mirror.plan import Transfer
 
 STREAMS = 4
 STALL = 20.0
 """Seconds without a byte until a connection counts as broken."""
+SLOWEST_DISK = 50e6
+"""Bytes a second that a checksum of a whole file may take longer for."""
 CONNECT = 5.0
 PROOF = 5.0
 """Seconds from a connection to the proof of the key."""
 STRANGERS = 64
 """Connections served at a time."""
-PIECE = 1 << 20
-BUFFER = 1 << 18
-PART = 64 << 20
-"""Bytes of a large file that one stream fetches at a time."""
-BATCH_BYTES, BATCH_FILES = 16 << 20, 256
+FRAME, FRAME_FILES = 2 << 20, 256
+"""The most of one answer: bytes that stay in a processor's cache meanwhile."""
+FRAMES_A_SECOND = 10
+"""Of a copy in the background: the link is left to the training between two."""
+SETTLE = 1 << 30
+"""Bytes that come until they are synced and get their names; a kill costs no more."""
 MOST_REQUEST = 1 << 20
-ANSWER = struct.Struct(">BQ")
-DATA, HOLE, SAME, CHANGED, MISSING = range(5)
+DATA, HOLE, SAME, OTHER, CHANGED, MISSING = range(6)
 CUT_SHORT = errno.ECONNRESET
 
 
-class Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
+@dataclass(frozen=True, slots=True)
+class Key:
+    secret: bytes
+    private: bool
+    """Only who has the cluster token knows it. Without one, whoever can change what is on its way could make any
+    checksum, so that a fast one does: SHA-256 at both ends takes more of the processors than all else."""
 
-    def readinto(self, buffer: memoryview, /) -> int: ...
+    def of(self, purpose: bytes, first: bytes, second: bytes) -> "Key":
+        return Key(hmac.new(self.secret, purpose + first + second, "sha256").digest(), self.private)
 
 
 class BrokenTransferError(Exception):
     """A peer's answer that cannot be used; the text is for the user."""
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a file, or the question whether all of it has a certain `digest`."""
+
+    transfer: Transfer
+    offset: int
+    length: int
+
+
 @dataclass(slots=True, kw_only=True)
 class Progress:
     """How far a node is; read by whoever prints it."""
 
-    total: int
-    files: int
+    total: int = 0
+    files: int = 0
     done: int = 0
+    waiting: int = 0
+    """Files that have come, and have not got their names yet."""
     arrived: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-
-@dataclass(slots=True, kw_only=True)
-class Result:
-    arrived: list[Transfer] = field(default_factory=list)
     same: int = 0
-    """Of them, files that this node had with the same content."""
+    """Files that this node had with the same content."""
     failed: dict[str, str] = field(default_factory=dict)
     """Why a path did not come."""
+    started: float = field(default_factory=time.monotonic)
 
 
 # The sending side.
@@ -82,7 +94,7 @@ class Result:
 class Server:
     """Answers whoever proves `key`, until it is closed."""
 
-    def __init__(self, disk: Disk, address: str, key: bytes, *, background: bool = False) -> None:
+    def __init__(self, disk: Disk, address: str, key: Key, *, background: bool = False) -> None:
         """Raises OSError."""
         self._disk, self._key, self._background = disk, key, background
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -113,66 +125,53 @@ class Server:
         if self._background:
             step_back()
         # ValueError, RecursionError: a request that is none. The peer sees the connection close.
-        with contextlib.suppress(OSError, ValueError, RecursionError), peer, peer.makefile("rb") as stream:
+        with contextlib.suppress(OSError, ValueError, RecursionError), peer:
             peer.settimeout(PROOF)
             mine = secrets.token_bytes(16)
             peer.sendall(mine)
-            theirs, proof = _receive(stream, 16), _receive(stream, 32)
-            if not hmac.compare_digest(proof, _proof(self._key, b"client", mine, theirs)):
+            theirs, proof = bytes(_receive(peer, 16)), _receive(peer, 32)
+            if not hmac.compare_digest(proof, self._key.of(b"client", mine, theirs).secret):
                 return
-            peer.sendall(_proof(self._key, b"server", mine, theirs))
-            session, number_ = _proof(self._key, b"session", mine, theirs), itertools.count()
-            peer.settimeout(STALL)
-            # Between two requests the receiver may write and sync for a while.
-            while length := int.from_bytes(_receive(stream, 4), "big"):
-                if length > MOST_REQUEST:
+            peer.sendall(self._key.of(b"server", mine, theirs).secret)
+            session, frame = self._key.of(b"session", mine, theirs), memoryview(bytearray(FRAME))
+            for turn in itertools.count():
+                # Between two requests the receiver may write and sync for as long as it likes.
+                peer.settimeout(None)
+                length = int.from_bytes(_receive(peer, 4), "big")
+                peer.settimeout(STALL)
+                if not 0 < length <= MOST_REQUEST:
                     return
-                for request in json.loads(_receive(stream, length)):
-                    self._answer(peer, _Seal(session, next(number_)), request)
+                states, end = bytearray(), 0
+                for asked in listed(json.loads(_receive(peer, length)), FRAME_FILES):
+                    state, count = self._answer(asked, frame[end:])
+                    states.append(state)
+                    end += count
+                peer.sendall(states, socket.MSG_MORE)
+                peer.sendall(frame[:end], socket.MSG_MORE)
+                peer.sendall(_checksum(session, turn, states, frame[:end]))
         self._open.discard(peer)
 
-    def _answer(self, peer: socket.socket, seal: "_Seal", request: object) -> None:
-        told = fields(request)
-        path, previous = safe_path(told.get("path")), bool(told.get("previous"))
-        version, digest = read_version(told.get("size"), told.get("mtime_ns")), word(told.get("digest"))
-        offset = number(told.get("offset"), 0, version.size)
-        length = number(told.get("length"), 0, version.size - offset)
+    def _answer(self, asked: object, frame: memoryview) -> tuple[int, int]:
+        """How a piece is answered, and how many bytes of it are in `frame` now. Raises ValueError."""
+        path, previous, size, mtime_ns, offset, length, digest = row(asked, 7)
+        path, version, digest = safe_path(path), read_version(size, mtime_ns), word(digest)
+        offset, length = number(offset, 0, version.size), number(length, 0, len(frame))
         try:
-            fd = self._disk.open_to_read(path, previous=previous)
+            fd = self._disk.open_to_read(path, previous=bool(previous))
         except OSError:
-            seal.send(peer, ANSWER.pack(MISSING, 0))
-            return
+            return MISSING, 0
         try:
             if _version(fd) != version:
-                seal.send(peer, ANSWER.pack(CHANGED, 0))
-            elif digest and digest == digest_of(fd):
-                seal.send(peer, ANSWER.pack(SAME, 0))
-            elif _is_hole(fd, offset, length):
-                seal.send(peer, ANSWER.pack(HOLE, length))
-            elif length <= PIECE:
-                data = os.pread(fd, length, offset)
-                if len(data) != length:
-                    raise OSError(CUT_SHORT, "cut short")
-                seal.send(peer, ANSWER.pack(DATA, length) + data + bytes([_version(fd) != version]))
-            else:
-                self._send(peer, seal, fd, offset, length)
-                seal.send(peer, bytes([_version(fd) != version]))
+                return CHANGED, 0
+            if digest:
+                return (SAME if digest == digest_of(fd) else OTHER), 0
+            if _is_hole(fd, offset, length):
+                return HOLE, 0
+            # What is written meanwhile is of no use, cut short or not.
+            whole = os.preadv(fd, [frame[:length]], offset) == length and _version(fd) == version
+            return (DATA, length) if whole else (CHANGED, 0)
         finally:
             os.close(fd)
-
-    def _send(self, peer: socket.socket, seal: "_Seal", fd: int, offset: int, length: int) -> None:
-        head = ANSWER.pack(DATA, length)
-        seal.mac.update(head)
-        peer.sendall(head, socket.MSG_MORE)
-        buffer = memoryview(bytearray(min(PIECE, length)))
-        while length:
-            count = os.preadv(fd, [buffer[: min(len(buffer), length)]], offset)
-            if not count:
-                # Cut short while it was read: the length is promised, so only the connection can tell.
-                raise OSError(CUT_SHORT, "cut short")
-            seal.mac.update(buffer[:count])
-            peer.sendall(buffer[:count], socket.MSG_MORE)
-            offset, length = offset + count, length - count
 
 
 # The receiving side.
@@ -185,8 +184,7 @@ class _Incoming:
     transfer: Transfer
     fd: int
     name: str
-    parts: int
-    failed: str = ""
+    pieces: int
 
 
 class Fetcher:
@@ -196,7 +194,7 @@ class Fetcher:
         self,
         disk: Disk,
         own: str,
-        key: bytes,
+        key: Key,
         sources: Mapping[int, tuple[str, int]],
         *,
         bytes_per_second: float = 0.0,
@@ -204,21 +202,23 @@ class Fetcher:
         """`own` is the address to connect from; `sources` are the nodes' servers by rank."""
         self._disk, self._own, self._key, self._sources = disk, own, key, sources
         self._pace = Pace(bytes_per_second) if bytes_per_second else None
-        self._streams = 1 if bytes_per_second else STREAMS
+        self._streams = 1 if self._pace else STREAMS
+        self._frame = min(FRAME, int(bytes_per_second / FRAMES_A_SECOND)) if self._pace else FRAME
         self._lock = threading.Lock()
         self._open = _Sockets()
-        self._work: queue.SimpleQueue[tuple[int, Sequence[Transfer], Sequence[tuple[int, int]]]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Sequence[Piece]] = queue.SimpleQueue()
         self._partial: dict[str, _Incoming] = {}
+        self._whole: list[_Incoming] = []
+        self._unsettled = 0
         self._stopped = ""
-        self.result = Result()
-        self.progress = Progress(total=0, files=0)
+        self.progress = Progress()
 
     def stop(self, why: str) -> None:
         self._stopped = self._stopped or why
         self._open.close()
 
-    def run(self, transfers: Sequence[Transfer], rank: int) -> Result:
-        """Raises OSError where the state file cannot be written: nothing was fetched then."""
+    def run(self, transfers: Sequence[Transfer], rank: int) -> Progress:
+        """Raises OSError where the state file cannot be written, or what came not be synced."""
         self.progress = Progress(total=sum(one.entry.stored for one in transfers), files=len(transfers))
         self._disk.begin()
         # Before the first byte: after a kill a copy must be known as one, and what is missing as not yet come.
@@ -231,19 +231,18 @@ class Fetcher:
                 self._make_here(one)
             else:
                 remote.append(one)
-        for item in batches(remote):
-            self._work.put(item)
-        threads = [
-            threading.Thread(target=self._stream, name="mirror", daemon=True)
-            for _ in range(self._streams if remote else 0)
-        ]
+        for frame in frames(remote, self._frame):
+            self._work.put(frame)
+        streams = range(min(self._streams, self._work.qsize()))
+        threads = [threading.Thread(target=self._stream, name="mirror", daemon=True) for _ in streams]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        self._settle()
         self._disk.sync()
         self._disk.write_state()
-        return self.result
+        return self.progress
 
     def _make_here(self, one: Transfer) -> None:
         try:
@@ -252,7 +251,9 @@ class Fetcher:
             elif one.previous and one.entry.version.size:
                 self._disk.put_back(one.entry)
             else:
-                self._disk.finish(*self._disk.incoming(0), one.entry)
+                fd, name = self._disk.incoming(0)
+                self._disk.complete(fd, one.entry)
+                self._disk.place(name, one.entry.path)
         except OSError as error:
             self._fail(one, reason(error))
         else:
@@ -263,13 +264,14 @@ class Fetcher:
         with self._lock:
             # What has the same content was not brought: it stays this node's own.
             self._disk.arrived(entry.path, Copy(entry.version, "" if same else entry.origin))
-            self.result.arrived.append(one)
-            self.result.same += same
-            self.progress.arrived += 1
+            if same:
+                self.progress.same += 1
+            else:
+                self.progress.arrived += 1
 
     def _fail(self, one: Transfer, why: str) -> None:
         with self._lock:
-            self.result.failed.setdefault(one.entry.path, why)
+            self.progress.failed.setdefault(one.entry.path, why)
 
     def _stream(self) -> None:
         if self._pace:
@@ -277,27 +279,34 @@ class Fetcher:
         peers: dict[int, _Peer] = {}
         while True:
             try:
-                source, transfers, ranges = self._work.get_nowait()
+                frame = self._work.get_nowait()
             except queue.Empty:
                 break
-            self._fetch(peers, source, list(zip(transfers, ranges, strict=True)))
+            self._fetch(peers, frame)
         for peer in peers.values():
             peer.close()
 
-    def _fetch(self, peers: dict[int, "_Peer"], source: int, wanted: list[tuple[Transfer, tuple[int, int]]]) -> None:
-        """One batch from one node; what is left of it after a connection broke is asked for once more."""
-        failures, left = 0, len(wanted)
-        while wanted:
+    def _fetch(self, peers: dict[int, "_Peer"], frame: Sequence[Piece]) -> None:
+        """One frame of one node; where the connection breaks it is asked for once more."""
+        source, why = frame[0].transfer.source, ""
+        for _ in range(2):
+            if self._stopped:
+                break
             try:
-                self._exchange(peers.get(source) or self._connect(peers, source), wanted)
+                peer = peers.get(source) or self._connect(peers, source)
+                states, data = peer.ask(frame, [self._own_digest(piece) for piece in frame])
             except (OSError, BrokenTransferError) as error:
-                if failed := peers.pop(source, None):
-                    failed.close()
-                failures, left = (failures + 1 if len(wanted) == left else 1), len(wanted)
-                if self._stopped or failures > 1:
-                    for one, _ in wanted:
-                        self._part_failed(one, self._stopped or reason(error))
-                    return
+                why = reason(error)
+                if broken := peers.pop(source, None):
+                    broken.close()
+                continue
+            for piece, state in zip(frame, states, strict=True):
+                count = piece.length if state == DATA else 0
+                self._take(piece, state, data[:count])
+                data = data[count:]
+            return
+        for piece in frame:
+            self._piece_done(piece, self._stopped or why)
 
     def _connect(self, peers: dict[int, "_Peer"], source: int) -> "_Peer":
         address, port = self._sources[source]
@@ -312,134 +321,108 @@ class Fetcher:
             raise
         return peer
 
-    def _exchange(self, peer: "_Peer", wanted: list[tuple[Transfer, tuple[int, int]]]) -> None:
-        """Takes from `wanted` what has been answered."""
-        peer.ask(
-            [
-                {
-                    "path": one.entry.path,
-                    "previous": one.previous,
-                    "size": one.entry.version.size,
-                    "mtime_ns": one.entry.version.mtime_ns,
-                    "offset": offset,
-                    "length": length,
-                    "digest": self._own_digest(one),
-                }
-                for one, (offset, length) in wanted
-            ]
-        )
-        while wanted:
-            one, (offset, length) = wanted[0]
+    def _own_digest(self, piece: Piece) -> str:
+        """Of this node's file of the same size: its content may be the same."""
+        if piece.length:
+            return ""
+        with contextlib.suppress(OSError):
+            fd = self._disk.open_to_read(piece.transfer.entry.path, previous=False)
             try:
-                why = self._receive(peer, one, offset, length)
-            except LocalError as error:
-                # The rest of the answer is still on its way, so this connection is of no more use.
-                wanted.pop(0)
-                self._part_failed(one, reason(error.cause))
-                if error.cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                    self.stop(reason(error.cause))
-                raise BrokenTransferError(reason(error.cause)) from error
-            wanted.pop(0)
-            if why:
-                self._part_failed(one, why)
+                return digest_of(fd)
+            finally:
+                os.close(fd)
+        return "none"
 
-    def _own_digest(self, one: Transfer) -> str:
-        """Of this node's file of the same size, if it has one: its content may be the same."""
-        if not one.compare:
-            return ""
+    def _take(self, piece: Piece, state: int, data: memoryview) -> None:
+        """Uses one answer."""
+        one = piece.transfer
         try:
-            fd = self._disk.open_to_read(one.entry.path, previous=False)
-        except OSError:
-            return ""
-        try:
-            return digest_of(fd) if os.fstat(fd).st_size == one.entry.version.size else ""
-        except OSError:
-            return ""
-        finally:
-            os.close(fd)
-
-    def _receive(self, peer: "_Peer", one: Transfer, offset: int, length: int) -> str:
-        """One answer; why it is of no use, or "". Raises OSError and BrokenTransferError for a bad connection,
-        LocalError for this node's disk."""
-        seal = peer.seal()
-        kind, told = ANSWER.unpack(seal.receive(peer.stream, ANSWER.size))
-        if kind == DATA and told == length:
-            file = self._incoming(one)
-            self._store(peer, seal, file, offset, length)
-            changed = seal.receive(peer.stream, 1) != b"\0"
-            seal.check(peer.stream)
-            return "changed while it was copied" if changed else self._part_done(file)
-        seal.check(peer.stream)
-        if kind == HOLE and told == length:
-            return self._part_done(self._incoming(one))
-        if kind == SAME and one.compare:
-            return self._is_same(one)
-        return {CHANGED: "changed meanwhile", MISSING: "is no longer there"}.get(kind, "an answer of no known kind")
+            if state in (DATA, HOLE) and piece.length:
+                file = self._incoming(one)
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(file.fd, data[written:], piece.offset + written)
+                self._piece_done(piece)
+            elif state == SAME and not piece.length:
+                self._disk.touch(one.entry)
+                self._arrived(one, same=True)
+            elif state == OTHER and not piece.length:
+                for frame in frames([one], self._frame, compare=False):
+                    self._work.put(frame)
+            else:
+                told = {CHANGED: "changed meanwhile", MISSING: "is no longer there"}
+                self._piece_done(piece, told.get(state, "an answer of no known kind"))
+        except OSError as error:
+            self._piece_done(piece, reason(error))
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self.stop(reason(error))
+        with self._lock:
+            self.progress.done += len(data)
+        if self._pace:
+            self._pace.wait(len(data))
 
     def _incoming(self, one: Transfer) -> _Incoming:
-        with self._lock:
-            known = self._partial.get(one.entry.path)
-            if known is None:
-                try:
-                    size = one.entry.version.size
-                    known = _Incoming(one, *self._disk.incoming(size), parts=1 if one.compare else -(-size // PART))
-                except OSError as error:
-                    raise LocalError(error) from error
-                self._partial[one.entry.path] = known
-            return known
-
-    def _store(self, peer: "_Peer", seal: "_Seal", file: _Incoming, offset: int, length: int) -> None:
-        buffer = peer.buffer
-        while length:
-            count = peer.stream.readinto(buffer[: min(len(buffer), length)])
-            if not count:
-                raise OSError(CUT_SHORT, "connection closed")
-            seal.mac.update(buffer[:count])
-            try:
-                written = 0
-                while written < count:
-                    written += os.pwrite(file.fd, buffer[written:count], offset + written)
-            except OSError as error:
-                raise LocalError(error) from error
-            offset, length = offset + count, length - count
-            with self._lock:
-                self.progress.done += count
-            if self._pace:
-                self._pace.wait(count)
-
-    def _part_done(self, file: _Incoming) -> str:
-        with self._lock:
-            file.parts -= 1
-            if file.parts or file.failed:
-                return ""
-            del self._partial[file.transfer.entry.path]
-        try:
-            self._disk.finish(file.fd, file.name, file.transfer.entry)
-        except OSError as error:
-            return reason(error)
-        self._arrived(file.transfer)
-        return ""
-
-    def _part_failed(self, one: Transfer, why: str) -> None:
-        """Other parts of the file may still come; they are of no use."""
-        self._fail(one, why)
+        size = one.entry.version.size
         with self._lock:
             file = self._partial.get(one.entry.path)
-            if file and not file.failed:
-                file.failed = why
-                self._disk.drop(file.name)
-            if file and file.parts == 1:
-                # No other stream has it.
-                del self._partial[one.entry.path]
-                os.close(file.fd)
+            if file is None:
+                file = _Incoming(one, *self._disk.incoming(size), pieces=-(-size // self._frame))
+                self._partial[one.entry.path] = file
+            return file
 
-    def _is_same(self, one: Transfer) -> str:
+    def _piece_done(self, piece: Piece, why: str = "") -> None:
+        """A piece is on the disk, or will not come: then the others are of no use."""
+        one = piece.transfer
+        if why:
+            self._fail(one, why)
+        with self._lock:
+            file = self._partial.get(one.entry.path)
+            if file is None:
+                return
+            file.pieces -= 1
+            if file.pieces:
+                return
+            del self._partial[one.entry.path]
+            failed = one.entry.path in self.progress.failed
         try:
-            self._disk.touch(one.entry)
+            self._disk.complete(file.fd, one.entry)
         except OSError as error:
-            return reason(error)
-        self._arrived(one, same=True)
-        return ""
+            failed = True
+            self._fail(one, reason(error))
+        if failed:
+            self._disk.drop(file.name)
+            return
+        with self._lock:
+            self._whole.append(file)
+            self.progress.waiting += 1
+            self._unsettled += one.entry.stored
+            full = self._unsettled > SETTLE
+        if full:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Gives what came whole its names, once it is on the disk: after a loss of power a name must not lead to less
+        than it did before. Small files are synced together: one by one, 10,000 of them take longer than all else."""
+        with self._lock:
+            files, self._whole, self._unsettled = self._whole, [], 0
+        why = ""
+        try:
+            if files:
+                self._disk.sync()
+        except OSError as error:
+            why = reason(error)
+        for file in files:
+            self.progress.waiting -= 1
+            if why:
+                self._disk.drop(file.name)
+                self._fail(file.transfer, why)
+                continue
+            try:
+                self._disk.place(file.name, file.transfer.entry.path)
+            except OSError as error:
+                self._fail(file.transfer, reason(error))
+            else:
+                self._arrived(file.transfer)
 
     def close(self) -> None:
         """Closes what failed transfers left open."""
@@ -448,16 +431,9 @@ class Fetcher:
             for file in self._partial.values():
                 with contextlib.suppress(OSError):
                     os.close(file.fd)
+            for file in (*self._partial.values(), *self._whole):
                 self._disk.drop(file.name)
             self._partial.clear()
-
-
-class LocalError(Exception):
-    """This node's own disk."""
-
-    def __init__(self, cause: OSError) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
 
 
 class Pace:
@@ -476,49 +452,39 @@ class Pace:
 class _Peer:
     """A proven connection, seen by the receiver."""
 
-    def __init__(self, connection: socket.socket, key: bytes, sockets: "_Sockets") -> None:
-        self.socket, self._sockets = connection, sockets
-        self.buffer = memoryview(bytearray(PIECE))
-        self.stream = io.BufferedReader(connection.makefile("rb", 0), BUFFER)
+    def __init__(self, connection: socket.socket, key: Key, sockets: "_Sockets") -> None:
+        self._socket, self._sockets = connection, sockets
+        self._frame, self._turns = memoryview(bytearray(FRAME)), itertools.count()
         connection.settimeout(PROOF)
-        theirs, mine = _receive(self.stream, 16), secrets.token_bytes(16)
-        connection.sendall(mine + _proof(key, b"client", theirs, mine))
-        if not hmac.compare_digest(_receive(self.stream, 32), _proof(key, b"server", theirs, mine)):
+        theirs, mine = bytes(_receive(connection, 16)), secrets.token_bytes(16)
+        connection.sendall(mine + key.of(b"client", theirs, mine).secret)
+        if not hmac.compare_digest(_receive(connection, 32), key.of(b"server", theirs, mine).secret):
             raise BrokenTransferError("what answers there is not this job's node")
-        connection.settimeout(STALL)
-        self._session, self._number = _proof(key, b"session", theirs, mine), itertools.count()
+        self._session = key.of(b"session", theirs, mine)
 
-    def ask(self, requests: Sequence[Mapping[str, object]]) -> None:
-        line = json.dumps(requests, separators=(",", ":")).encode()
-        self.socket.sendall(len(line).to_bytes(4, "big") + line)
-
-    def seal(self) -> "_Seal":
-        return _Seal(self._session, next(self._number))
+    def ask(self, pieces: Sequence[Piece], digests: Sequence[str]) -> tuple[bytearray, memoryview]:
+        """The state of each piece, and the bytes of those that have any."""
+        asked = []
+        for piece, digest in zip(pieces, digests, strict=True):
+            entry = piece.transfer.entry
+            version = [entry.version.size, entry.version.mtime_ns]
+            asked.append([entry.path, piece.transfer.previous, *version, piece.offset, piece.length, digest])
+        line = json.dumps(asked, separators=(",", ":")).encode()
+        hashed = sum(piece.transfer.entry.version.size for piece in pieces if not piece.length)
+        self._socket.settimeout(STALL + hashed / SLOWEST_DISK)
+        self._socket.sendall(len(line).to_bytes(4, "big") + line)
+        states = _receive(self._socket, len(pieces))
+        data = self._frame[: sum(piece.length for piece, state in zip(pieces, states, strict=True) if state == DATA)]
+        _receive_into(self._socket, data)
+        if not hmac.compare_digest(
+            _receive(self._socket, 32), _checksum(self._session, next(self._turns), states, data)
+        ):
+            raise BrokenTransferError("the checksum is wrong")
+        return states, data
 
     def close(self) -> None:
-        self._sockets.discard(self.socket)
-        self.stream.close()
-        self.socket.close()
-
-
-class _Seal:
-    """The keyed checksum of one answer; its number keeps answers in their order."""
-
-    def __init__(self, session: bytes, number_: int) -> None:
-        self.mac = hmac.new(session, number_.to_bytes(8, "big"), "sha256")
-
-    def send(self, peer: socket.socket, last: bytes) -> None:
-        self.mac.update(last)
-        peer.sendall(last + self.mac.digest())
-
-    def receive(self, stream: Readable, count: int) -> bytes:
-        got = _receive(stream, count)
-        self.mac.update(got)
-        return got
-
-    def check(self, stream: Readable) -> None:
-        if not hmac.compare_digest(_receive(stream, 32), self.mac.digest()):
-            raise BrokenTransferError("the checksum is wrong")
+        self._sockets.discard(self._socket)
+        self._socket.close()
 
 
 class _Sockets:
@@ -551,29 +517,27 @@ class _Sockets:
                     one.shutdown(socket.SHUT_RDWR)
 
 
-def batches(
-    transfers: Sequence[Transfer],
-) -> Iterator[tuple[int, Sequence[Transfer], Sequence[tuple[int, int]]]]:
-    """Portions of work for a stream: many small files of one source, or one part of a large file.
+def frames(transfers: Sequence[Transfer], most: int, *, compare: bool = True) -> Iterator[Sequence[Piece]]:
+    """What is asked for at a time, of one source each.
 
     Large files first: the last stream to end shall end with small ones."""
-    small: dict[int, list[Transfer]] = {}
+    small: dict[int, list[Piece]] = {}
     for one in transfers:
         size = one.entry.version.size
-        if size <= PART or one.compare:
-            small.setdefault(one.source, []).append(one)
-            continue
-        for offset in range(0, size, PART):
-            yield one.source, [one], [(offset, min(PART, size - offset))]
-    for source, files in small.items():
-        batch, room = list[Transfer](), BATCH_BYTES
-        for one in files:
-            if batch and (room < one.entry.version.size or len(batch) == BATCH_FILES):
-                yield source, batch, [(0, each.entry.version.size) for each in batch]
-                batch, room = [], BATCH_BYTES
-            batch.append(one)
-            room -= one.entry.version.size
-        yield source, batch, [(0, each.entry.version.size) for each in batch]
+        if size > most and not (one.compare and compare):
+            for offset in range(0, size, most):
+                yield [Piece(one, offset, min(most, size - offset))]
+        else:
+            small.setdefault(one.source, []).append(Piece(one, 0, 0 if one.compare and compare else size))
+    for pieces in small.values():
+        frame, room = list[Piece](), most
+        for piece in pieces:
+            if frame and (room < piece.length or len(frame) == FRAME_FILES):
+                yield frame
+                frame, room = [], most
+            frame.append(piece)
+            room -= piece.length
+        yield frame
 
 
 def step_back() -> None:
@@ -583,7 +547,7 @@ def step_back() -> None:
 
 
 def digest_of(fd: int) -> str:
-    digest, buffer, offset = hashlib.sha256(), memoryview(bytearray(PIECE)), 0
+    digest, buffer, offset = hashlib.sha256(), memoryview(bytearray(1 << 20)), 0
     while count := os.preadv(fd, [buffer], offset):
         digest.update(buffer[:count])
         offset += count
@@ -614,18 +578,28 @@ def _is_hole(fd: int, offset: int, length: int) -> bool:
         return error.errno == errno.ENXIO
 
 
-def _proof(key: bytes, side: bytes, first: bytes, second: bytes) -> bytes:
-    return hmac.new(key, side + first + second, "sha256").digest()
+def _checksum(key: Key, turn: int, states: bytearray, data: memoryview) -> bytes:
+    """Of one answer; its number keeps answers in their order."""
+    keyed = hmac.new(key.secret, turn.to_bytes(8, "big") + states, "sha256")
+    keyed.update(data if key.private else zlib.crc32(data).to_bytes(4, "big"))
+    return keyed.digest()
 
 
-def _receive(stream: Readable, count: int) -> bytes:
+def _receive(peer: socket.socket, count: int) -> bytearray:
     """Exactly `count` bytes. Raises OSError."""
-    found = stream.read(count)
-    if len(found) < count:
-        raise OSError(CUT_SHORT, "connection closed")
+    found = bytearray(count)
+    _receive_into(peer, memoryview(found))
     return found
 
 
-def exchange_key(token: bytes, nonce: bytes) -> bytes:
+def _receive_into(peer: socket.socket, room: memoryview) -> None:
+    while room:
+        count = peer.recv_into(room)
+        if not count:
+            raise OSError(CUT_SHORT, "connection closed")
+        room = room[count:]
+
+
+def exchange_key(token: bytes, nonce: bytes) -> Key:
     """The key of one exchange: who only listens on the wire sees the nonce, and does not have the token."""
-    return hmac.new(token, b"checkpoints " + nonce, "sha256").digest()
+    return Key(token, bool(token)).of(b"checkpoints ", nonce, b"")
