@@ -43,12 +43,12 @@ def up(desk: Desk, arguments: Sequence[str]) -> int:
 
 async def _start(desk: Desk, *, attach: bool) -> int:
     began, clock = time.time(), time.monotonic()
-    script = f"{ALONE}exec docker compose --ansi never up --detach --no-build trainer 2>&1"
+    script = f"{ALONE}exec docker compose --ansi never up --detach --no-build trainer"
     results = await everywhere(desk, lambda host: in_stack(desk, host, script), what="its start", deadline=STARTED)
     if complaints(results):
         say("the others wait for START_TIMEOUT; `torchrun-compose stop` ends them at once")
         return 1
-    running = all(re.search(r" Running$", each.text, re.MULTILINE) for each in results)
+    running = all(re.search(r" Running$", each.err, re.MULTILINE) for each in results)
     if running:
         say(f"runs already, nothing was started: {GO_ON}")
         if not attach:
@@ -108,9 +108,6 @@ async def _all(desk: Desk, words: Sequence[str]) -> int:
         f"{ALONE}docker compose --ansi never {verb} && docker compose --ansi never ps --all --format '{STATE}' trainer"
     )
     results = await everywhere(desk, lambda host: in_stack(desk, host, script), what=verb, deadline=grace + SLACK)
-    print(
-        "\n".join(
-            columns([(each.host.name, each.text.strip() or ("?" if each.failure else "gone")) for each in results])
-        )
-    )
+    rows = [(each.host.name, each.text.strip() or ("?" if each.failure else "gone")) for each in results]
+    print("\n".join(columns(rows)))
     return int(bool(complaints(results)))
