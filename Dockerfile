@@ -117,5 +117,6 @@ ARG REVISION=unknown
 LABEL org.opencontainers.image.title="torchrun-compose" \
       org.opencontainers.image.description="Multi-node PyTorch training on plain Docker hosts" \
       org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.name="${BASE_IMAGE}"

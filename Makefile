@@ -3,13 +3,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 BIN := .venv/bin
 # PyTorch's CPU wheels are not on PyPI. A folder with one (PIP_FIND_LINKS) does as well; hashes decide what is accepted.
 TORCH_PAGE := $(if $(PIP_FIND_LINKS),,--find-links=https://download.pytorch.org/whl/cpu/torch/)
-FIGURES := launch_overhead container_speed image roll_call gang_throughput train_speed train_operability train_recovery
+FIGURES := launch_overhead first_all_reduce train_recovery rank_memory warm_throughput container_speed image roll_call \
+  gang_throughput train_speed train_operability
 # Tests run side by side: half of what they do is waiting. On engines each worker has nodes of its own.
 WORKERS ?= 2
 MINUTES ?= 20
 HARDWARE_KINDS := $(filter-out shell,$(basename $(notdir $(wildcard hardware/*.yaml))))
 
-.PHONY: demo test test-quick install smoke audit soak lint unit native cluster figures bad-days lock clean
+.PHONY: demo test test-quick install smoke token pin-base audit soak lint unit native cluster figures bad-days lock clean
 
 demo: .venv/.ready            ## two nodes train on this machine
 	@$(BIN)/python -m demo
@@ -27,6 +28,17 @@ smoke: .venv/.ready           ## the image built, and two nodes trained, on this
 
 soak: .venv/.ready            ## random faults on four nodes, with the culprit and the losses checked: make soak MINUTES=60
 	SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -s tests/cluster/soak.py
+
+token:                        ## secrets/cluster_token, once; copy it to all nodes and set CLUSTER_TOKEN_FILE to it
+	@set -C; umask 277; head -c 32 /dev/urandom | base64 > secrets/cluster_token
+	@[ "$$(id -u)" != 0 ] || chown 1000:1000 secrets/cluster_token
+	@echo "secrets/cluster_token was made, for user $$(stat -c %u secrets/cluster_token) alone, who must be RUN_AS (1000:1000)."
+	@echo "Copy it to all nodes and set CLUSTER_TOKEN_FILE=./secrets/cluster_token in .env."
+
+pin-base:                     ## the base image of Dockerfile by the digest that its tag has today; asks the registry
+	@tag=$$(sed -n 's/^ARG BASE_IMAGE=\([^@]*\).*/\1/p' Dockerfile | head -1); \
+	digest=$$(docker buildx imagetools inspect "$$tag" --format '{{.Manifest.Digest}}') && \
+	sed -i "0,/^ARG BASE_IMAGE=.*/s||ARG BASE_IMAGE=$$tag@$$digest|" Dockerfile && echo "BASE_IMAGE=$$tag@$$digest"
 
 audit: .venv/.ready           ## known vulnerabilities of what the images hold; needs PyPI's advisories
 	for lock in cpu cuda; do $(BIN)/uv tool run pip-audit==2.9.0 --disable-pip --require-hashes -r requirements/$$lock.txt || exit 1; done
@@ -56,7 +68,8 @@ lock: .venv/.ready            ## pin every dependency anew
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and none was found: install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
 	@echo "Setting up .venv with $$($(PYTHON) --version): PyTorch for CPUs and the tools, 1 GB; some minutes the first time."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes $(TORCH_PAGE) -r requirements/dev.txt
+	@quiet=--quiet; [ ! -t 1 ] || quiet=; \
+	$(BIN)/pip install $$quiet --disable-pip-version-check --require-hashes $(TORCH_PAGE) -r requirements/dev.txt
 	@touch $@
 
 clean:

@@ -38,11 +38,22 @@ def main(arguments: Sequence[str]) -> int:
         print(f"torchrun-compose {VERSION}")
         return 0
     try:
+        check_folder()
         name, rest = command_of(arguments, COMMANDS)
         return COMMANDS[name](rest)
     except UserError as error:
-        say(error.message)
+        from app.config.redaction import redact, settings_secrets
+        from app.config.settings import read_settings
+
+        say(redact(error.message, settings_secrets(read_settings(os.environ, env_file()))))
         return error.code
+
+
+def check_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("The current folder was deleted. Change into the stack's folder again.") from None
 
 
 def run(arguments: Sequence[str]) -> int:

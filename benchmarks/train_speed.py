@@ -56,6 +56,7 @@ def _commands(peers_python: str) -> dict[str, str]:
     commands = {
         "app.train": f"{_torchrun(sys.executable)} {OURS} --steps {{steps}}",
         "the same model, bare loop": f"{_torchrun(sys.executable)} benchmarks/peers/bare.py {{steps}}",
+        "nanoGPT's model in its loop": f"{_torchrun(sys.executable)} benchmarks/peers/nanogpt_like.py {{steps}}",
     }
     if peers_python:
         commands["Accelerate"] = f"{_torchrun(peers_python)} benchmarks/peers/accelerate_loop.py {{steps}}"

@@ -20,7 +20,13 @@ from typing import IO
 from app.config.settings import TABLE
 
 PROJECT = Path(__file__).resolve().parent.parent
-STEPS = 80
+ARGUMENTS = "--steps=80 --sample=0"
+"""What so small a model writes after so few steps nobody can read."""
+NEXT = """Next, on your machines:
+  cp .env.example .env      # on each the same: NODES=ADDRESS,ADDRESS and HARDWARE=cpu, nvidia or nvidia-ib
+  docker compose up         # on each; README.md shows what it prints
+  TRAIN_SCRIPT=my.py docker compose up      # your own script, in ./workspace: docs/own-script.md
+What went wrong, if anything did: docker compose run --rm trainer report"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +47,8 @@ def main() -> int:
     codes = run(nodes)
     for node, code in zip(nodes, codes, strict=True):
         print(f"node {node.rank}: exit code {code}; checkpoints and logs in {runs_of(node.rank) / run_name}")
+    if not any(codes):
+        print(NEXT)
     return max(codes, key=abs)
 
 
@@ -67,7 +75,9 @@ def job(rank: int, run_name: str) -> dict[str, str]:
     return {
         **nothing,
         "IMAGE": "",
-        "TRAIN_ARGS": f"--steps={STEPS}",
+        "TRAIN_ARGS": ARGUMENTS,
+        # Each node would take all of this machine's processors.
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2)),
         **os.environ,
         "NODES": "127.0.0.1,127.0.0.2",
         "NODE_RANK": str(rank),
@@ -110,7 +120,7 @@ def compose_node(rank: int, run_name: str) -> Node:
 
 def build_image() -> str:
     """Build the image that both stacks use; returns what went wrong, or nothing."""
-    print("Building the image; the first time this takes some minutes.", flush=True)
+    print("Building the image; the first time this takes some minutes, and its steps are shown.", flush=True)
     command = ["docker", "compose", "--project-directory", str(PROJECT), "build", "trainer"]
     built = subprocess.run(command, env={"IMAGE": "", **os.environ, "HARDWARE": "cpu"}, check=False).returncode == 0
     return "" if built else "the image could not be built, the reason stands above"

@@ -13,12 +13,12 @@ from app.config.envfile import SECRETS
 from app.config.errors import printable
 from app.config.options import Parser, script_line
 from app.config.problems import Problem, count
+from app.config.redaction import redact, redact_data, settings_secrets
 from app.config.settings import BY_NAME, read_settings
 from app.config.table import LEAST_WIDTH, PLAIN, wrapped
 from app.plan import Draft, Plan, draft, probe_for
 from app.plan.decisions import Decision
 from app.plan.places import results
-from app.report.redaction import redact, redact_data, settings_secrets
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Node", ("rank", "names", "ports")),
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -
     wanted = options(own)
     settings = read_settings(environ, env_file, script)
     found = draft(settings, probe_for(settings))
-    return explain(found, as_json=wanted.json, secrets=settings_secrets(settings, found.plan))
+    return explain(found, as_json=wanted.json, secrets=settings_secrets(settings))
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -157,9 +157,17 @@ def _without(found: Draft, secrets: Sequence[str]) -> Draft:
     def clean(text: str) -> str:
         return redact(text, secrets)
 
+    def sentence(text: str) -> str:
+        return clean(text).replace("{", "{{").replace("}", "}}")
+
     def told(problem: Problem) -> Problem:
-        values = {name: clean(value) if isinstance(value, str) else value for name, value in problem.values.items()}
-        return replace(problem, values=values, details=tuple(map(clean, problem.details)))
+        return replace(
+            problem,
+            what=sentence(problem.cause),
+            fix=sentence(problem.remedy),
+            values={name: clean(text) for name, text in problem.texts.items()},
+            details=tuple(map(clean, problem.details)),
+        )
 
     decisions = [
         replace(

@@ -1,20 +1,18 @@
 """`run`: this node's plan is made, told in five lines, and carried out."""
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from app.cli.explain import short
 from app.config.console import show
 from app.config.errors import UserError
 from app.config.options import Parser, script_line
 from app.config.problems import refusal
 from app.config.settings import Settings, read_settings
 from app.plan import Plan, make_plan, probe_for
-from app.report.redaction import redact, settings_secrets
-from app.supervise.node import supervise
+from app.supervise.preloading import preloaded
 from app.supervise.restart_guard import read_final, write_final
-from app.supervise.unfit import tell_node_0
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
@@ -50,16 +48,32 @@ def start(script: Sequence[str], environ: Mapping[str, str], env_file: Path) -> 
     try:
         return carry_out(settings)
     except UserError as error:
-        tell_node_0(settings, error.message)
-        raise
+        from app.supervise.unfit import tell_node_0
+
+        told = clean(settings, error.message)
+        tell_node_0(settings, told)
+        raise UserError(told, error.code) from None
 
 
 def carry_out(settings: Settings) -> int:
     plan = make_plan(settings, probe_for(settings))
     if not isinstance(plan, Plan):
         raise refusal(plan)
-    secrets = settings_secrets(settings, plan)
-    show(f"{redact(short(plan), secrets)}\n", sys.stdout)
-    for warning in plan.warnings:
-        show(f"warning: {redact(warning.message, secrets)}\n", sys.stderr)
-    return supervise(plan)
+    with preloaded(plan, functools.partial(clean, settings)) as process:
+        # More than half of the launcher's own processor time goes into these, and torch is being loaded meanwhile.
+        from app.cli.explain import short
+        from app.config.redaction import redact, settings_secrets
+        from app.supervise.node import supervise
+
+        secrets = settings_secrets(settings)
+        show(f"{redact(short(plan), secrets)}\n", sys.stdout)
+        for warning in plan.warnings:
+            show(f"warning: {redact(warning.message, secrets)}\n", sys.stderr)
+        return supervise(plan, process, secrets)
+
+
+def clean(settings: Settings, text: str) -> str:
+    """Without secrets."""
+    from app.config.redaction import redact, settings_secrets
+
+    return redact(text, settings_secrets(settings))

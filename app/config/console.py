@@ -7,8 +7,11 @@ from typing import TextIO
 
 
 def say(text: str) -> None:
-    """Prints on stderr, each line with the program's name: compose adds only the service's."""
-    show("".join(f"torchrun-compose: {line}\n" for line in text.splitlines()), sys.stderr)
+    """Prints on stderr without secrets, each line with the program's name: compose adds only the service's."""
+    # `healthcheck`, which compose starts every 30 s, has nothing to say.
+    from app.config.redaction import redact
+
+    show("".join(f"torchrun-compose: {line}\n" for line in redact(text).splitlines()), sys.stderr)
 
 
 def show(text: str, stream: TextIO) -> None:

@@ -76,7 +76,8 @@ def _parse(text: str, name: str) -> EnvFile:
         raw = binding.original.string
         line = binding.original.line + raw[: len(raw) - len(raw.lstrip())].count("\n")
         source = f"{name}:{line}"
-        if binding.error or (binding.key is not None and binding.value is None):
+        # No environment can hold a NUL.
+        if binding.error or (binding.key is not None and binding.value is None) or "\0" in raw:
             # The line's text is left out: it may hold a secret.
             problems.append(problem("settings.env-file-line", setting="ENV_FILE", source=source))
         elif binding.key is not None and binding.value is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from app.config.errors import UserError
 from app.config.options import Parser
+from app.config.redaction import redact, settings_secrets
 from app.config.settings import Settings, read_settings
 from app.doctor.collect.live import collect
 from app.doctor.facts import Facts
@@ -23,7 +24,6 @@ from app.host import probe
 from app.plan import Plan, draft
 from app.plan.node_list import names_to_resolve
 from app.plan.script import files_to_look_at
-from app.report.redaction import plan_secrets, redact
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | None) -> int:
@@ -114,9 +114,8 @@ def gather_facts(settings: Settings, root: Path = Path("/")) -> Facts:
     name = socket.gethostname()
     host = probe(root, resolve=(*names_to_resolve(settings), name), paths=files_to_look_at(settings))
     found = draft(settings, host)
-    return Facts(
-        host=host, draft=found, live=collect(root, host, found.plan.script.checkpoint_dir if found.plan else None)
-    )
+    live = collect(root, host, found.plan.script.checkpoint_dir if found.plan else None)
+    return Facts(host=host, draft=found, live=live, secrets=settings_secrets(settings))
 
 
 def own_row(facts: Facts) -> Row:
@@ -127,13 +126,13 @@ def own_row(facts: Facts) -> Row:
 
 
 def without_secrets(row: Row, facts: Facts) -> Row:
-    secrets = plan_secrets(facts.plan, os.environ)
-
     def clean(finding: Finding) -> Finding:
-        told = {
-            name: redact(value, secrets) if isinstance(value, str) else value for name, value in finding.values.items()
+        values = {
+            name: redact(value, facts.secrets) if isinstance(value, str) else value
+            for name, value in finding.values.items()
         }
-        return replace(finding, values=told, fix=redact(finding.fix, secrets))
+        sentence, fix = redact(finding.sentence, facts.secrets), redact(finding.fix, facts.secrets)
+        return from_sentence(finding.id, finding.check, finding.severity, sentence, fix, values)
 
     return replace(row, findings=tuple(map(clean, row.findings)))
 

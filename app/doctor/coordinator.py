@@ -6,19 +6,28 @@ It is a session of the gang (`app.gang.session`), as a training is; every step i
 import asyncio
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from app.config.exitcodes import ExitCode
 from app.doctor.cluster_checks import judge
 from app.doctor.collect.packets import Peer
 from app.doctor.findings import Row
-from app.doctor.protocol import COLLECTIVE, read_findings, read_node, read_peer, told_peer, told_row
-from app.doctor.results import Measured
+from app.doctor.protocol import (
+    COLLECTIVE,
+    read_findings,
+    read_node,
+    read_outcomes,
+    read_peer,
+    read_seen,
+    told_peer,
+    told_row,
+)
+from app.doctor.results import Measured, Node
 from app.gang.connect import Waiting
-from app.gang.connection import Message, integer, items, text
+from app.gang.connection import Message, integer
 from app.gang.membership import NodeConnection
 from app.gang.messages import Hello, Say
-from app.gang.session import Session
+from app.gang.session import Answer, Session
 from app.gang.verdict import Verdict
 from app.plan import Plan
 
@@ -77,7 +86,7 @@ class DoctorCoordinator(Session):
             await self._all_reduce()
             rows = judge(self.measured)
             for row in rows:
-                await self._ask_all(self._ranks(), "row", **told_row(row))
+                await self._ask_all(dict, self._ranks(), "row", **told_row(row))
         finally:
             presence.cancel()
         await self.finish(Verdict(code=ExitCode.DONE, text="doctor is done"))
@@ -90,22 +99,30 @@ class DoctorCoordinator(Session):
     def _ranks(self) -> list[int]:
         return list(self.membership.all())
 
-    async def _ask_all(self, ranks: Iterable[int], question: str, **fields: object) -> dict[int, Message]:
-        """The same question to several nodes at once: the answers of those that are not lost."""
+    async def _ask_all(
+        self, read: Callable[[Message], Answer], ranks: Iterable[int], question: str, **fields: object
+    ) -> dict[int, Answer]:
+        """The same question to several nodes at once: what is read of the answers of those that are not lost."""
         asked = list(ranks)
-        answers = await asyncio.gather(*(self.ask(rank, question, fields, ANSWER) for rank in asked))
+        answers = await asyncio.gather(*(self.ask_for(read, rank, question, fields, ANSWER) for rank in asked))
         return {rank: answer for rank, answer in zip(asked, answers, strict=True) if answer is not None}
 
     async def _introduce(self) -> None:
         """What each node has found by itself."""
         hellos = {rank: node.hello for rank, node in self.membership.all().items()}
-        answers = await self._ask_all(hellos, "results")
-        for rank, hello in hellos.items():
-            answer = answers.get(rank)
+
+        async def introduce(rank: int, hello: Hello) -> None:
             address = self.membership.address(hello)
-            self.measured.nodes[rank] = read_node(answer, hello, address)
-            if answer is not None:
-                self._echoes[rank] = read_peer(answer, address)
+
+            def read(answer: Message) -> tuple[Node, Peer]:
+                return read_node(answer, hello, address), read_peer(answer, address)
+
+            if found := await self.ask_for(read, rank, "results", {}, ANSWER):
+                self.measured.nodes[rank], self._echoes[rank] = found
+            else:
+                self.measured.nodes[rank] = read_node(None, hello, address)
+
+        await asyncio.gather(*(introduce(rank, hello) for rank, hello in hellos.items()))
 
     async def _reach(self) -> None:
         """Every node connects to its share of the others, on random ports and on MASTER_PORT."""
@@ -129,23 +146,24 @@ class DoctorCoordinator(Session):
                 for peer, mtu in mtus.items()
                 if mtu and peer in self.membership and (rank, peer) not in cut
             ]
-            work.append(self.ask(rank, "packets", {"peers": peers}, ANSWER))
-        for rank, answer in zip(asked, await asyncio.gather(*work), strict=True):
-            for one in items(answer, "outcomes", 1 << 10) if answer else ():
-                peer = integer(one, "rank", 0, 1 << 16)
+            work.append(self.ask_for(read_outcomes, rank, "packets", {"peers": peers}, ANSWER))
+        for rank, outcomes in zip(asked, await asyncio.gather(*work), strict=True):
+            for peer, outcome in outcomes or ():
                 if peer in self.measured.nodes:
-                    self.measured.packets[rank, peer] = text(one, "outcome", 20)
+                    self.measured.packets[rank, peer] = outcome
 
     async def _clocks(self) -> None:
         for rank in self._ranks():
             best: tuple[float, float] | None = None
             for _ in range(CLOCK_ASKS if rank else 0):
                 before = time.time()
-                answer = await self.ask(rank, "clock", {}, ANSWER)
+                micros = await self.ask_for(
+                    lambda answer: integer(answer, "micros", 0, 1 << 60), rank, "clock", {}, ANSWER
+                )
                 after = time.time()
-                if answer is None:
+                if micros is None:
                     break
-                offset = integer(answer, "micros", 0, 1 << 60) / 1e6 - (before + after) / 2
+                offset = micros / 1e6 - (before + after) / 2
                 doubt = (after - before) / 2
                 if best is None or doubt < best[1]:
                     best = (offset, doubt)
@@ -155,14 +173,13 @@ class DoctorCoordinator(Session):
     async def _shared(self) -> None:
         """Each node leaves a file in its checkpoint folder, then all look whose they see."""
         nonce = secrets.token_hex(8)
-        left = await self._ask_all(self._ranks(), "leave", nonce=nonce)
-        wrote = sorted(rank for rank, answer in left.items() if integer(answer, "wrote", 0, 1))
-        looked = await self._ask_all(wrote, "look", nonce=nonce, upto=max(wrote, default=0))
-        for rank, answer in looked.items():
-            if integer(answer, "looked", 0, 1):
-                seen = frozenset(integer(one, "rank", 0, 1 << 20) for one in items(answer, "seen", 1 << 14))
+        left = await self._ask_all(lambda answer: integer(answer, "wrote", 0, 1), self._ranks(), "leave", nonce=nonce)
+        wrote = sorted(rank for rank, done in left.items() if done)
+        looked = await self._ask_all(read_seen, wrote, "look", nonce=nonce, upto=max(wrote, default=0))
+        for rank, (done, seen) in looked.items():
+            if done:
                 self.measured.seen[rank] = seen & set(wrote) | {rank}
-        await self._ask_all(self._ranks(), "tidy")
+        await self._ask_all(dict, self._ranks(), "tidy")
 
     async def _all_reduce(self) -> None:
         """A short real collective through torchrun, only where all nodes are here and reach each other."""
@@ -173,9 +190,9 @@ class DoctorCoordinator(Session):
         ranks, run_id = self._ranks(), f"doctor-{secrets.token_hex(4)}"
         common = {"run_id": run_id, "nnodes": len(ranks)}
         work = [
-            self.ask(rank, "all-reduce", {"place": place, **common}, COLLECTIVE + ANSWER)
+            self.ask_for(read_findings, rank, "all-reduce", {"place": place, **common}, COLLECTIVE + ANSWER)
             for place, rank in enumerate(ranks)
         ]
-        for rank, answer in zip(ranks, await asyncio.gather(*work), strict=True):
-            if answer is not None:
-                self.measured.collectives[rank] = read_findings(answer)
+        for rank, findings in zip(ranks, await asyncio.gather(*work), strict=True):
+            if findings is not None:
+                self.measured.collectives[rank] = findings

@@ -1,6 +1,6 @@
 """All that the checks of one node go by."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from app.doctor.collect.live import LiveFacts
 from app.host import Host
@@ -14,6 +14,8 @@ class Facts:
     host: Host
     draft: Draft
     live: LiveFacts
+    secrets: tuple[str, ...] = field(repr=False, default=())
+    """Of this node's user, told to nobody."""
 
     @property
     def plan(self) -> Plan | None:

@@ -45,8 +45,6 @@ class DoctorAnswers:
     plan: Plan
     findings: tuple[Finding, ...]
     reduce: Reduce
-    close_listener: Callable[[], None] = lambda: None
-    """torchrun's store needs MASTER_PORT for itself."""
     rows: list[Row] = field(default_factory=list)
     """The table, once node 0 has told it."""
     _echo: PacketEcho = field(init=False)
@@ -145,7 +143,6 @@ class DoctorAnswers:
         self._left.clear()
 
     async def _reduce(self, message: Message) -> Mapping[str, object]:
-        self.close_listener()
         size = integer(message, "nnodes", 1, 1 << 16)
         place = integer(message, "place", 0, size - 1)
         try:
@@ -210,7 +207,6 @@ async def _take_part(
     participant = Participant(
         plan, token, compared(plan), services, job=DoctorCoordinator.job, fixed_ports=_free_master_port(answers)
     )
-    answers.close_listener = participant.close_listener
     verdict = await participant.take_part()
     if verdict.code != ExitCode.DONE:
         raise NoAnswerError(verdict.text)

@@ -54,6 +54,18 @@ def told_findings(findings: Sequence[Finding]) -> list[dict[str, object]]:
     return [to_dict(finding) for finding in findings]
 
 
+def read_outcomes(message: Message) -> list[tuple[int, str]]:
+    """What came of the packets to each peer, by its rank. Raises ProtocolError."""
+    return [(integer(one, "rank", 0, 1 << 16), text(one, "outcome", 20)) for one in items(message, "outcomes", 1 << 10)]
+
+
+def read_seen(message: Message) -> tuple[int, frozenset[int]]:
+    """Whether a node could look (1), and whose files it saw. Raises ProtocolError."""
+    looked = integer(message, "looked", 0, 1)
+    seen = items(message, "seen", 1 << 14) if looked else ()
+    return looked, frozenset(integer(one, "rank", 0, 1 << 20) for one in seen)
+
+
 def read_peer(message: Message, address: str = "") -> Peer:
     """Where a node echoes packets, at `address` if it is known. Raises ProtocolError."""
     return Peer(

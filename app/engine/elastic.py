@@ -5,6 +5,7 @@ processes by the classes here, subclasses of torch's.
 """
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -31,7 +32,7 @@ from torch.distributed.run import main as torchrun
 
 from app.engine import torch_private, warm
 from app.engine.output import OwnLines, in_pipes
-from app.engine.warm import Connection
+from app.engine.warm import Connection, Forked
 
 Tell = Callable[[dict[str, object]], None]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -39,7 +40,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 WORKER = Path(__file__).resolve().with_name("worker.py")
 LONGEST = 4096
 """Characters of an error that are told: the missing keys of a checkpoint may be megabytes."""
-SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - as in worker.py
 
 
 def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None) -> int:
@@ -129,8 +129,8 @@ class Signals:
 
 
 class Workers(SubprocessContext):
-    """The workers of one node; tells `{"event": "closing"}` as soon as torch begins to end them or one has failed,
-    which is up to `grace` seconds before it says why."""
+    """The workers of one node; tells when all have begun, and when torch begins to end them or one has failed, which is
+    up to `grace` seconds before it says why."""
 
     def __init__(
         self,
@@ -164,6 +164,7 @@ class Workers(SubprocessContext):
             for worker in self.subprocess_handlers.values():
                 for end in filter(None, (worker._stdout, worker._stderr)):
                     end.close()
+        self._tell({"event": "begun", "time": time.time()})
 
     def _poll(self) -> RunProcsResult | None:
         with self._signals.held():
@@ -173,9 +174,11 @@ class Workers(SubprocessContext):
             return result
 
     def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
-        if not self._signals.deaf and any(each.proc.poll() != 0 for each in self.subprocess_handlers.values()):
+        processes = [each.proc for each in self.subprocess_handlers.values()]
+        if not self._signals.deaf and any(each.poll() != 0 for each in processes):
             self._signals.deaf = True
-            self._tell({"event": "closing"})
+            died = [each.ended for each in processes if isinstance(each, Forked) and each.poll()]
+            self._tell({"event": "closing", "died": min(died, default=0.0)})
         # torchrun takes --shutdown-timeout from torch 2.12 on; here every torch does.
         super()._close(death_sig, timeout if self._grace is None else self._grace)
 
@@ -214,7 +217,7 @@ def facts(rank: int, failure: ProcessFailure) -> dict[str, object]:
 
 def spare(pid: int) -> str:
     """What worker.py left where it could not write torch's error file."""
-    path = Path(SPARE.format(pid))
+    path = Path(os.environ.get("TORCHRUN_COMPOSE_STALLS", "").partition(":")[2], f"error-{pid}")
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,6 +1,5 @@
 """Asks the preloaded process (preload.py) for torchruns and workers: what the launcher and an agent have of it."""
 
-import asyncio
 import contextlib
 import json
 import os
@@ -13,12 +12,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
 
 PRELOAD = Path(__file__).with_name("preload.py")
 CORE = ("torch", "torch.distributed.run")
 """What the agent needs; without one of them nothing starts warm."""
 AGENT, WORKER = b"a", b"w"
 """As in preload.py."""
+LOAD_LIMIT = 120.0
+"""Seconds that a module besides torch may take: the script that imports it itself can then be seen where it hangs."""
 STEP = 0.25
 """Seconds between two looks at whether the other side is still there."""
 
@@ -31,6 +36,8 @@ class Forked:
         self.pid = 0
         """0 until it has begun."""
         self.returncode: int | None = None
+        self.ended = 0.0
+        """Seconds since the epoch; 0 while that is unknown."""
         self.error: OSError | None = None
         """Why it was not forked."""
 
@@ -111,6 +118,9 @@ class Connection:
 
     def follow(self) -> None:
         """Has the running event loop take in what is said, as long as there is somebody to say it."""
+        # The preloaded process is started before the launcher has this.
+        import asyncio
+
         if not self._loop and not self.closed:
             self._loop = asyncio.get_running_loop()
             self._loop.add_reader(self._socket, self.receive)
@@ -141,9 +151,10 @@ class Connection:
             process.error, process.returncode = OSError(code, os.strerror(code)), 1
         elif event == "ended":
             pid, code = int(str(details[0])), int(str(details[1]))
+            ended = float(str(details[2]))
             # One that was killed before it could say that it had begun.
             process = self._begun.pop(pid) if pid in self._begun else self._asked.popleft()
-            process.pid, process.returncode = pid, code
+            process.pid, process.returncode, process.ended = pid, code, ended
         else:
             self._hear(event, *details)
 
@@ -153,11 +164,15 @@ class Preloaded:
     loaded. To be used from the main thread: it is killed when the thread that started it ends."""
 
     def __init__(
-        self, modules: Sequence[str], environ: Mapping[str, str], left_out: Callable[[str, str], None]
+        self,
+        modules: Sequence[str],
+        environ: Mapping[str, str],
+        left_out: Callable[[str, str], None],
+        limit: float = LOAD_LIMIT,
     ) -> None:
         """`left_out` gets each module that could not be loaded, and why."""
         self._extra = [name for name in modules if name not in CORE]
-        self._environ, self._left_out = environ, left_out
+        self._environ, self._left_out, self._limit = environ, left_out, limit
         self._possible = bool(modules)
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -172,8 +187,10 @@ class Preloaded:
         """What asks it, whether or not it is done with loading; None where there is nothing to ask."""
         if self._connection:
             self._connection.receive()
-            if self._connection.closed and self._loading:
-                self._hear("left out", self._loading, "the process that loaded it died")
+            if self._connection.closed and self._loading and self._process:
+                late = self._process.wait() == -signal.SIGALRM
+                why = f"it was not loaded within {self._limit:g} s" if late else "the process that loaded it died"
+                self._hear("left out", self._loading, why)
             if self._connection.closed:
                 self.stop()
         if not self._connection and self._possible:
@@ -202,9 +219,9 @@ class Preloaded:
     def _spawn(self) -> Connection:
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
-            command = [sys.executable, "-u", str(PRELOAD), str(there.fileno()), ",".join(CORE), ",".join(self._extra)]
+            modules = [",".join(CORE), ",".join(self._extra)]
             self._process = subprocess.Popen(
-                command,
+                [sys.executable, "-u", str(PRELOAD), str(there.fileno()), str(self._limit), *modules],
                 env=self._environ,
                 pass_fds=[there.fileno()],
                 stdin=subprocess.DEVNULL,

@@ -14,15 +14,12 @@ import sys
 from types import CodeType, ModuleType, TracebackType
 from typing import NoReturn
 
-SPARE = "/tmp/torchrun-compose-error-{}"  # noqa: S108 - agent.py reads it there; torch's own place is full
-"""Takes the error's text, by process id."""
-
 
 def main(ended: list[int]) -> NoReturn:
     """Replaces `__main__` by the script's own module and runs it; leaves its exit code in `ended`, for `leave`."""
     if sys.argv[1] != "-m" and (program := interpreter(sys.argv[1])):
         os.execvp(program[0], [*program, *sys.argv[2:]])  # noqa: S606 - no shell is wanted
-    watch_for_stalls()
+    folder = watch_for_stalls()
     loaded = frozenset(sys.modules)
     try:
         code = load_module(sys.argv[2]) if sys.argv[1] == "-m" else load_script(sys.argv[1])
@@ -35,12 +32,12 @@ def main(ended: list[int]) -> NoReturn:
         reason = error if isinstance(error.code, str) else error.__context__
         if reason is not None and error.code:
             reason.__traceback__ = trim(reason.__traceback__)
-            record(reason)
+            record(reason, folder)
         ended.append(error.code & 0xFF if isinstance(error.code, int) else int(error.code is not None))
         raise
     except Exception as error:
         error.__traceback__ = trim(error.__traceback__)
-        record(error)
+        record(error, folder)
         sys.excepthook(type(error), error, error.__traceback__)
         ended.append(1)
         sys.exit(1)
@@ -99,19 +96,20 @@ def leave(ended: list[int]) -> None:
         os._exit(ended[0])
 
 
-def watch_for_stalls() -> None:
+def watch_for_stalls() -> str:
     """Starts watchdog.py where the launcher asks for it: TORCHRUN_COMPOSE_STALLS=SECONDS:FOLDER. One rank alone waits
-    for nobody."""
+    for nobody. Returns the launcher's private folder, "" without one."""
     from importlib.util import module_from_spec, spec_from_file_location
 
     patience, _, folder = os.environ.pop("TORCHRUN_COMPOSE_STALLS", "").partition(":")
-    if not folder or os.environ.get("WORLD_SIZE") == "1":
-        return
+    if not float(patience or 0) or os.environ.get("WORLD_SIZE") == "1":
+        return folder
     spec = spec_from_file_location("torchrun_compose_watchdog", __file__.removesuffix("worker.py") + "watchdog.py")
     if spec and spec.loader:
         watchdog = module_from_spec(spec)
         spec.loader.exec_module(watchdog)
         watchdog.watch(folder, float(patience))
+    return folder
 
 
 def load_script(path: str) -> CodeType:
@@ -163,9 +161,9 @@ def trim(trace: TracebackType | None) -> TracebackType | None:
     return rest
 
 
-def record(error: BaseException) -> None:
+def record(error: BaseException, folder: str) -> None:
     """Writes the error as torch's `@record` does (elastic/multiprocessing/errors/error_handler.py, torch 2.13),
-    unless the script's own `@record` did."""
+    unless the script's own `@record` did; on a full disk its text into `folder`, for elastic.py."""
     import json
     import time
     import traceback
@@ -181,7 +179,7 @@ def record(error: BaseException) -> None:
         # The disk is full, and torchrun falls over an empty file (ProcessFailure, as above).
         with contextlib.suppress(OSError):
             os.unlink(path)  # noqa: PTH108
-            with open(SPARE.format(os.getpid()), "x", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+            with open(f"{folder}/error-{os.getpid()}", "x", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
                 file.write(f"{type(error).__name__}: {error}")
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from app.config.project import PROJECT
+from app.config.project import PROJECT, VERSION
 from app.plan import Plan
 
 Facts = Mapping[str, str]
@@ -36,7 +36,7 @@ def gather(plan: Plan, root: Path = Path("/")) -> dict[str, str]:
         "link layer": ",".join(sorted({_read(port / "link_layer") for port in active})),
         "mtu": _read(root / "sys/class/net" / plan.network.interface / "mtu"),
         "content of module": module_digest(plan.script.command, (plan.script.env.get("PYTHONPATH", "")).split(":")),
-        "torchrun-compose": _digest(sorted(PROJECT.glob("app/**/*.py")), PROJECT),
+        "torchrun-compose": f"{VERSION} ({_digest(sorted(PROJECT.glob('app/**/*.py')), PROJECT)})",
     }
     return {**{name: value for name, value in found.items() if value}, **dict(plan.equal)}
 

@@ -20,7 +20,7 @@ class NodeConnection:
 
     connection: Connection
     hello: Hello
-    """As it came; its ports and its progress are those of the newest round."""
+    """As it came; its progress is that of the newest round."""
     heard: float
     answers: dict[int, asyncio.Future[Message | None]] = field(default_factory=dict)
     """What it has been asked, by number; None for a node that was lost meanwhile."""

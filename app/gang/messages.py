@@ -13,6 +13,8 @@ MOST_ENTERED = 8
 MOST_FACTS = 100
 LONGEST_FACT = 40_000
 """The list of all installed packages."""
+LISTEN = "listen"
+"""The question for the ports that a node's peers are to dial."""
 LAST_ROUND = 1 << 20
 YEAR_2100 = 4_102_444_800_000
 """In milliseconds: what `datetime` can show."""
@@ -31,8 +33,8 @@ class Hello:
     host: str
     instance_id: str
     """Random, new for every process: tells a reconnected node from a second one with its rank."""
-    ports: tuple[int, ...]
     key: str
+    """Of its ProbeListener."""
     facts: Mapping[str, str]
     round: int
     """The last round it took part in, 0 for none: a node 0 that was restarted continues from there."""
@@ -82,7 +84,6 @@ def read_hello(message: Message, address: str) -> Hello:
         address=address,
         host=text(message, "host", 120),
         instance_id=text(message, "instance_id", 64),
-        ports=read_ports(message),
         key=text(message, "key", 64),
         facts=read_facts(message),
         round=integer(message, "round", 0, LAST_ROUND),

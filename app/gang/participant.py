@@ -18,7 +18,7 @@ from app.gang.connect import RETRY, BusyError, NoAnswerError, Waiting, connect
 from app.gang.connection import PATIENCE, Connection, Message, ProtocolError, UntrustedError, integer, items, text
 from app.gang.handshake import introduce, is_translated
 from app.gang.membership import BEATS
-from app.gang.messages import LAST_ROUND, MOST_ENTERED, MOST_RANKS, YEAR_2100
+from app.gang.messages import LAST_ROUND, LISTEN, MOST_ENTERED, MOST_RANKS, YEAR_2100
 from app.gang.services import Engine, NodeServices, RoundAssignment
 from app.gang.verdict import JobEnded, Verdict
 from app.plan import Plan
@@ -163,7 +163,7 @@ class Participant:
     async def _greet(self) -> Connection:
         connection = await self.services.dial()
         try:
-            await self._open_listener()
+            self._try_ports()
             hello = {
                 "run": self.plan.run_name,
                 "job": self.job,
@@ -174,7 +174,7 @@ class Participant:
                 "facts": dict(self.facts),
                 "round": self._round,
                 "failures": self._failures,
-                **self._readiness(),
+                "progress": self.services.progress(),
             }
             await introduce(connection, self.token, hello, translated=is_translated(self.plan))
             connection.give_up_after(PATIENCE * self.plan.timeouts.heartbeat)
@@ -189,22 +189,22 @@ class Participant:
             raise
         return connection
 
-    async def _open_listener(self) -> None:
-        """Listens anew for the reach test; node 0 also tries the port that torchrun needs next. Raises OSError."""
-        self._listener.close()
-        self._listener = probes.ProbeListener(self._key)
+    def _try_ports(self) -> None:
+        """Node 0 tries the port that torchrun needs next. Raises OSError."""
         try:
             for fixed in self._ports:
                 probes.try_port(fixed)
-            if self.plan.nodes.count > 1:
-                await self._listener.open(self.plan.network.address, self._ports)
         except OSError as error:
-            port = f" port {self._ports[0]} (MASTER_PORT)" if self._ports else ""
-            where = f"{self.plan.network.address}{port}"
+            where = f"{self.plan.network.address} port {self._ports[0]} (MASTER_PORT)"
             raise OSError(f"this node cannot listen on {where}: {probes.why(error)}") from None
 
-    def _readiness(self) -> dict[str, object]:
-        return {"ports": [{"port": port} for port in self._listener.ports], "progress": self.services.progress()}
+    async def _listen(self) -> dict[str, object]:
+        """Listens for the peers' connections, until node 0 has heard of all."""
+        try:
+            await self._listener.open(self.plan.network.address, self._ports)
+        except OSError as error:
+            self.services.say(f"this node cannot listen for the others' connections: {probes.why(error)}")
+        return {"ports": [{"port": port} for port in self._listener.ports]}
 
     async def _follow(self, connection: Connection) -> Verdict | None:
         """Does what node 0 says until there is a verdict; None when node 0 is lost and torchrun has ended."""
@@ -288,6 +288,8 @@ class Participant:
             return _verdict(message)
         if kind == "news":
             self.services.say(text(message, "text", 8000, lines=True))
+        elif kind == "probed":
+            self._listener.close()
         elif kind == "probe":
             self._begun = True
             found = [_target(item) for item in items(message, "targets", 6 * self.plan.nodes.count)]
@@ -296,13 +298,16 @@ class Participant:
             self._begun = True
             number = integer(message, "number", 0, 1 << 60)
             self._watch(self._spawn(self._answer(connection, text(message, "question", 40), number, message)))
+        elif kind == "wait":
+            self.services.state("spare", integer(message, "round", 1, LAST_ROUND))
+            self.services.say(text(message, "text"))
         elif kind == "go":
             self._go(message)
         elif kind == "halt":
             ending = "; stopping local workers" if self._engine else ""
             self.services.say(text(message, "text", lines=True) + ending)
             self._stopped = self._stopped or message.get("why") == "stop"
-            self._end(gently=message.get("why") == "stop", grace=float(integer(message, "grace", 0, 1 << 20)))
+            self._end(gently=message.get("why") in ("stop", "grow"), grace=float(integer(message, "grace", 0, 1 << 20)))
         return None
 
     async def _probe(self, connection: Connection, found: list[probes.Target]) -> None:
@@ -311,7 +316,8 @@ class Participant:
         connection.send("reached", failed=told)
 
     async def _answer(self, connection: Connection, question: str, number: int, message: Message) -> None:
-        connection.send("answer", number=number, **await self.services.answer(question, message))
+        answer = self._listen() if question == LISTEN else self.services.answer(question, message)
+        connection.send("answer", number=number, **await answer)
 
     def _go(self, message: Message) -> None:
         if self.services.launch is None:
@@ -326,7 +332,7 @@ class Participant:
             node_rank=integer(message, "node_rank", 0, size - 1),
             nnodes=size,
         )
-        self.close_listener()
+        self._listener.close()
         self._round, self._failures = min(place.round, LAST_ROUND), integer(message, "failures", 0, LAST_ROUND)
         self._before = self.services.progress()
         self._halted = math.inf
@@ -335,10 +341,6 @@ class Participant:
         self._engine = self.services.launch(place)
         self._run = self._spawn(self._run_engine(self._engine))
         self._watch(self._run)
-
-    def close_listener(self) -> None:
-        """torchrun's store needs MASTER_PORT for itself."""
-        self._listener.close()
 
     def _watch(self, task: asyncio.Task[None]) -> None:
         """A bug in `task` must end this node, not let node 0 wait for its word."""
@@ -361,13 +363,13 @@ class Participant:
         self._engine = None
         if left := self.services.clean():
             self.services.say(f"killed {left} orphaned worker process{'es' if left > 1 else ''}")
+        await self.services.released()
         await self.services.refresh()
-        with contextlib.suppress(OSError):
-            await self._open_listener()
         self.services.state("waiting", self._round)
         reports = await self._reports(outcome)
         finished = "" if outcome.failures else self._finished(await self.services.ended(), outcome)
-        self._send("ended", code=_clamp(outcome.code), failures=reports, finished=finished, **self._readiness())
+        progress = self.services.progress()
+        self._send("ended", code=_clamp(outcome.code), failures=reports, finished=finished, progress=progress)
 
     def _finished(self, stalls: Sequence[Stall], outcome: Outcome) -> str:
         """After which collective all ranks of this node ended by themselves; "" if not all have, or it is unknown.

@@ -14,6 +14,8 @@ PASS = 4.0
 """Seconds for the payload to pass both ways once connected."""
 PAYLOAD = bytes(72 * 1024)
 """More than one packet of the largest MTU in use (65,520 bytes, IP over InfiniBand), so full-size packets must pass."""
+OPEN = 40.0
+"""Seconds that a node listens for its peers if node 0 does not end the test before."""
 LISTENERS = 2
 CALLERS = 2048
 """Answered at a time: on a large cluster every node dials node 0 at once."""
@@ -30,7 +32,7 @@ class Target:
 
 
 class ProbeListener:
-    """This node's listening sockets for one roll call: they answer whoever knows `key`, and nobody else."""
+    """This node's listening sockets for one test: they answer whoever knows `key`, and nobody else."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -39,7 +41,10 @@ class ProbeListener:
         self._busy = 0
 
     async def open(self, address: str, fixed: Sequence[int] = ()) -> None:
-        """Listens on random ports and on those of `fixed` (node 0: the port torchrun will need). Raises OSError."""
+        """Listens on random ports and on those of `fixed` (node 0: the port torchrun will need), for OPEN seconds at
+        most. Raises OSError."""
+        self.close()
+        asyncio.get_running_loop().call_later(OPEN, self.close)
         for port in [*fixed, *[0] * LISTENERS]:
             server = await asyncio.start_server(self._answer, address, port, limit=4096, backlog=CALLERS)
             self._servers.append(server)
@@ -49,6 +54,7 @@ class ProbeListener:
         for server in self._servers:
             server.close()
         self._servers.clear()
+        self.ports.clear()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._busy += 1

@@ -35,7 +35,7 @@ does not know."""
 
 
 async def _nothing() -> None:
-    """There is nothing to bring up to date."""
+    """There is nothing to do."""
 
 
 async def _no_stalls() -> Sequence[Stall]:
@@ -64,6 +64,8 @@ class NodeServices:
     """None for a job without rounds, as doctor's."""
     clean: Callable[[], int] = lambda: 0
     """Ends whatever torchrun left behind; returns how many processes that were."""
+    released: Callable[[], Awaitable[None]] = _nothing
+    """Returns once the machine has back what torchrun's processes used, or will not have it soon."""
     progress: Callable[[], str] = lambda: ""
     """A text that changes with every checkpoint, as it was a moment ago."""
     stalls: Callable[[], Sequence[Stall]] = lambda: ()

@@ -7,6 +7,8 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import TypeVar
 
 from app.config.exitcodes import ExitCode
 from app.gang import probes
@@ -15,16 +17,19 @@ from app.gang.connection import PATIENCE, Connection, Message, ProtocolError, Un
 from app.gang.connectivity import Connectivity
 from app.gang.handshake import Admission
 from app.gang.membership import Membership, NodeConnection
-from app.gang.messages import Event, Hello, Say, read_event, read_hello, read_ports
+from app.gang.messages import LISTEN, Event, Hello, Say, read_event, read_hello, read_ports
 from app.gang.verdict import JobEnded, Verdict
 from app.plan import Plan
 
+Answer = TypeVar("Answer")
 STRAGGLERS = 2.0
 """Seconds that a disagreement waits for nodes still on their way, so that one table shows all."""
 LAST_WORD = 2.0
 """Seconds until everybody has read the verdict."""
 BACKLOG = 1000
 """Back-pressure: no connection is read while more events than these wait to be judged."""
+LISTENING = 20.0
+"""Seconds for the answer where a node listens; one that is not heard at all is lost before."""
 PRESENCE = 0.25
 """Seconds between two looks for silent nodes."""
 
@@ -58,7 +63,7 @@ class Session:
         """Why a node may not take part, or ""."""
         raise NotImplementedError
 
-    def welcome(self, connection: Connection) -> None:
+    def welcome(self, connection: Connection, hello: Hello) -> None:
         """A node has become a member."""
 
     def conclude(self, verdict: Verdict) -> None:
@@ -115,7 +120,7 @@ class Session:
             self.lose(before, "reconnected after its connection dropped")
         connection.give_up_after(PATIENCE * self.plan.timeouts.heartbeat)
         connection.send("joined")
-        self.welcome(connection)
+        self.welcome(connection, hello)
         self._events.put_nowait(Event(rank=hello.rank, kind="joined"))
         return self.membership.add(connection, hello)
 
@@ -153,7 +158,7 @@ class Session:
         elif said["kind"] != "beat":
             event = read_event(said, node.hello.rank, self.plan.nodes.count)
             if event.kind == "ended":
-                node.hello = replace(node.hello, ports=read_ports(said), progress=text(said, "progress", 200))
+                node.hello = replace(node.hello, progress=text(said, "progress", 200))
             self._events.put_nowait(event)
 
     def lose(self, node: NodeConnection, why: str, *, silent: bool = False) -> None:
@@ -191,11 +196,26 @@ class Session:
             self.lose(node, f"no answer to {question!r} within {seconds:.0f} s")
             return None
 
-    async def roll_call(self, waiting: Waiting, settled: Callable[[], bool]) -> None:
-        """Waits until all nodes are here, the time is over, or it is `settled` that waiting for the rest is no use."""
+    async def ask_for(
+        self, read: Callable[[Message], Answer], rank: int, question: str, fields: Mapping[str, object], seconds: float
+    ) -> Answer | None:
+        """The same, read. A node whose answer is none (`read` raises ProtocolError) is lost, and node 0 goes on."""
+        answer = await self.ask(rank, question, fields, seconds)
+        try:
+            return None if answer is None else read(answer)
+        except ProtocolError as error:
+            if node := self.membership.get(rank):
+                self.lose(node, f"protocol error: {error}")
+            return None
+
+    async def roll_call(
+        self, waiting: Waiting, settled: Callable[[], bool], enough: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Waits until all nodes are here or `enough` of them, the time is over, or it is `settled` that waiting for the
+        rest is no use."""
         probing = asyncio.create_task(self._probe_missing())
         try:
-            while self.membership.missing() and not waiting.over:
+            while self.membership.missing() and not waiting.over and not enough():
                 waiting.tell(self._whom)
                 await self.rest(min(waiting.until, time.monotonic() + 0.5))
                 if settled():
@@ -221,16 +241,23 @@ class Session:
             self.membership.absent.update(zip(asked, reasons, strict=True))
             self.membership.absent.update({rank: known[rank] for rank in missing if rank in known})
 
-    async def connectivity(self) -> Connectivity:
-        """Lets every node dial its share of the others, and waits for what they found."""
+    async def connectivity(self, proven: Mapping[int, NodeConnection] = MappingProxyType({})) -> Connectivity:
+        """Lets every node dial its share of the others, and waits for what they found. Those of `proven` that are still
+        connected as they were do not dial each other."""
         nodes = self.membership.all()
-        state = Connectivity(ranks=list(nodes), started=time.monotonic())
+        known = frozenset(rank for rank, node in nodes.items() if proven.get(rank) is node)
+        state = Connectivity(ranks=list(nodes), started=time.monotonic(), known=known)
+        # A node alone is dialled by nobody.
+        dialled = [*{peer: None for rank in nodes for peer in state.peers(rank)}]
+        ports = await asyncio.gather(*(self._ports(rank) for rank in dialled))
+        listening = dict(zip(dialled, ports, strict=True))
+        state.started = time.monotonic()
         for rank, node in nodes.items():
             found = [
                 {"rank": peer, "address": self.membership.address(hello), "port": port, "key": hello.key}
                 for peer in state.peers(rank)
                 for hello in [nodes[peer].hello]
-                for port in hello.ports[: state.ports_of(peer)]
+                for port in listening[peer][: state.ports_of(peer)]
             ]
             node.connection.send("probe", targets=found)
         waiting = Waiting(state.limit - state.started, self.tell, start=state.started)
@@ -240,8 +267,13 @@ class Session:
             event = await self.rest(state.until)
             if event:
                 state.take(event, time.monotonic())
+        self.membership.broadcast("probed")
         state.here = {rank for rank, node in nodes.items() if self.membership.holds(node)}
         return state
+
+    async def _ports(self, rank: int) -> tuple[int, ...]:
+        """Where a node listens for its peers; () if it is lost."""
+        return await self.ask_for(read_ports, rank, LISTEN, {}, LISTENING) or ()
 
     async def finish(self, verdict: Verdict, linger: float = 0.0) -> None:
         """Tells everyone the verdict, and waits a little until they have hung up: then they have read it. Those who are

@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def world_size(self) -> int:
-        return self.nodes.count * self.workers.nproc
+        return self.nodes.training * self.workers.nproc
 
     @property
     def log_dir(self) -> Path:
@@ -126,12 +126,12 @@ def draft(settings: Settings, host: Host) -> Draft:
     if nodes is not None:
         warn_script(script, settings, host, len(nodes.addresses), ledger)
         warn_elsewhere(settings, host, nodes, workers.backend, ledger)
-        _show_command(nodes, workers, ports, script, ledger)
+        _show_command(nodes, settings.spares.value, workers, ports, script, ledger)
     warn_typos(settings, ledger)
     if nodes is not None and not ledger.problems:
         plan = Plan(
             run_name=settings.run_name.value,
-            nodes=_nodes(nodes, minimum),
+            nodes=_nodes(nodes, minimum, settings),
             network=_network(nodes, ports, transport, rdma_ports),
             workers=workers,
             script=script,
@@ -172,13 +172,15 @@ def _decide_nodes(settings: Settings, host: Host, ledger: Ledger) -> NodeList | 
     return decide_classic(settings, host, ledger)
 
 
-def _nodes(nodes: NodeList, minimum: int) -> Nodes:
+def _nodes(nodes: NodeList, minimum: int, settings: Settings) -> Nodes:
     return Nodes(
         rank=nodes.rank,
         rank_source=nodes.rank_source,
         addresses=nodes.addresses,
         names=nodes.names,
         minimum=minimum,
+        spares=settings.spares.value,
+        regrow=settings.regrow.value == "checkpoint",
     )
 
 
@@ -194,12 +196,18 @@ def _network(nodes: NodeList, ports: Ports, transport: str, rdma_ports: tuple[st
     )
 
 
-def _show_command(nodes: NodeList, workers: LocalWorkers, ports: Ports, script: Script, ledger: Ledger) -> None:
-    nnodes, nproc = len(nodes.addresses), workers.nproc
+def _show_command(
+    nodes: NodeList, spares: int, workers: LocalWorkers, ports: Ports, script: Script, ledger: Ledger
+) -> None:
+    nnodes, nproc = len(nodes.addresses) - spares, workers.nproc
     first = nodes.rank * nproc
-    here = f"rank {first} is" if nproc == 1 else f"ranks {first} to {first + nproc - 1} are"
-    product = f"{count(nnodes, 'node')} x {count(nproc, 'process', 'processes')}; {here} on this node"
+    here = f"rank {first} is on this node" if nproc == 1 else f"ranks {first} to {first + nproc - 1} are on this node"
+    if nodes.rank >= nnodes:
+        here = "this node is a spare"
+    product = f"{count(nnodes, 'node')} x {count(nproc, 'process', 'processes')}; {here}"
     ledger.decide("gpus", "world size", nnodes * nproc, "derived", product)
+    if nodes.rank >= nnodes:
+        return
     words = [
         f"--nnodes={nnodes}",
         f"--nproc-per-node={nproc}",

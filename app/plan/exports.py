@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from zlib import crc32
 
 from app.config.envfile import COMPOSE
 from app.config.settings import TABLE, Settings
@@ -124,14 +125,19 @@ def common_exports(exports: Exports, host: Host, script: Script, ras_port: int, 
 
 
 def _home_exports(exports: Exports, home: Path, host: Host) -> None:
-    """Everything that libraries keep follows HOME, but for what would lie in /tmp, or be of another torch."""
+    """Everything that libraries keep follows HOME, but for compiled code, which is run unseen: each image and each node
+    has its own, also where nodes share the folder."""
     exports.env["HOME"] = str(home)
     last = "caches and settings of libraries outlive the container there"
     exports.ledger.decide("script", "HOME", home, "derived", last)
-    extensions = home / ".cache/torch_extensions" / host.packages.get("torch", "torch")
+    image = crc32(repr(sorted(host.packages.items())).encode())
+    compiled = home / ".cache/compiled" / f"{host.hostname}-{image:08x}"
+    own = "compiled code, of this node and image alone"
     for name, value, reason in (
-        ("TORCHINDUCTOR_CACHE_DIR", home / ".cache/inductor", "its default is in /tmp, where nothing may run"),
-        ("TORCH_EXTENSIONS_DIR", extensions, "what was compiled for one torch does not fit another"),
+        ("TORCHINDUCTOR_CACHE_DIR", compiled / "inductor", own),
+        ("TORCH_EXTENSIONS_DIR", compiled / "extensions", own),
+        ("TRITON_CACHE_DIR", compiled / "triton", own),
+        ("CUDA_CACHE_PATH", compiled / "cuda", own),
         ("USER", "trainer", "tools ask for a name, and the image may know no user of this number"),
     ):
         exports.offer("script", name, value, reason)

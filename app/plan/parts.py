@@ -19,10 +19,19 @@ class Nodes:
     """The same nodes as the user wrote them."""
     minimum: int
     """The fewest nodes with which a restart may go on."""
+    spares: int = 0
+    """How many of the nodes wait while the others train."""
+    regrow: bool = True
+    """A round with too few nodes ends at its next checkpoint when another node has come."""
 
     @property
     def count(self) -> int:
         return len(self.addresses)
+
+    @property
+    def training(self) -> int:
+        """How many nodes train."""
+        return self.count - self.spares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ IMAGE = Path("/opt/torchrun-compose")
 IMAGE_HOME = "/tmp"  # noqa: S108 - as in the Dockerfile
 CURRENT = "."
 SHORTEST_TOKEN = 16
-"""Bytes, as in app.supervise.node."""
+"""Bytes."""
 Words = tuple[str, ...]
 
 
@@ -211,8 +211,11 @@ def decide_token(settings: Settings, host: Host, ledger: Ledger) -> Path | None:
     if value is None:
         return None
     ledger.take("settings", value, "the nodes prove to each other that they know its content")
-    if wrong := _wrong_token(host.files.get(str(value.value))):
+    seen = host.files.get(str(value.value))
+    if wrong := _wrong_token(seen):
         ledger.refuse("settings.token-file", given=value, why=wrong)
+    elif seen and seen.kind == "unreadable":
+        ledger.refuse("settings.token-unreadable", given=value, uid=host.uid)
     return host.cwd / value.value
 
 
@@ -222,4 +225,4 @@ def _wrong_token(seen: Seen | None) -> str:
     words = {"missing": "there is no such file", "folder": "this is a folder"}
     if seen.kind == "file":
         return f"it holds only {count(seen.size, 'byte')}" if seen.size < SHORTEST_TOKEN else ""
-    return words.get(seen.kind, "it cannot be read by this user")
+    return words.get(seen.kind, "")

@@ -29,12 +29,13 @@ class StalledHeartbeat:
 
 
 def watched(plan: Plan, folder: Path) -> dict[str, str]:
-    """What the workers of a new round must know for watchdog.py to watch them; empties their `folder`."""
+    """What the workers of a new round must know for watchdog.py to watch them (after 0 seconds: not at all), and to
+    leave an error that a full disk does not take; empties their `folder`."""
     patience = _patience(plan)
     for file in folder.glob("rank*"):
         with contextlib.suppress(OSError):
             file.unlink()
-    return {"TORCHRUN_COMPOSE_STALLS": f"{patience:g}:{folder}"} if patience else {}
+    return {"TORCHRUN_COMPOSE_STALLS": f"{patience:g}:{folder}"}
 
 
 def _patience(plan: Plan) -> float:
@@ -46,7 +47,9 @@ def keep_stalls(plan: Plan, folder: Path) -> None:
     plan.stall_dir.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("rank*.json"):
         with contextlib.suppress(FileNotFoundError):
-            shutil.copyfile(file, plan.stall_dir / file.name)
+            target = plan.stall_dir / file.name
+            shutil.copyfile(file, target)
+            target.chmod(0o600)
 
 
 def forget_stalls(plan: Plan) -> None:

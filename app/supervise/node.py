@@ -5,17 +5,19 @@ import contextlib
 import errno
 import functools
 import os
-import resource
 import signal
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from app.config.console import say
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
+from app.config.redaction import redact
 from app.engine import torchrun
+from app.engine.command import command_line, environment
 from app.engine.outcome import Explanation, Failure, Outcome, Stall
 from app.engine.warm import Preloaded
 from app.gang.agreement import gather
@@ -26,21 +28,25 @@ from app.gang.participant import Participant
 from app.gang.services import NodeServices, RoundAssignment
 from app.gang.token import read_token
 from app.gang.verdict import Verdict
+from app.host.accelerators import used_memory
 from app.host.ports import holder
 from app.plan import Plan
 from app.plan.places import results
 from app.report.culprit import examine
-from app.report.history import keep_left_out, keep_round
+from app.report.history import forget_restarts, keep_restart, keep_round, restart_in_words
 from app.report.node_report import MEMORY_KILLS, forget_report, make_report, read_counters, write_report
 from app.supervise import traffic
-from app.supervise.files import SIGNALS, in_time, off_loop, start_thread
+from app.supervise.files import in_time, off_loop, start_thread
+from app.supervise.gpu_memory import ANSWER, until_free
 from app.supervise.hang import read_ended, watched
 from app.supervise.health import State
+from app.supervise.preloading import SIGNALS
 from app.supervise.progress import Progress
 from app.supervise.restart_guard import forget_final, reserve_final, write_final
+from app.supervise.restarts import MARKS, follow, marks_file
 from app.supervise.runtime_dir import one_job, runtime_dir
 
-MOST_FILES = 65_536
+Clean = Callable[[str], str]
 FILES = 30.0
 """Seconds that the file system of the run's folder has for one act."""
 REAP_EVERY = 1.0
@@ -48,17 +54,20 @@ EXAMINE = 3.0
 """Seconds for what a failed worker has left: all nodes wait for it."""
 
 
-def supervise(plan: Plan) -> int:
-    """Joins the job, runs torchrun round by round, and returns the exit code (`ExitCode`).
+def supervise(plan: Plan, preloaded: Preloaded, secrets: Sequence[str] = ()) -> int:
+    """Joins the job, runs torchrun round by round, and returns the exit code (`ExitCode`). The `secrets` are told to
+    nobody.
 
     Raises UserError where a file or folder of the settings cannot be used."""
     token = read_token(plan)
     make_folders(plan)
     _best_effort(reserve_final)
+    _best_effort(lambda: forget_restarts(plan))
     torchrun.adopt_orphans()
-    allow_many_files()
-    with one_job(plan), runtime_dir() as folder, _preloaded(plan) as preloaded:
-        verdict, own_stop = asyncio.run(_take_part(plan, token, folder, preloaded))
+    clean = functools.partial(redact, secrets=secrets)
+    with one_job(plan), runtime_dir() as folder:
+        node = Node(plan=plan, folder=folder, preloaded=preloaded, before=read_counters(), clean=clean)
+        verdict, own_stop = asyncio.run(_take_part(node, token))
     if verdict.code in (ExitCode.DONE, ExitCode.STOPPED):
         _best_effort(forget_final)
     if verdict.code == ExitCode.STOPPED:
@@ -68,78 +77,69 @@ def supervise(plan: Plan) -> int:
     return int(verdict.code)
 
 
-@contextlib.contextmanager
-def _preloaded(plan: Plan) -> Iterator[Preloaded]:
-    """What PRELOAD names begins to be loaded before the nodes meet, since that takes as long."""
-
-    def tell(name: str, why: str) -> None:
-        say(f"PRELOAD: left out {name}: {why}")
-        start_thread(lambda: keep_left_out(plan, name, why), "history")
-
-    preloaded = Preloaded(plan.script.preload, torchrun.environment(plan, os.environ, run_id=""), tell)
-    try:
-        preloaded.start()
-        yield preloaded
-    finally:
-        preloaded.stop()
-
-
 def _best_effort(act: Callable[[], object]) -> None:
     with contextlib.suppress(OSError):
         in_time(act, FILES)
 
 
-def tell_end(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: float) -> None:
+def tell_end(node: "Node", verdict: Verdict, started: float) -> None:
     """All that is written and printed of the end, but the verdict itself."""
+    plan = node.plan
     if verdict.code == ExitCode.DONE:
         forget_report(plan)
         say(f"results: {results(plan.script)}")
     elif verdict.code != ExitCode.STOPPED:
-        tell_report(plan, verdict, before, started)
+        tell_report(plan, verdict, node.before, started, node.clean)
 
 
-def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: float) -> None:
+def tell_report(plan: Plan, verdict: Verdict, before: Mapping[str, int], started: float, clean: Clean = redact) -> None:
     """Writes this node's report, and prints where it is and what the known error in it means. Never raises: whatever is
     wrong with a report (a full disk, a bug), the verdict must be told."""
     try:
         report = make_report(plan, int(verdict.code), verdict.text, before, started)
         # What the culprit's own node knows is more than what another finds in the verdict.
         if verdict.cause or report.names_cause:
-            say(f"cause: {verdict.cause or report.cause}\nfix: {verdict.fix or report.fix}")
+            say(clean(f"cause: {verdict.cause or report.cause}\nfix: {verdict.fix or report.fix}"))
         say(f"report written to {write_report(plan, report)}")
     except Exception as error:
-        say(f"no report: {type(error).__name__}: {error}")
+        say(clean(f"no report: {type(error).__name__}: {error}"))
 
 
 def make_folders(plan: Plan) -> None:
     """What the script finds when it starts: its logs' folder, CHECKPOINT_DIR, HOME. Raises UserError."""
-    for path in filter(None, (plan.log_dir, plan.script.checkpoint_dir, plan.script.home)):
+    home = plan.script.home
+    for path in filter(None, (plan.log_dir, plan.script.checkpoint_dir, home)):
+        make = functools.partial(path.mkdir, parents=True, exist_ok=True)
         try:
-            in_time(functools.partial(path.mkdir, parents=True, exist_ok=True), FILES)
+            in_time(functools.partial(make_home, path) if path == home else make, FILES)
         except TimeoutError:
             raise UserError(f"{path} does not answer within {FILES:.0f} s: is its file server up?") from None
         except OSError as error:
             raise UserError(f"{path} cannot be made: {error.strerror}.") from None
 
 
-def allow_many_files() -> None:
-    """Raises the soft limit of open files as far as it goes: 1,024, Docker's usual one, is less than 1,000 nodes and
-    the data loaders of one node need."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+def make_home(home: Path) -> None:
+    """Of this user alone: what lies there is run. Others make theirs beside it. Raises OSError."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        home.parent.chmod(0o1777)
+    home.mkdir(0o700, exist_ok=True)
+    if (owner := home.lstat().st_uid) != os.geteuid():
+        say(f"warning: HOME={home} belongs to user {owner}, whose compiled code this job would run. Set HOME")
 
 
-async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloaded) -> tuple[Verdict, bool]:
+async def _take_part(node: "Node", token: bytes) -> tuple[Verdict, bool]:
     """The verdict, printed, and whether the stop came from this node's own user."""
-    started, before = time.time(), read_counters()
-    node = Node(plan=plan, folder=folder, preloaded=preloaded, before=before)
+    started, plan, preloaded = time.time(), node.plan, node.preloaded
+    try:
+        facts = await off_loop(lambda: gather(plan), FILES) if plan.nodes.count > 1 else {}
+    except TimeoutError:
+        raise UserError(f"The script's files do not answer within {FILES:.0f} s: is their file server up?") from None
     coordinator = Coordinator(plan, token, say, lambda: down_link(plan.network.interface))
     server = await _listen(plan, coordinator)
     leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
-    progress = Progress(plan, folder, say, lambda: 0 if node.ending else node.engine)
-    state = State(folder, lambda: progress.text)
+    progress = Progress(plan, node.folder, say, lambda: 0 if node.ending else node.engine)
+    state = State(node.folder, lambda: progress.text)
     checkpoints = Checkpoints(plan, token, say)
 
     async def answer(question: str, told: Message) -> Mapping[str, object]:
@@ -157,9 +157,10 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
         dial=dial_inside(coordinator.serve) if leading else _dial(plan),
         answer=answer,
         launch=node.launch,
-        clean=lambda: torchrun.sweep(preloaded.pid),
+        clean=node.sweep,
+        released=node.released,
         progress=lambda: progress.text,
-        stalls=lambda: progress.stalls,
+        stalls=lambda: [replace(stall, at=node.clean(stall.at)) for stall in progress.stalls],
         refresh=progress.renew,
         ended=node.ended,
         explain=node.explain,
@@ -170,7 +171,10 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
     )
     # Whatever this node has before its first round is no progress of that.
     await progress.renew()
-    participant = Participant(plan, token, gather(plan) if plan.nodes.count > 1 else {}, services)
+    with contextlib.suppress(OSError):
+        node.memory = await off_loop(node.measure, ANSWER)
+    facts = {name: node.clean(value) for name, value in facts.items()}
+    participant = Participant(plan, token, facts, services)
     _on_signals(participant.stop)
     keeping = asyncio.ensure_future(state.keep())
     beside = [asyncio.ensure_future(each) for each in (node.reap_orphans(), _watch_traffic(plan))]
@@ -189,7 +193,7 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
             # Why this node's participant left by itself, the coordinator does not know.
             coordinator.conclude(verdict)
         try:
-            await off_loop(lambda: tell_end(plan, verdict, before, started), FILES)
+            await off_loop(lambda: tell_end(node, verdict, started), FILES)
         except OSError:
             say(f"no report: RUN_DIR={plan.script.run_dir} does not answer")
         # The last line is what people read first. Node 0 may stay for a while to tell others.
@@ -215,7 +219,8 @@ async def _take_part(plan: Plan, token: bytes, folder: Path, preloaded: Preloade
 
 async def _watch_traffic(plan: Plan) -> None:
     if traffic.watched(plan):
-        await traffic.watch(plan, say)
+        with contextlib.suppress(OSError):
+            await traffic.watch(plan, say)
 
 
 def down_link(interface: str, root: Path = Path("/")) -> str:
@@ -259,7 +264,13 @@ class Node:
     preloaded: Preloaded
     before: Mapping[str, int]
     """The machine's counters at the start."""
+    clean: Clean
+    """Removes secrets from what is printed here or told to other nodes."""
     last: torchrun.Torchrun | None = None
+    memory: Mapping[int, int] = field(default_factory=dict)
+    """MiB in use of each GPU before the job, where it uses any."""
+    over: threading.Event = field(default_factory=threading.Event)
+    """Of the last torchrun."""
 
     @property
     def engine(self) -> int:
@@ -272,7 +283,7 @@ class Node:
 
     def launch(self, assignment: RoundAssignment) -> torchrun.Torchrun:
         plan = self.plan
-        command = torchrun.command_line(
+        command = command_line(
             plan,
             node_rank=assignment.node_rank,
             nnodes=assignment.nnodes,
@@ -282,11 +293,34 @@ class Node:
         )
         if assignment.round > 1:
             say(f"round {assignment.round}: node rank {assignment.node_rank} of {assignment.nnodes}")
-        environment = torchrun.environment(plan, os.environ, run_id=assignment.run_id)
-        environment |= watched(plan, self.folder)
+        marks, before, self.over = marks_file(self.folder, assignment.run_id), self.last, threading.Event()
+        environ = environment(plan, os.environ, run_id=assignment.run_id) | watched(plan, self.folder)
+        environ[MARKS] = str(marks)
         keep = functools.partial(self._keep, assignment.run_id)
-        self.last = torchrun.Torchrun(command, environment, keep, self.preloaded)
+        self.last = torchrun.Torchrun(command, environ, keep, self.preloaded)
+        if before:
+            tell = functools.partial(self._tell_restart, assignment, debug=environ.get("LOGLEVEL", "") == "DEBUG")
+            watch = functools.partial(follow, before.moments, self.last.moments, marks, self.over, tell)
+            start_thread(watch, "restart")
         return self.last
+
+    def sweep(self) -> int:
+        left = torchrun.sweep(self.preloaded.pid)
+        self.over.set()
+        return left
+
+    async def released(self) -> None:
+        await until_free(self.memory, self.measure, say)
+        if self.last:
+            self.last.moments.ended = time.time()
+
+    def measure(self) -> Mapping[int, int]:
+        return used_memory(environment(self.plan, os.environ, run_id="")) if self.plan.workers.backend == "nccl" else {}
+
+    def _tell_restart(self, assignment: RoundAssignment, parts: Mapping[str, float], *, debug: bool) -> None:
+        keep_restart(self.plan, assignment.run_id, parts)
+        if debug:
+            say(f"round {assignment.round}: {restart_in_words(parts)}")
 
     async def ended(self) -> Sequence[Stall]:
         with contextlib.suppress(OSError, TimeoutError):
@@ -294,9 +328,10 @@ class Node:
         return ()
 
     async def explain(self, run_id: str, failure: Failure) -> Explanation:
+        found = Explanation(words=failure.text)
         with contextlib.suppress(OSError, TimeoutError):
-            return await off_loop(functools.partial(self._examine, run_id, failure), EXAMINE)
-        return Explanation(words=failure.text)
+            found = await off_loop(functools.partial(self._examine, run_id, failure), EXAMINE)
+        return replace(found, **{name: self.clean(text) for name, text in asdict(found).items()})
 
     def _examine(self, run_id: str, failure: Failure) -> Explanation:
         kills = read_counters().get(MEMORY_KILLS, 0) > self.before.get(MEMORY_KILLS, 0)

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from app.host.files import entries, number
 from app.plan import Plan
+from app.supervise.files import off_loop
 
 CHECK_EVERY = 5.0
 ENOUGH = 1 << 30
 """Bytes after which it is clear which way they go: a small model on a few GPUs sends as much in a minute."""
 CHECKS = 720
+READ = 30.0
+"""Seconds for the counters: a driver that hangs must hold up nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +63,14 @@ def alarm(plan: Plan, before: Traffic, now: Traffic) -> str | None:
 
 
 async def watch(plan: Plan, say: Callable[[str], None], root: Path = Path("/")) -> None:
-    """Checks until enough bytes went out, for an hour at most, and says so if they took the wrong way."""
-    before = read_traffic(plan, root)
+    """Checks until enough bytes went out, for an hour at most, and says so if they took the wrong way. Raises OSError
+    where the counters do not answer."""
+    before = await off_loop(lambda: read_traffic(plan, root), READ)
     if before.rdma is None:
         return
     for _ in range(CHECKS):
         await asyncio.sleep(CHECK_EVERY)
-        told = alarm(plan, before, read_traffic(plan, root))
+        told = alarm(plan, before, await off_loop(lambda: read_traffic(plan, root), READ))
         if told is not None:
             if told:
                 say(told)

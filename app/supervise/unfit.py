@@ -29,7 +29,15 @@ async def _tell(settings: Settings, address: str, why: str) -> None:
         # Without it node 0 knows the node by its address.
         rank = settings.node_rank.value if settings.node_rank else -1
         hello = {"run": settings.run_name.value, "job": "training", "unfit": why[:2000], "rank": rank}
-        await introduce(connection, token, hello)
+        await introduce(connection, token, hello, translated=await is_translated(settings, rank, connection.here))
         await connection.closed()
     finally:
         connection.close()
+
+
+async def is_translated(settings: Settings, rank: int, here: str) -> bool:
+    """Whether this node, which has no plan to tell it, is listed under an address that it does not have."""
+    nodes = settings.nodes.value if settings.nodes else ()
+    resolve = asyncio.get_running_loop().getaddrinfo
+    found = await asyncio.gather(*(resolve(node, None) for node in (nodes[rank : rank + 1] if rank >= 0 else nodes)))
+    return here.rpartition(":")[0] not in {str(each[4][0]) for listed in found for each in listed}

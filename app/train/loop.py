@@ -22,7 +22,7 @@ from app.train.checkpoint import Checkpoints, State, agree, disk_owner, gathered
 from app.train.data import Corpus, held_out_batch, load_corpus, training_batch
 from app.train.metrics import Mark, Metrics, Step, mark
 from app.train.model import GPT, adamw, learning_rate, replicate, sample, shard, uses_bf16
-from app.train.settings import Settings, UserError, leave, refuse, say
+from app.train.settings import Settings, UserError, leave, reached, refuse, say
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -49,6 +49,7 @@ class Run:
             UserError: the ranks disagree, or data, folders or checkpoints cannot be used.
         """
         self.settings, self.device = settings, connect(settings)
+        reached("rendezvous")
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         place = f"rank {self.rank} of {self.world}, local rank {os.environ['LOCAL_RANK']}, {node()}"
@@ -79,6 +80,7 @@ class Run:
         self.step = self.position = self.received = 0
         self.question: tuple[Tensor, Any] | None = None
         self._resume()
+        reached("checkpoint load")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
@@ -101,12 +103,14 @@ class Run:
             raise
 
     def _steps(self) -> int:
-        settings, number = self.settings, 0
+        settings, number, first = self.settings, 0, self.step + 1
         if self.world > 2 and not self.sharded:
             self._settle_buckets()
         while self.step < settings.steps and not number:
             self.metrics.trace(self.step + 1)
             self.take_step()
+            if self.step == first:
+                reached("first step")
             number = self.agreed_signal()
             last = number or self.step == settings.steps
             due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0

@@ -47,3 +47,4 @@ def test_with_an_engine_two_compose_stacks_train_with_falling_loss_and_leave_the
     folders = re.findall(r"^node \d: exit code 0; checkpoints and logs in (.+)$", demo.stdout, re.MULTILINE)
     assert len(folders) == 2
     assert all(any(Path(folder, "checkpoints").iterdir()) for folder in folders)
+    assert "cp .env.example .env" in demo.stdout.rpartition("exit code 0")[2]

@@ -37,3 +37,4 @@ def test_without_an_engine_two_native_nodes_train_with_falling_loss_and_say_wher
     folders = re.findall(r"^node \d: exit code 0; checkpoints and logs in (.+)$", demo.stdout, re.MULTILINE)
     assert len(folders) == 2
     assert all(any(Path(folder, "checkpoints").iterdir()) for folder in folders)
+    assert "cp .env.example .env" in demo.stdout.rpartition("exit code 0")[2]

@@ -47,6 +47,7 @@ def run(folder: Path, *arguments: str, through: tuple[str, ...] = ()) -> subproc
         ("NPROC_PER_NODE=many", "NPROC_PER_NODE=many (.env:1) is neither a number of at least 1 nor auto, gpu or cpu."),
         ("NNODES=2", "NNODES=2 (.env:1), but NODE_RANK and MASTER_ADDR are not set"),
         ("this is no setting", ".env:1 is not a line of the form NAME=value"),
+        ("NODES=127.0.0.1\nDATA=a\0b", ".env:2 is not a line of the form NAME=value"),
     ],
 )
 def test_bad_input_ends_with_one_message_and_code_2(lines: str, message: str, tmp_path: Path) -> None:
@@ -75,6 +76,18 @@ def test_a_file_that_the_user_may_not_read_is_refused(tmp_path: Path) -> None:
     done = run(tmp_path, through=LIKE_A_USER)
     assert done.returncode == 2
     assert ".env cannot be read: Permission denied." in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "explain", "doctor", "report", "firewall"])
+def test_a_current_folder_that_was_deleted_is_one_sentence(command: str, tmp_path: Path) -> None:
+    script = 'cd "$1"; rmdir "$1"; shift; exec "$@"'
+    (tmp_path / "gone").mkdir()
+    words = ["bash", "-c", script, "sh", str(tmp_path / "gone"), sys.executable, str(ENTRYPOINT), command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env={"PATH": os.environ["PATH"]})
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "torchrun-compose: The current folder was deleted. Change into the stack's folder again."
+    ]
 
 
 def test_a_misspelt_name_is_a_warning_and_the_training_runs(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 
+from app.engine.command import AGENT
 from app.engine.outcome import Outcome
-from app.engine.torchrun import AGENT, Torchrun
+from app.engine.torchrun import Torchrun
 from tests.native.ports import free_port
 
 ONE_FAILS_THE_OTHER_TAKES_ITS_TIME = """

@@ -36,6 +36,17 @@ def test_every_link_of_a_page_leads_to_a_file_and_to_a_heading_in_it(page: Path)
     assert not broken
 
 
+TASKS = set(re.findall(r"^([a-z][a-z-]*)(?: [a-z -]+)?:", (PROJECT / "Makefile").read_text(), re.MULTILINE))
+TASKS |= {"unit", "native", "cluster"}
+WORKFLOWS = [*(PROJECT / ".github/workflows").glob("*.yml")]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *WORKFLOWS], ids=lambda page: str(page.relative_to(PROJECT)))
+def test_every_make_command_that_a_page_or_workflow_names_is_one(page: Path) -> None:
+    lines = re.findall(r"(?:^|`|run: )make ((?:[a-z][a-z-]*(?: |`|$))+)", page.read_text(), re.MULTILINE)
+    assert not {word for line in lines for word in line.replace("`", " ").split()} - TASKS
+
+
 FOREIGN = {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "NET_RAW", "AF_INET6", "OMPI_COMM_WORLD_RANK"}
 FOREIGN |= {"ROCM_TORCH", "ROCM_INDEX", "CLUSTER_TESTS", "HEALTHY_RUNS", "TORCHRUN_COMPOSE_UPDATE", "NCLL_DEBUG"}
 """Names of the build, of torchrun, of the kernel and of the tests, and a misspelt one as an example."""

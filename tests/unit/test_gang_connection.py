@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from app.gang.connection import (
     MAC,
     MAX_LINE,
+    PATIENCE,
     Connection,
     Message,
     ProtocolError,
@@ -325,3 +327,17 @@ def test_a_peer_that_does_not_read_is_dropped_instead_of_filling_the_memory() ->
         return True
 
     assert asyncio.run(flood())
+
+
+@pytest.mark.parametrize("seconds", [0.5, 8, 800_000 * PATIENCE, 1e15])
+def test_any_heartbeat_timeout_is_a_limit_of_the_kernel(seconds: float) -> None:
+    async def limited() -> int:
+        there, here, server = await pair()
+        async with server:
+            here.give_up_after(seconds)
+            found = here._writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            there.close()
+            here.close()
+        return int(found)
+
+    assert asyncio.run(limited()) == min(seconds * 1000, 2**31 - 1)

@@ -1,6 +1,7 @@
 """Who may take part: other jobs, longer lists, nodes that cannot start, and connections that come to nothing."""
 
 import asyncio
+import contextlib
 import socket
 import time
 from dataclasses import replace
@@ -13,6 +14,8 @@ from app.gang.connection import Connection, ProtocolError, dial
 from app.gang.handshake import introduce
 from app.gang.participant import Participant
 from app.gang.services import NodeServices, RoundAssignment
+from app.supervise import unfit
+from tests.machines.facts import settings_of
 from tests.unit.test_gang_coordinator import Engine, Job, a_plan, lead, running
 
 
@@ -106,6 +109,67 @@ def test_start_timeout_is_one_deadline_whatever_accepts_and_hangs_up_meanwhile()
     lead(a_plan(2), story)
 
 
+@pytest.mark.parametrize("answer", [{}, {"micros": "x", "findings": [{}], "ports": 1, "wrote": 7, "outcomes": {}}])
+def test_answers_that_are_none_cost_a_node_its_place_in_doctor_and_not_node_0_its_life(
+    answer: dict[str, object],
+) -> None:
+    async def node(coordinator: DoctorCoordinator, rank: int) -> None:
+        here, there = socket.socketpair()
+        serving = asyncio.ensure_future(coordinator.serve(*await asyncio.open_connection(sock=there)))
+        connection = Connection(*await asyncio.open_connection(sock=here))
+        hello = {"run": "default", "job": "doctor", "rank": rank, "host": "vm", "instance_id": str(rank), "key": "k"}
+        await introduce(connection, b"", {**hello, "facts": {}, "round": 0, "failures": 0, "progress": ""})
+        with contextlib.suppress(OSError):
+            while True:
+                asked = await connection.receive()
+                if asked["kind"] == "ask":
+                    connection.send("answer", number=asked["number"], **answer)
+        serving.cancel()
+
+    async def story() -> int:
+        coordinator = DoctorCoordinator(a_plan(2), b"", lambda _: None)
+        nodes = [asyncio.ensure_future(node(coordinator, rank)) for rank in (0, 1)]
+        async with asyncio.timeout(30):
+            rows = await coordinator.run()
+        for each in nodes:
+            each.cancel()
+        return len(rows)
+
+    assert asyncio.run(story()) == 2
+
+
+def test_ports_that_are_none_cost_a_node_its_connection_and_not_node_0_its_life() -> None:
+    async def story(job: Job) -> None:
+        first, second = await job.joins(0, nnodes=2), await job.joins(1, nnodes=2)
+        second.ports = [{"port": 1 << 20}]
+        assert (await first.hears("probe"))["targets"] == []
+        async with asyncio.timeout(5):
+            while not second.closed:
+                await asyncio.sleep(0.01)
+        assert not job.leading.done()
+
+    lead(a_plan(2), story)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "rank", "translated"),
+    [
+        (("127.0.0.1", "127.0.0.2"), -1, False),
+        (("127.0.0.1", "localhost"), 1, False),
+        (("127.0.0.1", "192.0.2.7"), 1, True),
+        (("192.0.2.6", "192.0.2.7"), -1, True),
+    ],
+)
+def test_a_node_that_cannot_start_says_whether_its_address_is_translated(
+    nodes: tuple[str, ...], rank: int, *, translated: bool
+) -> None:
+    async def told() -> bool:
+        settings = settings_of({"NODES": ",".join(nodes)})
+        return await unfit.is_translated(settings, rank, "127.0.0.1:4000")
+
+    assert asyncio.run(told()) is translated
+
+
 def test_a_number_out_of_range_ends_one_connection_and_not_node_0() -> None:
     async def story(job: Job) -> None:
         nodes = await running(job)
@@ -120,9 +184,7 @@ def test_a_number_out_of_range_ends_one_connection_and_not_node_0() -> None:
             "cause": "",
             "fix": "",
         }
-        nodes[1].connection.send(
-            "ended", code=1, failures=[{**report, "time": 1 << 45}], finished="", ports=[], progress=""
-        )
+        nodes[1].connection.send("ended", code=1, failures=[{**report, "time": 1 << 45}], finished="", progress="")
         halt = await nodes[0].hears("halt")
         assert "node 1 (10.0.0.2) was lost" in str(halt["text"])
         assert not job.leading.done()

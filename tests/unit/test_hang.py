@@ -198,6 +198,7 @@ def test_what_moves_while_a_round_is_ended_is_no_progress_that_forgets_the_stack
 def test_stacks_are_kept_for_the_report_and_forgotten_when_progress_resumes(plan: Plan, tmp_path: Path) -> None:
     write(tmp_path, stall(1))
     hang.keep_stalls(plan, tmp_path / "ranks")
+    assert all(file.stat().st_mode & 0o077 == 0 for file in plan.stall_dir.iterdir())
     assert "stack" in json.loads((plan.stall_dir / "rank1.json").read_text())
     hang.forget_stalls(plan)
     assert list(plan.stall_dir.iterdir()) == []

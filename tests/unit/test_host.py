@@ -10,7 +10,7 @@ from socket import AF_INET, AF_INET6
 import pytest
 
 from app.host import probe
-from app.host.accelerators.nvidia import nvml_facts, read_gpus
+from app.host.accelerators.nvidia import nvml_facts, nvml_memory, read_gpus
 from app.host.addresses import canonical, parse
 from app.host.files import natural, number, pci_path
 from app.host.limits import read_limits
@@ -248,8 +248,21 @@ class FakeNvml:
         ctypes.cast(count, ctypes.POINTER(ctypes.c_uint))[0] = 2  # type: ignore[arg-type]  # as above
         return 0
 
+    def nvmlDeviceGetHandleByIndex_v2(self, index: int, handle: object) -> int:  # noqa: N802 - NVML's name
+        ctypes.cast(handle, ctypes.POINTER(ctypes.c_void_p))[0] = index + 1  # type: ignore[arg-type]  # as above
+        return 0
+
+    def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, memory: object) -> int:  # noqa: N802 - NVML's name
+        memory[:] = [80 << 30, 49 << 30, (handle.value or 0) << 30]  # type: ignore[index]  # as above
+        return 0
+
     def nvmlShutdown(self) -> int:  # noqa: N802 - NVML's name
         return 0
+
+
+def test_nvml_tells_the_memory_in_use_of_each_gpu() -> None:
+    assert nvml_memory(FakeNvml()) == {0: 1024, 1: 2048}  # type: ignore[arg-type]  # a stand-in for the loaded library
+    assert nvml_memory(FakeNvml(status=9)) == nvml_memory(None) == {}  # type: ignore[arg-type]  # as above
 
 
 def test_nvml_tells_the_cuda_version_and_its_absence_is_fine() -> None:

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.cli.explain import explain
+from app.config.redaction import REMOVED, redact, redact_data, secrets_of, settings_secrets
 from app.engine.outcome import Failure, Outcome
 from app.report.history import keep_round
-from app.report.redaction import REMOVED, redact, redact_data, secrets_of, settings_secrets
 from tests.machines.facts import drafted, settings_of
 
 SECRETS = [
@@ -97,11 +97,10 @@ def test_ordinary_lines_are_left_as_they_are(line: str) -> None:
 def test_values_of_variables_with_a_telling_name_and_the_token_are_secrets(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123\n")
-    found = drafted("laptop", tmp_path / "machine", RUN_DIR=str(tmp_path / "run"))
     settings = settings_of(
         {"CLUSTER_TOKEN_FILE": str(token), "WANDB_API_KEY": "wandb-value", "DB_PASSWORD": "short", "LANG": "C.UTF-8"}
     )
-    secrets = settings_secrets(settings, found.plan)
+    secrets = settings_secrets(settings)
     assert {"0123456789abcdef0123", "wandb-value"} <= {*secrets}
     assert not {"short", "C.UTF-8", str(token)} & {*secrets}
 
@@ -111,9 +110,8 @@ def test_the_end_of_a_private_key_at_the_beginning_of_a_text_is_removed() -> Non
 
 
 def test_a_secret_is_removed_in_every_form_that_it_takes_in_files(tmp_path: Path) -> None:
-    found = drafted("laptop", tmp_path / "machine", RUN_DIR=str(tmp_path / "run"))
     value = "a\"b\\c'd@e-secret"
-    secrets = settings_secrets(settings_of({"DB_PASSWORD": value}), found.plan)
+    secrets = settings_secrets(settings_of({"DB_PASSWORD": value}))
     texts = [json.dumps({"x": value}), repr(value), shlex.quote(value), quote(value, safe=""), value]
     assert not [text for text in texts if "e-secret" in redact(text, secrets)]
 

@@ -13,8 +13,9 @@ import pytest
 from app.cli.report import bundle, main, told
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
+from app.config.redaction import REMOVED
+from app.engine.command import command_line, environment
 from app.engine.outcome import Failure, Outcome
-from app.engine.torchrun import command_line, environment
 from app.gang.verdict import Verdict
 from app.plan import Draft, Plan
 from app.report.history import RoundRecord, keep_round
@@ -28,7 +29,6 @@ from app.report.node_report import (
     summary,
     write_report,
 )
-from app.report.redaction import REMOVED
 from app.supervise.node import tell_report
 from tests.machines.facts import drafted
 
@@ -222,6 +222,7 @@ FULL = NodeReport(
     line="x" * 5000,
     cause="y" * 5000,
     fix="z" * 5000,
+    restarts=({"detection": 0.05, "stop": 0.2},) * 9,
     stalls=("rank0.json", "rank1.json"),
     flight_records=("a", "b"),
     decisions=(),

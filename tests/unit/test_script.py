@@ -1,6 +1,7 @@
 """What people write into TRAIN_SCRIPT, what their scripts say, and the folders they find."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -229,14 +230,18 @@ def test_the_owner_of_what_cannot_be_written_is_seen(tmp_path: Path) -> None:
     assert look_at(Path("/"), str(tmp_path)).owner == ""
 
 
-def test_home_and_caches_of_a_container_lie_below_its_runs_for_each_user() -> None:
-    host = container(VOLUME, packages={"torch": "2.13.0"})
+def test_home_of_a_container_lies_below_its_runs_for_each_user_and_compiled_code_for_each_node_and_image() -> None:
+    host = container(VOLUME, packages={"torch": "2.13.0"}, hostname="gpu-a")
     script = planned(host, RUNS_ROOT="/runs", HOME="/tmp").script
     assert script.home == Path("/runs/.home/1000")
     assert script.env["HOME"] == "/runs/.home/1000"
-    assert script.env["TORCHINDUCTOR_CACHE_DIR"] == "/runs/.home/1000/.cache/inductor"
-    assert script.env["TORCH_EXTENSIONS_DIR"] == "/runs/.home/1000/.cache/torch_extensions/2.13.0"
     assert "USER" in script.env
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+    caches = {str(Path(script.env[name]).parent) for name in names}
+    assert all(each.startswith("/runs/.home/1000/.cache/compiled/gpu-a-") for each in caches)
+    for other in (replace(host, hostname="gpu-b"), replace(host, packages={"torch": "2.14.0"})):
+        caches.add(str(Path(planned(other, RUNS_ROOT="/runs", HOME="/tmp").script.env[names[0]]).parent))
+    assert len(caches) == 3
 
 
 def test_a_home_that_the_user_names_stays_and_so_does_that_of_a_bare_machine() -> None:

@@ -19,6 +19,7 @@ WORDS = {
     "HARDWARE": ("cpu", "nvidia"),
     "BACKEND": ("gloo", "nccl"),
     "PRELOAD": ("torch", "torch,numpy"),
+    "REGROW": ("checkpoint", "failure"),
     "CHECKPOINTS": ("own", "mirror"),
     "MIRROR_LIMIT": ("2GB", "3TB"),
 } | dict.fromkeys(("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1"))
@@ -267,6 +268,7 @@ VALID = {
     "NNODES": ("2", "2"),  # more or fewer than NODES lists are refused
     "NPROC_PER_NODE": ("1", "2"),
     "MIN_NODES": ("1", "2"),
+    "SPARES": ("0", "1"),
     "RUN_NAME": ("a", "b"),
     "HARDWARE": ("cpu", "cpu"),
     "NODE_RANK": ("0", "0"),

@@ -8,7 +8,7 @@ from PIL import ImageColor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from app.train.metrics import Metrics, loss_picture, peak_flops, slow_ranks
-from app.train.model import GPT, Linear, learning_rate, uses_bf16
+from app.train.model import GPT, learning_rate, uses_bf16
 from app.train.settings import Settings
 
 FAST, SLOW, WAITING = (0.01, 0.1, 0.1), (0.01, 0.2, 0.0), (0.0, 0.1, 0.11)
@@ -99,15 +99,6 @@ def test_steps_that_are_done_again_are_in_the_events_once(tmp_path: Path) -> Non
     events.Reload()
     told = [(event.step, event.value) for event in events.Scalars("loss")]
     assert told == [(1, 1.0), (2, 1.0), (3, 3.0), (4, 3.0), (5, 3.0), (6, 3.0)]
-
-
-def test_a_convolution_is_the_same_product_as_a_linear_layer() -> None:
-    layer, x = Linear(24, 40), torch.randn(3, 7, 24, requires_grad=True)
-    ours, theirs = layer(x), torch.nn.functional.linear(x, layer.weight)
-    torch.testing.assert_close(ours, theirs)
-    (ours_grad,) = torch.autograd.grad(ours.square().sum(), layer.weight)
-    (theirs_grad,) = torch.autograd.grad(theirs.square().sum(), layer.weight)
-    torch.testing.assert_close(ours_grad, theirs_grad)
 
 
 def test_no_token_sees_the_future() -> None:

@@ -213,12 +213,13 @@ def test_a_token_file_must_be_there_and_hold_a_token() -> None:
     token = {"CLUSTER_TOKEN_FILE": "/t"}
     wrong = {
         "there is no such file.": Seen(kind="missing"),
-        "it cannot be read by this user.": Seen(kind="unreadable"),
         "this is a folder.": Seen(kind="folder"),
-        "it holds only 3 bytes. Make one with `openssl rand -hex 32 > FILE`": Seen(size=3),
+        "it holds only 3 bytes. Make one with `make token`": Seen(size=3),
     }
     for message, seen in wrong.items():
         assert f"CLUSTER_TOKEN_FILE=/t (environment): {message}" in refused(machine(files={"/t": seen}), **token)
+    told = refused(machine(files={"/t": Seen(kind="unreadable")}, uid=1001), **token)
+    assert "`sudo chown 1001 FILE && sudo chmod 0400 FILE`" in told
     assert planned(machine(files={"/t": Seen(size=SHORTEST_TOKEN)}), **token).token_file == Path("/t")
 
 
@@ -240,7 +241,7 @@ def test_ports_that_need_root_or_may_be_taken_are_warned_about() -> None:
 
 
 def test_fewer_nodes_than_min_nodes_are_refused() -> None:
-    assert "but the job has 1 node. Set at most 1." in refused(CPU_HOST, MIN_NODES="2")
+    assert "but the job trains on 1 node. Set at most 1." in refused(CPU_HOST, MIN_NODES="2")
 
 
 @pytest.mark.parametrize(

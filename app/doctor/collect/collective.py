@@ -17,7 +17,7 @@ from app.doctor.cluster_checks.speed import read_speeds
 from app.doctor.cluster_checks.transport import Collective, carrier, read_nccl
 from app.doctor.facts import Facts
 from app.doctor.protocol import COLLECTIVE
-from app.engine import torchrun
+from app.engine.command import environment
 from app.host import Host
 from app.host.files import entries, number
 from app.known_errors.diagnose import diagnose
@@ -107,7 +107,7 @@ def _below(host: Host, interface: str) -> set[str]:
 
 
 def _environment(plan: Plan, folder: Path, run_id: str) -> dict[str, str]:
-    inherited = torchrun.environment(plan, os.environ, run_id=run_id)
+    inherited = environment(plan, os.environ, run_id=run_id)
     path = inherited.get("PYTHONPATH")
     return {
         **inherited,

@@ -10,8 +10,9 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from app.gang.mirror.manifest import (
     Manifest,
     Version,
     fields,
+    listed,
     number,
     read_version,
     row,
@@ -47,6 +49,8 @@ class State:
     brought: dict[str, Copy] = field(default_factory=dict)
     awaited: dict[str, Copy] = field(default_factory=dict)
     """What was on its way or found no room; written before the first byte of it comes."""
+    peers: frozenset[str] = frozenset()
+    """The disks of the last comparison."""
 
 
 class Disk:
@@ -119,6 +123,7 @@ class Disk:
             previous=previous,
             gone={path: copy for path, copy in state.brought.items() if path not in entries and not left_out},
             awaited=frozenset(state.awaited),
+            peers=state.peers,
             left_out=left_out,
         )
 
@@ -287,6 +292,15 @@ class Disk:
             with contextlib.suppress(OSError), self._parent(self._work, f"{kept}/{path}") as (parent, base):
                 os.unlink(base, dir_fd=parent)
 
+    def set_aside(self, tops: Sequence[str]) -> None:
+        """Moves incomplete entries out of the script's sight, in place of those of the time before. Raises OSError."""
+        shutil.rmtree(self.work / "torn", ignore_errors=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir("torn", dir_fd=self._work)
+        for top in tops:
+            os.rename(safe_path(top), f"torn/{top}", src_dir_fd=self._root, dst_dir_fd=self._work)
+        self.forget([path for path in self.state.brought if path.partition("/")[0] in tops])
+
     def forget_old(self, manifest: Manifest) -> None:
         """Removes generations of what a script has deleted meanwhile; not those of an emptied disk."""
         if manifest.entries and not manifest.left_out:
@@ -358,6 +372,7 @@ class Disk:
         """Raises OSError."""
         told = {
             "disk": self.state.disk,
+            "peers": sorted(self.state.peers),
             **{name: _pack(getattr(self.state, name)) for name in ("brought", "awaited")},
         }
         fd = os.open("state.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644, dir_fd=self._work)
@@ -373,7 +388,8 @@ class Disk:
             with os.fdopen(os.open("state.json", READ, dir_fd=self._work), "rb") as file:
                 told = fields(json.loads(file.read(LARGEST_STATE)))
             brought, awaited = (_unpack(told.get(name)) for name in ("brought", "awaited"))
-            return State(disk=word(told.get("disk")), brought=brought, awaited=awaited)
+            peers = frozenset(word(disk) for disk in listed(told.get("peers", [])))
+            return State(disk=word(told.get("disk")), brought=brought, awaited=awaited, peers=peers)
         except (OSError, ValueError, RecursionError):
             return State(disk=secrets.token_hex(8))
 

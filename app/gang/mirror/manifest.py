@@ -61,6 +61,8 @@ class Manifest:
     """Copies that somebody deleted here."""
     awaited: frozenset[str] = frozenset()
     """What was to come here and has not: a transfer broke off, or found no room. Its absence is nobody's decision."""
+    peers: frozenset[str] = frozenset()
+    """The disks that took part in the last comparison before a round, this one among them."""
     left_out: int = 0
     """Entries that could not be listed, or were too many: what is not listed may be there."""
 
@@ -144,6 +146,7 @@ def pack_manifest(manifest: Manifest) -> dict[str, object]:
         "previous": [pack_entry(entry) for entry in manifest.previous.values()],
         "gone": [[path, copy.version.size, copy.version.mtime_ns, copy.origin] for path, copy in manifest.gone.items()],
         "awaited": sorted(manifest.awaited),
+        "peers": sorted(manifest.peers),
         "left_out": manifest.left_out,
     }
 
@@ -164,6 +167,7 @@ def read_manifest(told: object) -> Manifest:
         previous={entry.path: entry for entry in previous},
         gone=gone,
         awaited=frozenset(safe_path(path) for path in listed(told.get("awaited"))),
+        peers=frozenset(word(disk) for disk in listed(told.get("peers"))),
         left_out=number(told.get("left_out")),
     )
 

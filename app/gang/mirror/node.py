@@ -80,7 +80,8 @@ class MirrorNode:
         if op == "mark":
             return await in_thread(self._mark, ANSWER)
         if op == "close":
-            await in_thread(self._close, ANSWER)
+            disks = frozenset(word(disk) for disk in listed(told.get("disks", [])))
+            await in_thread(lambda: self._close(disks), ANSWER)
             return {}
         if self._disk is None:
             raise ValueError(f"{op} before mark")
@@ -120,9 +121,13 @@ class MirrorNode:
         self._disk.mark(self._nonce)
         return {"nonce": self._nonce, "clock": time.time_ns()}
 
-    def _close(self) -> None:
+    def _close(self, disks: frozenset[str] = frozenset()) -> None:
+        """`disks` are those that were compared before a round."""
         self.stop()
         if self._disk:
+            if disks and disks != self._disk.state.peers:
+                self._disk.state.peers = disks
+                self._disk.write_state()
             self._disk.unmark(self._nonce)
             self._disk.close()
         self._disk = self._fetcher = None
@@ -173,6 +178,8 @@ class MirrorNode:
 
 def carry_out(disk: Disk, orders: Orders, fetcher: Fetcher, rank: int) -> int:
     """Blocks until all is done; the number of copies deleted. Raises OSError where the state cannot be written."""
+    if orders.aside:
+        disk.set_aside(orders.aside)
     disk.adopt(orders.adopt)
     disk.forget(orders.forget)
     for path in orders.owed:
@@ -196,6 +203,7 @@ def pack_orders(orders: Orders) -> dict[str, object]:
     return {
         "delete": [[path, version.size, version.mtime_ns] for path, version in orders.delete],
         "adopt": [list(pair) for pair in orders.adopt],
+        "aside": list(orders.aside),
         "forget": list(orders.forget),
         "owed": list(orders.owed),
         "fetch": [[pack_entry(one.entry), one.source, one.previous, one.compare] for one in orders.fetch],
@@ -213,6 +221,7 @@ def read_orders(value: object) -> Orders:
         adopt=tuple(
             (safe_path(path), word(origin)) for path, origin in (row(item, 2) for item in listed(told.get("adopt")))
         ),
+        aside=tuple(safe_path(path) for path in listed(told.get("aside"))),
         forget=tuple(safe_path(path) for path in listed(told.get("forget"))),
         owed=tuple(safe_path(path) for path in listed(told.get("owed"))),
         fetch=tuple(

@@ -5,6 +5,7 @@ copy follows its origin; what this feature did not bring is never removed; the n
 torn.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ SMALL = 1 << 20
 MOST_SMALL = 1000
 TOGETHER = 60 * 10**9
 """Nanoseconds within which top-level entries are one checkpoint: ranks that each save a file of their own."""
+NUMBER = re.compile(r"\d+")
 KEEP_FREE = 0.05
 """Share of the free disk that stays free."""
 
@@ -41,6 +43,8 @@ class Orders:
     delete: tuple[tuple[str, Version], ...] = ()
     adopt: tuple[tuple[str, str], ...] = ()
     """Copies whose disk is lost, and the disk that is their origin from now on."""
+    aside: tuple[str, ...] = ()
+    """Incomplete top-level folders, to be moved out of the script's sight."""
     forget: tuple[str, ...] = ()
     """Deleted or awaited copies that nobody has any more."""
     owed: tuple[str, ...] = ()
@@ -50,7 +54,7 @@ class Orders:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remark:
-    """Something that people must know. `kind` is restored, torn, over_limit, disk_full, kept_out or differs."""
+    """Something that people must know. `kind` is restored, torn, incomplete, over_limit, disk_full or kept_out."""
 
     kind: str
     path: str = ""
@@ -119,6 +123,10 @@ class _Planner:
                 self.holders[path][rank] = entry
         self.remarks: list[Remark] = []
         self.choices: dict[str, Choice] = {}
+        self.incomplete = self._incomplete()
+        self.aside: dict[int, set[str]] = defaultdict(set)
+        if not second_copy and self._disks_changed():
+            self._set_aside()
         self.deleted = self._deletions()
         self.latest = self._latest_writers()
 
@@ -135,6 +143,40 @@ class _Planner:
         """When it was written, by node 0's clock: a copy has the time of the disk it came from."""
         clock = self.disks.get(entry.origin) if entry.origin else rank
         return entry.version.mtime_ns - (self.offsets.get(clock, 0) if clock is not None else 0)
+
+    def _disks_changed(self) -> bool:
+        """Whether other disks are here than at the last comparison, as far as one of them remembers."""
+        present = {manifest.disk for manifest in self.manifests.values()}
+        return any(manifest.peers and manifest.peers != present for manifest in self.manifests.values())
+
+    def _incomplete(self) -> set[str]:
+        """Numbered folders that lack files which an older one of their kind has, and have none that it lacks."""
+        names: dict[str, set[str]] = defaultdict(set)
+        newest: dict[str, float] = defaultdict(float)
+        for path, holders in self.holders.items():
+            top, _, rest = path.partition("/")
+            if rest and not temporary(top) and NUMBER.search(top):
+                names[top].add(rest)
+                newest[top] = max(newest[top], *(self.at(rank, entry) for rank, entry in holders.items()))
+        kinds: dict[str, list[str]] = defaultdict(list)
+        for top in sorted(names, key=lambda top: (newest[top], top)):
+            kinds[NUMBER.sub("", top)].append(top)
+        return {
+            top
+            for tops in kinds.values()
+            for index, top in enumerate(tops)
+            if any(names[older] > names[top] for older in tops[:index])
+        }
+
+    def _set_aside(self) -> None:
+        """A checkpoint of several nodes lacks what was on a lost disk: a script would choose it, as the newest, and
+        fail, though there is a whole one before it."""
+        for path in [path for path in self.holders if path.partition("/")[0] in self.incomplete]:
+            for rank in self.holders.pop(path):
+                self.aside[rank].add(path.partition("/")[0])
+        for top in sorted(self.incomplete):
+            ranks = tuple(rank for rank, tops in self.aside.items() if top in tops)
+            self.remarks.append(Remark(kind="incomplete", path=top, ranks=ranks))
 
     def _deletions(self) -> dict[int, dict[str, Version]]:
         """Copies whose origin is here and no longer has them.
@@ -251,6 +293,7 @@ class _Planner:
         return Orders(
             delete=delete,
             adopt=self._adopt(rank),
+            aside=tuple(sorted(self.aside[rank])),
             forget=tuple(path for path in (*manifest.gone, *manifest.awaited) if path not in self.holders),
             owed=tuple(item.entry.path for items in wanted.values() for item in items if not item.entry.origin),
             fetch=tuple(fetch),
@@ -262,8 +305,10 @@ class _Planner:
             return tuple(gone)
         # A script may remove the old before it writes the new: while it trains, a copy goes once this node has a newer.
         entries, newest = self.manifests[rank].entries, dict[str, float]()
+        lacking = {path.partition("/")[0] for path, holders in self.holders.items() if rank not in holders}
         for choice in self.choices.values():
-            if rank in choice.holders and not choice.entry.torn and not temporary(choice.entry.top):
+            top = choice.entry.top
+            if not choice.entry.torn and not temporary(top) and top not in lacking | self.incomplete:
                 newest[choice.entry.top] = max(choice.at, newest.get(choice.entry.top, choice.at))
 
         def is_outdated(entry: Entry) -> bool:

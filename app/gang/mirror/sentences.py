@@ -54,6 +54,8 @@ _SENTENCES = {
     "version, kept on {kept}, takes its place on all nodes",
     "torn": "warning: checkpoints: {paths} on {where} is torn (its writer was killed while it saved), and no node has "
     "a whole version. If the script cannot load it, move it away: it resumes from the one before",
+    "incomplete": "warning: checkpoints: {paths} lacks files that an older one has: they were on a disk that is gone. "
+    "It was set aside on {where} (folder torn beside CHECKPOINT_DIR); the job resumes from the one before",
     "over_limit": "warning: checkpoints: {paths} ({size}) was not copied to {where}: more than MIRROR_LIMIT. "
     "Raise MIRROR_LIMIT on all nodes to have it copied",
     "disk_full": "warning: checkpoints: {paths} ({size}) was not copied to {where}: its disk has not enough free room. "

@@ -56,6 +56,7 @@ async def level(nodes: Nodes, bounds: Bounds, *, second_copy: bool = False, rate
     """Brings all CHECKPOINT_DIRs level; whether that changed any. For a `second_copy` only what one node alone has
     goes to one other. With a `rate`, in bytes a second, a training runs meanwhile. Raises OSError if a node is lost;
     any other failure is said, and leaves things as they are."""
+    disks: list[str] = []
     try:
         compared = await _compare(nodes, background=rate > 0)
         if len(compared.manifests) < 2:
@@ -64,6 +65,8 @@ async def level(nodes: Nodes, bounds: Bounds, *, second_copy: bool = False, rate
             lambda: plan_transfers(compared.manifests, compared.offsets, bounds, second_copy=second_copy)
         )
         done = await _carry_out(nodes, plan, rate)
+        if not second_copy:
+            disks = [manifest.disk for manifest in compared.manifests.values()]
         if not rate:
             for sentence in _report(nodes, compared, plan, done, second_copy=second_copy):
                 nodes.say(sentence)
@@ -72,11 +75,11 @@ async def level(nodes: Nodes, bounds: Bounds, *, second_copy: bool = False, rate
         nodes.say(f"warning: checkpoints were not compared: protocol error ({error})")
         return False
     finally:
-        await _close(nodes)
+        await _close(nodes, disks)
 
 
-async def _close(nodes: Nodes) -> None:
-    await _ask_all(nodes, nodes.ranks, "close", {}, quiet=True)
+async def _close(nodes: Nodes, disks: Sequence[str] = ()) -> None:
+    await _ask_all(nodes, nodes.ranks, "close", {"disks": disks} if disks else {}, quiet=True)
 
 
 async def _compare(nodes: Nodes, *, background: bool = False) -> Compared:

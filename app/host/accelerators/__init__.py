@@ -47,6 +47,18 @@ def read_state(root: Path, gpus: Gpus) -> GpuState:
     )
 
 
+def used_memory(environ: Mapping[str, str], root: Path = Path("/")) -> Mapping[int, int]:
+    """MiB in use of each GPU that a process of this environment sees, by index; all where the mask has no numbers.
+    Never raises."""
+    gpus = read_gpus(root)
+    if not gpus.visible:
+        return {}
+    vendor = vendor_of(gpus)
+    mask = next((environ[name] for name in vendor.masks if environ.get(name)), "")
+    chosen = {int(entry) for entry in mask.split(",") if entry.strip().isdecimal()}
+    return {index: used for index, used in vendor.memory(root, gpus).items() if not chosen or index in chosen}
+
+
 def recent_faults(since: float) -> tuple[GpuFault, ...]:
     """What the drivers have logged since a time in seconds after the start of the machine."""
     log = kernel_log()

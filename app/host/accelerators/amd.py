@@ -77,6 +77,10 @@ def state(root: Path, gpus: Gpus) -> LiveState:
     return LiveState(health=tuple(health))
 
 
+def memory(root: Path, gpus: Gpus) -> dict[int, int]:
+    return {each.index: each.used for each in state(root, gpus).health}
+
+
 def read_resets(log: str, since: float) -> tuple[GpuFault, ...]:
     """`amdgpu 0000:c1:00.0: amdgpu: GPU reset begin!`, and those that failed."""
     found = []
@@ -109,5 +113,6 @@ VENDOR = Vendor(
     },
     read=read_gpus,
     state=state,
+    memory=memory,
     faults=read_resets,
 )

@@ -110,5 +110,7 @@ class Vendor:
     """The GPUs of the machine below a root."""
     state: Callable[[Path, Gpus], LiveState]
     """Asks the vendor's tools. Never raises."""
+    memory: Callable[[Path, Gpus], Mapping[int, int]]
+    """MiB in use, by index; without those that tell none. Asked often while a job restarts. Never raises."""
     faults: Callable[[str, float], tuple[GpuFault, ...]]
     """Errors in the kernel's log since a time (seconds since the machine started), each kind once."""
