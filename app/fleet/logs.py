@@ -116,7 +116,9 @@ async def merged(streams: Mapping[Reader, AsyncGenerator[bytes]], hold: float) -
             if all(source.ended and not source.lines for source in sources):
                 break
             try:
-                await asyncio.wait_for(news.wait(), FOLD)
+                # Not wait_for, which up to Python 3.11 may swallow a Ctrl-C.
+                async with asyncio.timeout(FOLD):
+                    await news.wait()
             except TimeoutError:
                 yield []
     finally:

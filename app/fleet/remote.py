@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import shlex
+import signal
 import subprocess
 import tempfile
 import time
@@ -100,7 +101,8 @@ async def run(
     ]
     late = False
     try:
-        await asyncio.wait_for(process.wait(), deadline)
+        async with asyncio.timeout(deadline):
+            await process.wait()
     except TimeoutError:
         late = True
     finally:
@@ -179,8 +181,13 @@ async def stream(host: Host, command: str, ended: Callable[[int], None] = lambda
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            await process.wait()
+                # Not process.terminate(), which may reap the process behind asyncio's back.
+                os.kill(process.pid, signal.SIGTERM)
+        # To asyncio a process runs until its pipe is read to the end.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(10 * DRAIN):
+                await _read(process.stdout, lambda data: None)
+                await process.wait()
 
 
 def remote(command: str) -> str:
