@@ -10,7 +10,7 @@ WORKERS ?= 2
 MINUTES ?= 20
 HARDWARE_KINDS := $(filter-out shell,$(basename $(notdir $(wildcard hardware/*.yaml))))
 
-.PHONY: demo test test-quick smoke token pin-base audit soak lint unit native gpu compat cluster figures bad-days lock clean
+.PHONY: demo test test-quick install smoke token pin-base audit soak lint unit native gpu compat cluster figures bad-days lock clean
 
 demo: .venv/.ready            ## two nodes train on this machine
 	@$(BIN)/python -m demo
@@ -19,6 +19,9 @@ test: lint unit native gpu cluster  ## everything; `CLUSTER_TESTS=skip make test
 
 test-quick: lint unit           ## lint, unit tests, and one job of two nodes on real engines; four minutes
 	$(BIN)/python -m pytest tests/cluster/test_two_nodes.py tests/cluster/test_smoke_gloo.py
+
+install:                      ## `torchrun-compose`, the command for all nodes over ssh, for this user
+	pipx install . || uv tool install .
 
 smoke: .venv/.ready           ## the image built, and two nodes trained, on this user's own engine; no root
 	$(BIN)/python -m pytest tests/smoke
