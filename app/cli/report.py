@@ -35,7 +35,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
     secrets = settings_secrets(settings)
     try:
         if not wanted.bundle:
-            print(redact(told(run_dir), secrets))
+            print(redact(reports(run_dir), secrets))
             return 0
         packed = bundle(run_dir, found, secrets)
     except OSError as error:
@@ -60,7 +60,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.read(arguments)
 
 
-def told(run_dir: Path) -> str:
+def reports(run_dir: Path) -> str:
     """The reports of all nodes whose folder this is, or how their last restarts went. Raises OSError, and UserError
     where there is neither."""
     texts = list[str]()

@@ -77,7 +77,7 @@ def main(control: socket.socket, limit: float, core: list[str], extra: list[str]
     gc.freeze()
     gc.enable()
     tell(control, "ready", time.monotonic() - begun)
-    task = Server(control).serve()
+    task = PreloadServer(control).serve()
     become(task, environ)
     return task
 
@@ -127,7 +127,7 @@ def cuda_in_use() -> bool:
     return bool(cuda and cuda.is_initialized())
 
 
-class Server:
+class PreloadServer:
     """Forks what is asked for over sockets: the launcher's, and one for each agent.
 
     Answers with ["started", pid], ["refused", errno], and ["ended", pid, exit code, time]. When an asker is gone its

@@ -31,7 +31,7 @@ STEP = 0.25
 class Forked:
     """A process that the preloaded one forks, with what this project and torch use of subprocess.Popen."""
 
-    def __init__(self, connection: "Connection") -> None:
+    def __init__(self, connection: "PreloadConnection") -> None:
         self._connection = connection
         self.pid = 0
         """0 until it has begun."""
@@ -70,7 +70,7 @@ class Forked:
                 os.kill(self.pid, number)
 
 
-class Connection:
+class PreloadConnection:
     """One asker's socket to the preloaded process; never blocks but in `pause`."""
 
     def __init__(self, end: socket.socket, hear: Callable[..., None] = lambda *_words: None) -> None:
@@ -175,7 +175,7 @@ class Preloaded:
         self._environ, self._left_out, self._limit = environ, left_out, limit
         self._possible = bool(modules)
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._connection: PreloadConnection | None = None
         self._loading = ""
 
     @property
@@ -183,7 +183,7 @@ class Preloaded:
         """0 where there is none."""
         return self._process.pid if self._process else 0
 
-    def start(self) -> Connection | None:
+    def start(self) -> PreloadConnection | None:
         """What asks it, whether or not it is done with loading; None where there is nothing to ask."""
         if self._connection:
             self._connection.receive()
@@ -216,7 +216,7 @@ class Preloaded:
         self._process = self._connection = None
         self._loading = ""
 
-    def _spawn(self) -> Connection:
+    def _spawn(self) -> PreloadConnection:
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
             modules = [",".join(CORE), ",".join(self._extra)]
@@ -229,7 +229,7 @@ class Preloaded:
             )
         # A death before its first word is that of torch, or of Python itself.
         self._loading = CORE[0]
-        return Connection(here, self._hear)
+        return PreloadConnection(here, self._hear)
 
     def _hear(self, event: str, *details: object) -> None:
         if event == "loading":

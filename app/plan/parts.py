@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Nodes:
+class JobNodes:
     """The nodes of the job as this node sees them."""
 
     rank: int
@@ -82,7 +82,7 @@ class Script:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoints:
+class CheckpointExchange:
     """What of the nodes' checkpoints is exchanged before a round."""
 
     mirror: bool
@@ -105,3 +105,13 @@ class Timeouts:
     """0: never."""
     hang_timeout: float
     """0: never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Monitoring:
+    """Who is told of the job."""
+
+    metrics: tuple[str, int] | None = None
+    """Address and port for Prometheus."""
+    notify: tuple[str, ...] = field(repr=False, default=())
+    """Apprise's addresses: secrets."""

@@ -345,10 +345,12 @@ class Engine:
 
 
 def a_participant(
-    plan: Plan, dial: Callable[[], Awaitable[Connection]], engine: Engine, launched: asyncio.Event
+    plan: Plan, dial: Callable[[], Awaitable[Connection]], engine: Engine | OSError, launched: asyncio.Event
 ) -> Participant:
     def launch(_: RoundAssignment) -> Engine:
         launched.set()
+        if isinstance(engine, OSError):
+            raise engine
         return engine
 
     async def refresh() -> None: ...
@@ -446,6 +448,18 @@ def test_a_torchrun_whose_last_words_are_torn_has_ended_all_the_same() -> None:
         verdict = await part
         assert verdict.code == ExitCode.TRAINING
         assert "half a line" in verdict.text
+
+    lead(a_plan(1, MAX_RESTARTS="0"), story)
+
+
+def test_a_torchrun_that_cannot_be_started_is_this_nodes_failure_and_no_lost_node() -> None:
+    async def story(job: Job) -> None:
+        plan = a_plan(1, MAX_RESTARTS="0")
+        plan = replace(plan, network=replace(plan.network, master_port=free_port()))
+        too_long = OSError(7, "Argument list too long")
+        verdict = await a_participant(plan, job.connect, too_long, asyncio.Event()).take_part()
+        assert verdict.code == ExitCode.TRAINING
+        assert "node 0 (10.0.0.1) - torchrun failed with OSError: [Errno 7] Argument list too long" in verdict.text
 
     lead(a_plan(1, MAX_RESTARTS="0"), story)
 

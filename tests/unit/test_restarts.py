@@ -4,7 +4,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from app.cli.report import told
+from app.cli.report import reports
 from app.engine.outcome import Moments
 from app.report.history import forget_restarts, keep_restart, read_restarts, restart_in_words
 from app.supervise.restarts import follow, parts, read_marks
@@ -61,7 +61,7 @@ def test_report_shows_the_restarts_of_a_job_that_has_not_failed(tmp_path: Path) 
     for seconds in (1.0, 2.0):
         keep_restart(plan, "run", {"fork": seconds})
     assert read_restarts(plan.log_dir) == ({"fork": 1.0}, {"fork": 2.0})
-    assert told(plan.script.run_dir).splitlines() == [
+    assert reports(plan.script.run_dir).splitlines() == [
         "node0: restarted in 1.00 s: fork 1.00",
         "",
         "node0: restarted in 2.00 s: fork 2.00",
