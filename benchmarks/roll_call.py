@@ -30,11 +30,11 @@ from app.gang.mirror.pages import pages
 from app.gang.participant import Participant
 from app.gang.services import NodeServices, RoundAssignment
 from app.plan import Plan
-from app.plan.parts import Checkpoints, LocalWorkers, Network, Nodes, Script, Timeouts
+from app.plan.parts import CheckpointExchange, JobNodes, LocalWorkers, Monitoring, Network, Script, Timeouts
 from app.supervise import node as supervise
 
 SHARE = 250
-"""Nodes of one process: each holds up to 27 sockets at once, and processes have a limit of them."""
+"""JobNodes of one process: each holds up to 27 sockets at once, and processes have a limit of them."""
 PATIENCE = 120.0
 """Seconds. The product's limits are for machines of their own, not for 1,000 nodes on two cores."""
 
@@ -55,7 +55,7 @@ def make_plan(count: int, rank: int, port: int) -> Plan:
     equal = {"NODES": ",".join(nodes), "NNODES": str(count), "torch": "2.13.0", "TRAIN_SCRIPT": "train.py"}
     return Plan(
         run_name="roll-call",
-        nodes=Nodes(rank=rank, addresses=nodes, names=nodes, minimum=count),
+        nodes=JobNodes(rank=rank, addresses=nodes, names=nodes, minimum=count),
         network=Network(
             interface="lo",
             address=nodes[rank],
@@ -68,10 +68,11 @@ def make_plan(count: int, rank: int, port: int) -> Plan:
         script=Script(
             command=("train.py",), run_dir=Path("/nonexistent/run"), checkpoint_dir=Path("/nonexistent/run/checkpoints")
         ),
-        checkpoints=Checkpoints(mirror=False, keep=2, limit=0),
+        checkpoints=CheckpointExchange(mirror=False, keep=2, limit=0),
         timeouts=Timeouts(
             start=PATIENCE, rejoin=PATIENCE, stop_grace=1, heartbeat=PATIENCE, hang_report=0.0, hang_timeout=0.0
         ),
+        monitoring=Monitoring(),
         max_restarts=0,
         stopped_exit_code=143,
         token_file=None,

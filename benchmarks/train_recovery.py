@@ -1,12 +1,12 @@
-"""Seconds from `kill -9` of a rank to the next training step, beside a fresh start's seconds to its first step.
+"""Seconds from `kill -9` of a rank to the next training step: `python -m benchmarks.train_recovery [ROUNDS]`.
 
-    python benchmarks/train_recovery.py
-
-One node, two ranks, the launcher and the training script as shipped; the default model, a checkpoint every 10 steps.
+One node, two ranks, the training script as shipped; the default model, a checkpoint every 10 steps. In turn: plain
+torchrun from its start to the first step; ours from its start to the first step, and from a kill after step 25 to the
+next step; the same with what the script imports besides torch preloaded, too. Then the medians of a restart's parts.
 """
 
-import os
-import platform
+import contextlib
+import json
 import re
 import signal
 import statistics
@@ -14,74 +14,96 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results/train_recovery.md"
+from benchmarks.pairs import PROJECT, environ, ours, settings, tell, torchrun
+
 ROUNDS, DEADLINE = 5, 120.0
-FLAGS = "--steps 100000 --log-every 1 --checkpoint-every 10 --eval-every 0"
+MORE = "torch._dynamo,torch.distributed.checkpoint.state_dict,torch.distributed.fsdp"
+"""What it imports at the latest in its first step: every optimizer of torch has the first of them imported."""
+SCRIPT = ["-m", "app.train", "--steps=100000", "--log-every=1", "--checkpoint-every=10", "--eval-every=0"]
 
 
-def main() -> None:
-    """Measures, prints and writes."""
-    fresh, again = zip(*(one_round() for _ in range(ROUNDS)), strict=True)
-    ratio = statistics.median(again) / statistics.median(fresh)
-    text = f"""# Time to the next step after `kill -9` of a rank
-
-Made by `benchmarks/train_recovery.py` on {platform.machine()}, {os.cpu_count()} cores, Python
-{platform.python_version()}; one node, 2 ranks, {ROUNDS} rounds, wall-clock seconds.
-
-| | median | best | worst |
-|---|---|---|---|
-| fresh start to the first step | {statistics.median(fresh):.1f} | {min(fresh):.1f} | {max(fresh):.1f} |
-| `kill -9` of a rank to the next step | {statistics.median(again):.1f} | {min(again):.1f} | {max(again):.1f} |
-
-Ratio of the medians: {ratio:.2f}.
-"""
-    print(text)
-    RESULTS.write_text(text)
+def main() -> int:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    measured, parts = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    for _ in range(rounds):
+        measured["torchrun"].append(fresh_torchrun())
+        for what, modules in (("ours", "torch"), ("ours, more preloaded", f"torch,{MORE}")):
+            fresh, again, took = fresh_and_killed(modules)
+            measured[what].append(fresh)
+            measured[f"{what}: kill -9 to the next step"].append(again)
+            for part, seconds in took.items() if what == "ours" else ():
+                parts[part].append(seconds)
+    tell(measured, "torchrun")
+    print(", ".join(f"{part} {statistics.median(seconds):.2f}" for part, seconds in parts.items()))
+    return 0
 
 
-def one_round() -> tuple[float, float]:
-    """Seconds of a fresh start, and of a recovery in the same job."""
-    with tempfile.TemporaryDirectory() as folder:
-        environ = os.environ | {"RUNS_ROOT": f"{folder}/runs", "NPROC_PER_NODE": "2", "TRAIN_ARGS": FLAGS}
-        log = Path(folder, "log")
-        with log.open("wb") as output:
-            began = time.monotonic()
-            command = [sys.executable, str(ROOT / "entrypoint.py")]
-            job = subprocess.Popen(command, cwd=folder, env=environ, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            seconds_to_start = wait_for(log, r"step 1/") - began
-            wait_for(log, r"step 25/")
-            killed = time.monotonic()
-            kill_a_rank(job.pid)
-            return seconds_to_start, wait_for(log, r"resumed after step[^\n]*\n(?s:.*?)step \d+/") - killed
-        finally:
-            job.send_signal(signal.SIGTERM)
-            job.wait(DEADLINE)
+def fresh_torchrun() -> float:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        running(torchrun(*SCRIPT), environ() | {"RUN_DIR": name}, name) as (_, seconds, _),
+    ):
+        return seconds
 
 
-def wait_for(log: Path, pattern: str, times: int = 1) -> float:
-    """The time at which the pattern has been said so often. Exits when that takes too long."""
+def fresh_and_killed(modules: str) -> tuple[float, float, dict[str, float]]:
+    """Seconds to the first step, from the kill to the next step, and of the restart's parts."""
+    with (
+        tempfile.TemporaryDirectory() as name,
+        running(ours(*SCRIPT), settings(Path(name), PRELOAD=modules), name) as (log, fresh, pid),
+    ):
+        wait_for(log, r"step 25/")
+        killed = time.monotonic()
+        kill_a_rank(pid)
+        again = wait_for(log, r"resumed after step[^\n]*\n(?s:.*?)step \d+/") - killed
+        kept = Path(name, "default/logs/node0/restarts.jsonl")
+        wait_until(lambda: kept.exists() and kept.read_text().endswith("\n"), str(kept))
+        return fresh, again, json.loads(kept.read_text())["parts"]
+
+
+@contextlib.contextmanager
+def running(command: list[str], env: Mapping[str, str], folder: str) -> Iterator[tuple[Path, float, int]]:
+    """A job in its first step: its log, how long that took, and its process id."""
+    log = Path(folder, "log")
+    with log.open("wb") as output:
+        began = time.monotonic()
+        job = subprocess.Popen(command, cwd=PROJECT, env=env, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield log, wait_for(log, r"step 1/") - began, job.pid
+    finally:
+        job.send_signal(signal.SIGTERM)
+        job.wait(DEADLINE)
+
+
+def wait_for(log: Path, pattern: str) -> float:
+    """The time at which the pattern was first said."""
+    return wait_until(lambda: re.search(pattern, log.read_text(errors="replace")), f"{pattern!r} in {log}")
+
+
+def wait_until(happened: Callable[[], object], what: str) -> float:
+    """The time. Exits when that takes too long."""
     deadline = time.monotonic() + DEADLINE
-    while len(re.findall(pattern, log.read_text(errors="replace"))) < times:
+    while not happened():
         if time.monotonic() > deadline:
-            sys.exit(f"no {pattern!r} within {DEADLINE:g} s:\n{log.read_text()[-4000:]}")
-        time.sleep(0.02)
+            sys.exit(f"no {what} within {DEADLINE:g} s")
+        time.sleep(0.01)
     return time.monotonic()
 
 
 def kill_a_rank(job: int) -> None:
-    """SIGKILL to the worker of local rank 1."""
+    """SIGKILL to the worker of rank 1, which has that in its title."""
     for process in psutil.Process(job).children(recursive=True):
-        if process.environ().get("LOCAL_RANK") == "1":
+        if process.cmdline()[:1] and process.cmdline()[0].startswith("rank1 "):
             process.kill()
             return
     sys.exit("there is no worker to kill")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -64,11 +64,7 @@ def _draw(findings: Findings, folder: Path) -> str:
 def as_json(findings: Findings) -> dict[str, Any]:
     """Everything that was found: sizes in bytes, times in seconds, bandwidths in bytes per second."""
     measures = [
-        {
-            **asdict(measure),
-            "algorithm_bandwidth": measure.algorithm_bandwidth,
-            "bus_bandwidth": measure.bus_bandwidth,
-        }
+        {**asdict(measure), "algorithm_bandwidth": measure.algorithm_bandwidth, "bus_bandwidth": measure.bus_bandwidth}
         for measure in findings.measures
     ]
     slow = [

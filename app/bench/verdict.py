@@ -56,12 +56,7 @@ def _slow_nodes(count: int, pairs: Sequence[PairSpeed], slow: Mapping[Edge, floa
                 rate = median(slow[edge] for edge in edges)
                 found.append(
                     SlowPart(
-                        id="slow-node",
-                        nodes=(node,),
-                        way=way,
-                        bandwidth=rate,
-                        expected=_usual(pairs),
-                        paths=len(edges),
+                        id="slow-node", nodes=(node,), way=way, bandwidth=rate, expected=_usual(pairs), paths=len(edges)
                     )
                 )
                 explained |= edges

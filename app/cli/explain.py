@@ -160,7 +160,7 @@ def _without(found: Draft, secrets: Sequence[str]) -> Draft:
     def sentence(text: str) -> str:
         return clean(text).replace("{", "{{").replace("}", "}}")
 
-    def told(problem: Problem) -> Problem:
+    def cleaned(problem: Problem) -> Problem:
         return replace(
             problem,
             what=sentence(problem.cause),
@@ -181,8 +181,8 @@ def _without(found: Draft, secrets: Sequence[str]) -> Draft:
     return replace(
         found,
         decisions=tuple(decisions),
-        warnings=tuple(map(told, found.warnings)),
-        problems=tuple(map(told, found.problems)),
+        warnings=tuple(map(cleaned, found.warnings)),
+        problems=tuple(map(cleaned, found.problems)),
     )
 
 
@@ -195,6 +195,7 @@ def to_json(found: Draft, secrets: Sequence[str] = ()) -> str:
         plan = asdict(replace(found.plan, decisions=(), warnings=()))
         del plan["decisions"], plan["warnings"]
         plan["script"]["env"] = _public(found.plan)
+        plan["monitoring"]["notify"] = len(found.plan.monitoring.notify)
         plan |= {"equal": dict(found.plan.equal), "world_size": found.plan.world_size}
     content = {
         "plan": plan,

@@ -14,11 +14,14 @@ from app.config.options import Parser
 from app.config.redaction import redact, settings_secrets
 from app.config.settings import read_settings
 from app.plan import Draft, draft, probe_for
+from app.report.history import read_restarts, restart_in_words
 from app.report.node_report import READ_BYTES, stored
 
 TEXTS = ("report/*/report.*", "report/*/stalls/*.json", "logs/*/*.error.json", "logs/*/rounds.jsonl", "logs/*/*/*/*/*")
 RECORDS = "logs/*/flight_recorder_rank_*"
 LARGEST_RECORD = 16 << 20
+SHOWN = 10
+"""Restarts of a node, of a job that has not failed."""
 CLOCKS_DIFFER = 5.0
 """Seconds, of a file server's clock and this node's."""
 
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path | 
     secrets = settings_secrets(settings)
     try:
         if not wanted.bundle:
-            print(redact(told(run_dir), secrets))
+            print(redact(reports(run_dir), secrets))
             return 0
         packed = bundle(run_dir, found, secrets)
     except OSError as error:
@@ -57,9 +60,10 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.read(arguments)
 
 
-def told(run_dir: Path) -> str:
-    """The reports of all nodes whose folder this is. Raises OSError, and UserError where there is none."""
-    texts = []
+def reports(run_dir: Path) -> str:
+    """The reports of all nodes whose folder this is, or how their last restarts went. Raises OSError, and UserError
+    where there is neither."""
+    texts = list[str]()
     for folder in stored(run_dir):
         report = folder / "report.txt"
         texts.append(report.read_text(encoding="utf-8").rstrip())
@@ -68,6 +72,8 @@ def told(run_dir: Path) -> str:
         if (last := max(rounds, default=0.0)) > report.stat().st_mtime + CLOCKS_DIFFER:
             began = datetime.fromtimestamp(last, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
             texts[-1] += f"\nsince then: a round began here at {began} that runs still, was stopped, or was killed"
+    for logs in [] if texts else sorted((run_dir / "logs").glob("node*")):
+        texts += [f"{logs.name}: {restart_in_words(parts)}" for parts in read_restarts(logs)[-SHOWN:]]
     if not texts:
         raise UserError(
             f"{run_dir} holds no report: no job of this run has failed on this node since the last one that ended "

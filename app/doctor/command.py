@@ -17,7 +17,7 @@ from app.config.redaction import redact, settings_secrets
 from app.config.settings import Settings, read_settings
 from app.doctor.collect.live import collect
 from app.doctor.facts import Facts
-from app.doctor.findings import Finding, Row, Severity, Value, from_sentence, red
+from app.doctor.findings import Finding, Row, Value, from_sentence, wrong
 from app.doctor.node_checks import check_node
 from app.doctor.table import WORDS, exit_code, to_json, to_lines, to_table, verdict
 from app.host import probe
@@ -65,19 +65,15 @@ def with_others(facts: Facts, plan: Plan, own: Row, wait: float) -> Sequence[Row
         token = read_token(plan)
         return asyncio.run(stoppable(meet(facts, plan, token, own.findings, say, all_reduce, wait)))
     except UserError as error:
-        return [_with(own, from_sentence("settings-wrong", "settings", Severity.RED, error.message))]
+        return [_with(own, wrong("settings-wrong", sentence=error.message))]
     except NoAnswerError as error:
-        absent = red("coordinator-missing", "present", "{reason}", reason=str(error))
+        absent = wrong("coordinator-missing", reason=str(error))
         node0 = Row(rank=0, address=plan.nodes.addresses[0], findings=(absent,))
         return [node0, own] if own.rank else [_with(own, absent)]
     except OSError as error:
-        text = "This node cannot listen on {address} (MASTER_PORT {master}, CONTROL_PORT {control}): {reason}."
-        values: dict[str, Value] = {
-            "address": plan.network.address,
-            "master": plan.network.master_port,
-            "control": plan.network.control_port,
-        }
-        return [_with(own, red("cannot-listen", "ports", text, "", reason=why(error), **values))]
+        net = plan.network
+        values: dict[str, Value] = {"address": net.address, "master": net.master_port, "control": net.control_port}
+        return [_with(own, wrong("cannot-listen", None, reason=why(error), **values))]
 
 
 async def stoppable(work: Coroutine[None, None, Sequence[Row]]) -> Sequence[Row]:
@@ -138,9 +134,9 @@ def without_secrets(row: Row, facts: Facts) -> Row:
 
 
 def shown(rows: Sequence[Row], *, as_json: bool) -> str:
-    """For people on a terminal, for grep elsewhere, for programs with --json."""
+    """For people on a terminal, or where COLUMNS names a width; for grep elsewhere, for programs with --json."""
     if as_json:
         return to_json(rows)
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
         return to_table(rows, shutil.get_terminal_size().columns, colour="NO_COLOR" not in os.environ)
     return to_lines(rows)

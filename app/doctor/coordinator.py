@@ -14,15 +14,15 @@ from app.doctor.collect.packets import Peer
 from app.doctor.findings import Row
 from app.doctor.protocol import (
     COLLECTIVE,
+    peer_fields,
     read_findings,
     read_node,
     read_outcomes,
     read_peer,
     read_seen,
-    told_peer,
-    told_row,
+    row_fields,
 )
-from app.doctor.results import Measured, Node
+from app.doctor.results import Measured, NodeResults
 from app.gang.connect import Waiting
 from app.gang.connection import Message, integer
 from app.gang.membership import NodeConnection
@@ -86,7 +86,7 @@ class DoctorCoordinator(Session):
             await self._all_reduce()
             rows = judge(self.measured)
             for row in rows:
-                await self._ask_all(dict, self._ranks(), "row", **told_row(row))
+                await self._ask_all(dict, self._ranks(), "row", **row_fields(row))
         finally:
             presence.cancel()
         await self.finish(Verdict(code=ExitCode.DONE, text="doctor is done"))
@@ -114,7 +114,7 @@ class DoctorCoordinator(Session):
         async def introduce(rank: int, hello: Hello) -> None:
             address = self.membership.address(hello)
 
-            def read(answer: Message) -> tuple[Node, Peer]:
+            def read(answer: Message) -> tuple[NodeResults, Peer]:
                 return read_node(answer, hello, address), read_peer(answer, address)
 
             if found := await self.ask_for(read, rank, "results", {}, ANSWER):
@@ -142,7 +142,7 @@ class DoctorCoordinator(Session):
         for rank in asked:
             mtus = {peer: min(self.measured.nodes[one].mtu for one in (rank, peer)) for peer in self._shares[rank]}
             peers = [
-                {**told_peer(peer, self._echoes[peer]), "mtu": mtu}
+                {**peer_fields(peer, self._echoes[peer]), "mtu": mtu}
                 for peer, mtu in mtus.items()
                 if mtu and peer in self.membership and (rank, peer) not in cut
             ]

@@ -6,7 +6,6 @@ from app.doctor.collect.live import LiveFacts
 from app.host import Host
 from app.host.nics import Nic
 from app.plan import Draft, Plan
-from app.plan.decisions import Decision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +24,3 @@ class Facts:
     def nic(self) -> Nic | None:
         """The interface that carries this node's address."""
         return next((nic for nic in self.host.nics if self.plan and nic.name == self.plan.network.interface), None)
-
-    def decision(self, name: str) -> Decision | None:
-        return next((each for each in self.draft.decisions if each.name == name), None)

@@ -1,10 +1,15 @@
-"""What a check found, as data: id, check, severity, values, fix. The sentence is made of them when it is shown."""
+"""What a check found, as data: id, check, severity, values, fix. The sentence is made of them when it is shown; those
+of what is wrong are in findings.toml."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
+from pathlib import Path
 
+from app.config.problems import filled, texts
+
+TEXTS = Path(__file__).parent / "findings.toml"
 Value = str | int | float
 
 
@@ -29,14 +34,14 @@ class Finding:
     """One of CHECKS."""
     severity: Severity
     text: str
-    """The sentence, with `{name}` for each of `values` that it tells."""
+    """The sentence, with `{name}` for each of `values` that it tells; see `app.config.problems.Sentence`."""
     values: Mapping[str, Value] = field(default_factory=dict)
     fix: str = ""
     """A command or setting; "" where the sentence holds it, or where there is nothing to fix."""
 
     @property
     def sentence(self) -> str:
-        return self.text.format_map(self.values)
+        return filled(self.text, self.values)
 
     @property
     def bad(self) -> bool:
@@ -89,12 +94,14 @@ def skipped(check: str, text: str, **values: Value) -> Finding:
     return Finding(id=f"{check}-skipped", check=check, severity=Severity.SKIPPED, text=text, values=values)
 
 
-def yellow(id_: str, check: str, text: str, fix: str = "", **values: Value) -> Finding:
-    return Finding(id=id_, check=check, severity=Severity.YELLOW, text=text, fix=fix, values=values)
-
-
-def red(id_: str, check: str, text: str, fix: str = "", **values: Value) -> Finding:
-    return Finding(id=id_, check=check, severity=Severity.RED, text=text, fix=fix, values=values)
+def wrong(id: str, severity: Severity | None = None, **values: Value) -> Finding:
+    """A finding of findings.toml; with a severity where it is not always as bad, and a `remedy` among its values where
+    the fix is not always the same."""
+    check = next(check for check, entries in texts(TEXTS).items() if id in entries)
+    entry = texts(TEXTS)[check][id]
+    level = severity or Severity(entry["severity"])
+    fix = str(values.pop("remedy", "")) or filled(entry.get("fix", ""), values)
+    return Finding(id=id, check=check, severity=level, text=entry["text"], values=values, fix=fix)
 
 
 def from_sentence(

@@ -12,13 +12,13 @@ from typing import TypeVar
 
 from app.config.exitcodes import ExitCode
 from app.doctor.cluster_checks.speed import judge_speed
-from app.doctor.cluster_checks.transport import Collective, judge_transport
+from app.doctor.cluster_checks.transport import CollectiveCheck, judge_transport
 from app.doctor.collect.live import within
 from app.doctor.collect.packets import PacketEcho, full_size
 from app.doctor.coordinator import DoctorCoordinator
 from app.doctor.facts import Facts
 from app.doctor.findings import Finding, Row, skipped
-from app.doctor.protocol import read_peers, read_row, told_findings
+from app.doctor.protocol import finding_fields, read_peers, read_row
 from app.gang.agreement import gather
 from app.gang.connect import NoAnswerError
 from app.gang.connection import Connection, Message, ProtocolError, dial, dial_inside, integer, items, listen, text
@@ -33,7 +33,7 @@ DISK_PATIENCE = 10.0
 HEARTBEAT = 16.0
 """Seconds: measuring keeps a small machine busy."""
 Done = TypeVar("Done")
-Reduce = Callable[[Facts, Plan, str, int, int], Awaitable[Collective]]
+Reduce = Callable[[Facts, Plan, str, int, int], Awaitable[CollectiveCheck]]
 """Runs this node's part of the all-reduce: (facts, plan, run id, place, number of nodes)."""
 
 
@@ -65,7 +65,7 @@ class DoctorAnswers:
             "interface": plan.network.interface,
             "mtu": (nic.mtu or 0) if nic else 0,
             "transport": plan.network.transport,
-            "findings": told_findings(self.findings),
+            "findings": finding_fields(self.findings),
             "port": self._echo.port,
             "key": self._echo.key,
         }
@@ -148,11 +148,11 @@ class DoctorAnswers:
         try:
             found = await self.reduce(self.facts, self.plan, text(message, "run_id", 64), place, size)
         except OSError as error:
-            found = Collective(failure=f"this node could not start it: {error.strerror or error}.")
+            found = CollectiveCheck(failure=f"this node could not start it: {error.strerror or error}.")
         speed = tuple(judge_speed(found.speeds, place, self.plan.network.interface))
         if size > 1 and not speed:
             speed = (skipped("speed", "not measured, since the all-reduce failed"),)
-        return {"findings": told_findings((*speed, judge_transport(found)))}
+        return {"findings": finding_fields((*speed, judge_transport(found)))}
 
 
 async def meet(

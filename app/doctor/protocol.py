@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from app.doctor.collect.packets import Peer
 from app.doctor.findings import CHECKS, Finding, Row, Severity, from_sentence, to_dict
-from app.doctor.results import Node
+from app.doctor.results import NodeResults
 from app.gang.connection import Message, ProtocolError, integer, items, text
 from app.gang.messages import Hello
 
@@ -12,11 +12,11 @@ COLLECTIVE = 75.0
 """Seconds from the start of torchrun to its end: import of torch, up to 15 steps of pairs, the all-reduces."""
 
 
-def read_node(message: Message | None, hello: Hello, address: str) -> Node:
+def read_node(message: Message | None, hello: Hello, address: str) -> NodeResults:
     """A node from its hello and its results; None for one that was lost before it told them. Raises ProtocolError."""
     if message is None:
         message = {"interface": "", "mtu": 0, "transport": "", "findings": []}
-    return Node(
+    return NodeResults(
         rank=hello.rank,
         address=address,
         host=hello.host,
@@ -34,8 +34,8 @@ def read_row(message: Message) -> Row:
     return Row(rank=rank, address=address, findings=read_findings(message))
 
 
-def told_row(row: Row) -> dict[str, object]:
-    return {"rank": row.rank, "address": row.address, "findings": told_findings(row.findings)}
+def row_fields(row: Row) -> dict[str, object]:
+    return {"rank": row.rank, "address": row.address, "findings": finding_fields(row.findings)}
 
 
 def read_findings(message: Message) -> tuple[Finding, ...]:
@@ -50,7 +50,7 @@ def read_findings(message: Message) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def told_findings(findings: Sequence[Finding]) -> list[dict[str, object]]:
+def finding_fields(findings: Sequence[Finding]) -> list[dict[str, object]]:
     return [to_dict(finding) for finding in findings]
 
 
@@ -80,5 +80,5 @@ def read_peers(message: Message) -> dict[int, Peer]:
     return {integer(one, "rank", 0, 1 << 16): read_peer(one) for one in items(message, "peers", 1 << 10)}
 
 
-def told_peer(rank: int, peer: Peer) -> dict[str, object]:
+def peer_fields(rank: int, peer: Peer) -> dict[str, object]:
     return {"rank": rank, "address": peer.address, "port": peer.port, "key": peer.key}

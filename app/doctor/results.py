@@ -10,7 +10,7 @@ Found = Iterator[tuple[int, Finding]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
+class NodeResults:
     """What a node said of itself when it came."""
 
     rank: int
@@ -33,7 +33,7 @@ class Node:
 class Measured:
     """All that the nodes found out together; node 0 fills it in."""
 
-    nodes: dict[int, Node] = field(default_factory=dict)
+    nodes: dict[int, NodeResults] = field(default_factory=dict)
     listed: tuple[str, ...] = ()
     """Addresses in rank order, "" where unknown."""
     missing: dict[int, str] = field(default_factory=dict)

@@ -21,9 +21,10 @@ def main(arguments: list[str], pipe: int, server: int | None = None) -> int:
     """Runs torchrun's own main; 0, 1, or 128 + the signal that stopped it. `server` is the descriptor of a socket to
     the preloaded process, if this process was forked from it.
 
-    Lines on the pipe: {"event": "closing"} when torchrun begins to end its workers or one has failed, or
-    {"event": "finished"} when all of them have ended with 0; and at the end of those that failed {"event": "failed",
-    "failures": [{"rank", "local_rank", "pid", "exitcode", "text", "time"}]}, first failure first.
+    Lines on the pipe: {"event": "begun", "time"} when all workers run, {"event": "closing", "died"} when torchrun
+    begins to end them or one has failed, or {"event": "finished"} when all of them have ended with 0; and at the end of
+    those that failed {"event": "failed", "failures": [{"rank", "local_rank", "pid", "exitcode", "text", "time"}]},
+    first failure first.
     """
     os.set_inheritable(pipe, False)
     # As `python -P` leaves it, with this project before whatever a user's PYTHONPATH calls `app`.

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic import multiprocessing
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
     RunProcsResult,
@@ -28,11 +29,12 @@ from torch.distributed.elastic.multiprocessing import (
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.multiprocessing.subprocess_handler import handlers
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+from torch.distributed.launcher import api as launcher
 from torch.distributed.run import main as torchrun
 
 from app.engine import torch_private, warm
 from app.engine.output import OwnLines, in_pipes
-from app.engine.warm import Connection
+from app.engine.warm import Forked, PreloadConnection
 
 Tell = Callable[[dict[str, object]], None]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -40,6 +42,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 WORKER = Path(__file__).resolve().with_name("worker.py")
 LONGEST = 4096
 """Characters of an error that are told: the missing keys of a checkpoint may be megabytes."""
+UNTIL_ALL_HAVE_ENDED = 1e7
+"""Seconds for which a node whose ranks are done waits for the others. After torch's 300 it prints a traceback and ends,
+and with node 0 ends the store; who is lost meanwhile or hangs is the launcher's concern."""
 
 
 def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None) -> int:
@@ -49,8 +54,10 @@ def run(arguments: list[str], grace: int | None, tell: Tell, server: int | None)
         context: Any = partial(Workers, signals=signals, grace=grace, tell=tell, own_lines=own_lines)
         # Functions that return what the classes do: they are only called.
         multiprocessing.SubprocessContext = context  # type: ignore[misc]
+        agent: Any = partial(LocalElasticAgent, exit_barrier_timeout=UNTIL_ALL_HAVE_ENDED)
+        launcher.LocalElasticAgent = agent  # type: ignore[attr-defined]
         if server is not None:
-            handler: Any = partial(Handler, preloaded=Connection(socket.socket(fileno=server)))
+            handler: Any = partial(Handler, preloaded=PreloadConnection(socket.socket(fileno=server)))
             handlers.SubprocessHandler = handler  # type: ignore[attr-defined]
     try:
         torchrun(arguments)
@@ -129,8 +136,8 @@ class Signals:
 
 
 class Workers(SubprocessContext):
-    """The workers of one node; tells `{"event": "closing"}` as soon as torch begins to end them or one has failed,
-    which is up to `grace` seconds before it says why."""
+    """The workers of one node; tells when all have begun, and when torch begins to end them or one has failed, which is
+    up to `grace` seconds before it says why."""
 
     def __init__(
         self,
@@ -152,7 +159,11 @@ class Workers(SubprocessContext):
         self._signals, self._grace, self._tell = signals, grace, tell
         outputs = in_pipes(self.stdouts, self.stderrs, rest.get("log_line_prefixes") or {})
         self.stdouts, self.stderrs = (each.paths() for each in outputs)
-        self._tail_logs: Any = outputs
+        if hasattr(self, "_tail_logs"):
+            self._tail_logs: Any = outputs
+        else:
+            # As torch 2.8 has them. Without this the workers' output would be read by nobody.
+            self._stdout_tail, self._stderr_tail = outputs
 
     def _start(self) -> None:
         # torch has just installed its own handlers, before any process that they could hurt.
@@ -164,6 +175,7 @@ class Workers(SubprocessContext):
             for worker in self.subprocess_handlers.values():
                 for end in filter(None, (worker._stdout, worker._stderr)):
                     end.close()
+        self._tell({"event": "begun", "time": time.time()})
 
     def _poll(self) -> RunProcsResult | None:
         with self._signals.held():
@@ -173,9 +185,11 @@ class Workers(SubprocessContext):
             return result
 
     def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
-        if not self._signals.deaf and any(each.proc.poll() != 0 for each in self.subprocess_handlers.values()):
+        processes = [each.proc for each in self.subprocess_handlers.values()]
+        if not self._signals.deaf and any(each.poll() != 0 for each in processes):
             self._signals.deaf = True
-            self._tell({"event": "closing"})
+            died = [each.ended for each in processes if isinstance(each, Forked) and each.poll()]
+            self._tell({"event": "closing", "died": min(died, default=0.0)})
         # torchrun takes --shutdown-timeout from torch 2.12 on; here every torch does.
         super()._close(death_sig, timeout if self._grace is None else self._grace)
 
@@ -183,7 +197,7 @@ class Workers(SubprocessContext):
 class Handler(SubprocessHandler):
     """One worker: forked from the preloaded process if it is a script in this Python, and as torch does it if not."""
 
-    def __init__(self, *args: Any, preloaded: Connection, **rest: Any) -> None:  # noqa: ANN401
+    def __init__(self, *args: Any, preloaded: PreloadConnection, **rest: Any) -> None:  # noqa: ANN401
         self._preloaded = preloaded
         super().__init__(*args, **rest)
 

@@ -45,6 +45,21 @@ class Outcome:
     """All its workers had ended with 0 before it was told to end."""
 
 
+@dataclass(slots=True, kw_only=True)
+class Moments:
+    """When what happened to one torchrun, in seconds since the epoch; 0 for what was not seen."""
+
+    launched: float
+    begun: float = 0.0
+    """All its workers run."""
+    died: float = 0.0
+    """Its first worker that failed."""
+    told: float = 0.0
+    """The launcher knew, or had its workers end because of another node."""
+    ended: float = 0.0
+    """Nothing of it was left."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collective:
     """One that a rank has entered, as torch's flight recorder has it."""

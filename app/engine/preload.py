@@ -1,6 +1,6 @@
 """The process that has torch loaded, once for a job: each round's agent and its workers are forked from it.
 
-    python -u preload.py SOCKET CORE-MODULES MODULES        modules with commas between them
+    python -u preload.py SOCKET LIMIT CORE-MODULES MODULES        seconds; modules with commas between them
 
 It loads the modules, CUDA never among what they may initialise, and then forks whatever warm.py asks for over a socket.
 A forked child becomes what a fresh `python -u worker.py SCRIPT` would be: nothing of this process may show in it. Where
@@ -23,7 +23,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
@@ -53,14 +53,17 @@ class Task:
     """To stay open, besides 0 to 2."""
 
 
-def main(control: socket.socket, core: list[str], extra: list[str]) -> Task:
-    """Loads and serves; returns in forked children only."""
+def main(control: socket.socket, limit: float, core: list[str], extra: list[str]) -> Task:
+    """Loads and serves; returns in forked children only. A module of `extra` that takes longer than `limit` ends this
+    process by SIGALRM, since native code may hold the GIL; the next one is started without that module."""
     begun, environ = time.monotonic(), dict(os.environ)
     # Collecting now would only touch what is to stay; the children share what is frozen.
     gc.disable()
     for name in core + extra:
         tell(control, "loading", name)
-        failed, left_behind = load(name), unfit()
+        with limited(limit if name in extra else 0):
+            failed = load(name)
+        left_behind = unfit()
         if failed or left_behind:
             tell(control, "left out", name, failed or left_behind)
             if name in core:
@@ -68,15 +71,27 @@ def main(control: socket.socket, core: list[str], extra: list[str]) -> Task:
         if left_behind:
             left = ",".join(each for each in extra if each != name)
             os.set_inheritable(control.fileno(), True)
-            again = [sys.executable, "-u", __file__, str(control.fileno()), ",".join(core), left]
+            again = [sys.executable, "-u", __file__, str(control.fileno()), str(limit), ",".join(core), left]
             os.execve(sys.executable, again, environ)  # noqa: S606
     gc.collect()
     gc.freeze()
     gc.enable()
     tell(control, "ready", time.monotonic() - begun)
-    task = Server(control).serve()
+    task = PreloadServer(control).serve()
     become(task, environ)
     return task
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Ends this process by SIGALRM after so many seconds within; 0 for never."""
+    before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def load(name: str) -> str:
@@ -112,11 +127,11 @@ def cuda_in_use() -> bool:
     return bool(cuda and cuda.is_initialized())
 
 
-class Server:
+class PreloadServer:
     """Forks what is asked for over sockets: the launcher's, and one for each agent.
 
-    Answers with ["started", pid], ["refused", errno], and ["ended", pid, exit code]. When an asker is gone its children
-    are killed; when the launcher is, this process ends, and with it (PR_SET_PDEATHSIG) all of its children."""
+    Answers with ["started", pid], ["refused", errno], and ["ended", pid, exit code, time]. When an asker is gone its
+    children are killed; when the launcher is, this process ends, and with it (PR_SET_PDEATHSIG) all of its children."""
 
     def __init__(self, control: socket.socket) -> None:
         self.control = control
@@ -145,7 +160,7 @@ class Server:
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if asker := self.children.pop(ended[0], None):
-                    tell(asker, "ended", ended[0], os.waitstatus_to_exitcode(ended[1]))
+                    tell(asker, "ended", ended[0], os.waitstatus_to_exitcode(ended[1]), time.time())
 
     def _answer(self, asker: socket.socket) -> Task | None:
         """Forks what `asker` asks for; a task in the child alone."""
@@ -315,8 +330,9 @@ if __name__ == "__main__":
     entitle("torchrun-compose: preloaded")
     task = main(
         socket.socket(fileno=int(sys.argv[1])),
-        sys.argv[2].split(","),
-        sys.argv[3].split(",") if sys.argv[3] else [],
+        float(sys.argv[2]),
+        sys.argv[3].split(","),
+        sys.argv[4].split(",") if sys.argv[4] else [],
     )
     # Nothing of this file is on the stack below a script, but this line where it would have one of worker.py.
     if task.kind == WORKER:

@@ -31,6 +31,11 @@ ENGINE = (
         used_for="elastic.py puts its subclass there, which forks workers from the preloaded process",
     ),
     Name(module=f"{ELASTIC}.api", path="TailLog", used_for="elastic.py puts its own into SubprocessContext._tail_logs"),
+    Name(
+        module="torch.distributed.launcher.api",
+        path="LocalElasticAgent",
+        used_for="elastic.py lets it wait for the other nodes as long as they run",
+    ),
     Name(module=f"{ELASTIC}.api", path="DefaultLogsSpecs", used_for="elastic.py: folders in /tmp on a full disk"),
 )
 """Without one of these torchrun runs as torch has it: failures are told late, and workers load torch themselves."""

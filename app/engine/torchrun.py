@@ -1,4 +1,4 @@
-"""The engine as a child process: its command line, its start, how it ends, and that nothing of it stays behind."""
+"""The engine as a child process: its start, how it ends, and that nothing of it stays behind."""
 
 import asyncio
 import contextlib
@@ -7,20 +7,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from app.engine.outcome import Failure, Outcome
+from app.engine.outcome import Failure, Moments, Outcome
 from app.engine.processes import Process, below
 from app.engine.warm import Forked, Preloaded
 from app.known_errors.consequences import is_consequence
-from app.plan import Plan
 
-AGENT = Path(__file__).with_name("agent.py")
-WORKER = Path(__file__).with_name("worker.py")
 PIPE = "TORCHRUN_COMPOSE_PIPE"
 LAUNCHER_WORDS = 3
 """Of `command_line`: the interpreter, -P, and the agent; an agent that is forked needs none of them."""
@@ -29,42 +24,6 @@ KILL_AFTER = 3.0
 SAY_WHY = 8.0
 """Seconds instead of these after a failure: on a busy machine torchrun takes more than five to say what its worker died
 of, and killed before that it would count as the failure itself. The gang waits longer (Round.patience)."""
-
-
-def command_line(
-    plan: Plan, *, node_rank: int, nnodes: int, master_addr: str, master_port: int, run_id: str
-) -> list[str]:
-    """torchrun's own flags, explicit: static rendezvous keeps the ranks ours, and a restart is a new round of the
-    whole gang, never torchrun's own (its in-place restarts read stale addresses)."""
-    return [
-        sys.executable,
-        "-P",
-        str(AGENT),
-        f"--shutdown-timeout={round(plan.timeouts.stop_grace)}",
-        f"--nnodes={nnodes}",
-        f"--nproc-per-node={plan.workers.nproc}",
-        f"--node-rank={node_rank}",
-        f"--master-addr={master_addr}",
-        f"--master-port={master_port}",
-        f"--rdzv-id={run_id}",
-        f"--rdzv-conf=timeout={max(300, round(plan.timeouts.start))}",
-        "--max-restarts=0",
-        f"--log-dir={plan.log_dir}",
-        "--tee=3",
-        str(WORKER),
-        *plan.script.command,
-    ]
-
-
-def environment(plan: Plan, environ: Mapping[str, str], *, run_id: str) -> dict[str, str]:
-    """What torchrun and the workers see: `environ` without the names the plan removes, with those it exports.
-
-    torchrun copies the first failing worker's error, traceback included, to `RUN_ID.error.json`. Without a run id:
-    what is the same in all rounds."""
-    kept = {name: value for name, value in environ.items() if name not in plan.script.removed}
-    prefix = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
-    error_file = {"TORCHELASTIC_ERROR_FILE": str(plan.log_dir / f"{run_id}.error.json")}
-    return {**prefix, **kept, **dict(plan.script.env), **(error_file if run_id else {})}
 
 
 class Torchrun:
@@ -79,6 +38,7 @@ class Torchrun:
     ) -> None:
         """`keep` gets the outcome as soon as there is one."""
         self.command, self.env, self.keep, self.preloaded = command, env, keep, preloaded
+        self.moments = Moments(launched=time.time())
         self.told_to_end = self.killing = self.slow = False
         self._begin()
 
@@ -105,6 +65,9 @@ class Torchrun:
         failures: tuple[Failure, ...] = ()
         closing = told_to_end = killing = finished = False
         async for event in self._events():
+            if event["event"] == "begun":
+                self.moments.begun = event["time"]
+                continue
             if event["event"] == "finished":
                 # A script may end with 0 because it is told to.
                 finished = not self.told_to_end
@@ -113,6 +76,8 @@ class Torchrun:
                 failures = first_cause_first([_failure(fields) for fields in event["failures"]])
             if not closing:
                 closing, told_to_end, killing = True, self.told_to_end, self.killing
+                self.moments.died = event.get("died", 0.0)
+                self.moments.told = self.moments.told or time.time()
                 failing()
         if not closing:
             told_to_end, killing = self.told_to_end, self.killing
@@ -153,6 +118,7 @@ class Torchrun:
         Gently (the user stops the job), torchrun is asked and passes SIGTERM on. Otherwise (another node failed) only
         its workers are: torchrun then still tells if one of them had failed before."""
         self.told_to_end = True
+        self.moments.told = self.moments.told or time.time()
         workers = self._workers()
         if gently and not workers:
             # It may wait for the torchruns of other nodes, deaf to SIGTERM.

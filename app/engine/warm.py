@@ -1,6 +1,5 @@
 """Asks the preloaded process (preload.py) for torchruns and workers: what the launcher and an agent have of it."""
 
-import asyncio
 import contextlib
 import json
 import os
@@ -13,12 +12,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
 
 PRELOAD = Path(__file__).with_name("preload.py")
 CORE = ("torch", "torch.distributed.run")
 """What the agent needs; without one of them nothing starts warm."""
 AGENT, WORKER = b"a", b"w"
 """As in preload.py."""
+LOAD_LIMIT = 120.0
+"""Seconds that a module besides torch may take: the script that imports it itself can then be seen where it hangs."""
 STEP = 0.25
 """Seconds between two looks at whether the other side is still there."""
 
@@ -26,11 +31,13 @@ STEP = 0.25
 class Forked:
     """A process that the preloaded one forks, with what this project and torch use of subprocess.Popen."""
 
-    def __init__(self, connection: "Connection") -> None:
+    def __init__(self, connection: "PreloadConnection") -> None:
         self._connection = connection
         self.pid = 0
         """0 until it has begun."""
         self.returncode: int | None = None
+        self.ended = 0.0
+        """Seconds since the epoch; 0 while that is unknown."""
         self.error: OSError | None = None
         """Why it was not forked."""
 
@@ -63,7 +70,7 @@ class Forked:
                 os.kill(self.pid, number)
 
 
-class Connection:
+class PreloadConnection:
     """One asker's socket to the preloaded process; never blocks but in `pause`."""
 
     def __init__(self, end: socket.socket, hear: Callable[..., None] = lambda *_words: None) -> None:
@@ -111,6 +118,9 @@ class Connection:
 
     def follow(self) -> None:
         """Has the running event loop take in what is said, as long as there is somebody to say it."""
+        # The preloaded process is started before the launcher has this.
+        import asyncio
+
         if not self._loop and not self.closed:
             self._loop = asyncio.get_running_loop()
             self._loop.add_reader(self._socket, self.receive)
@@ -141,9 +151,10 @@ class Connection:
             process.error, process.returncode = OSError(code, os.strerror(code)), 1
         elif event == "ended":
             pid, code = int(str(details[0])), int(str(details[1]))
+            ended = float(str(details[2]))
             # One that was killed before it could say that it had begun.
             process = self._begun.pop(pid) if pid in self._begun else self._asked.popleft()
-            process.pid, process.returncode = pid, code
+            process.pid, process.returncode, process.ended = pid, code, ended
         else:
             self._hear(event, *details)
 
@@ -153,14 +164,18 @@ class Preloaded:
     loaded. To be used from the main thread: it is killed when the thread that started it ends."""
 
     def __init__(
-        self, modules: Sequence[str], environ: Mapping[str, str], left_out: Callable[[str, str], None]
+        self,
+        modules: Sequence[str],
+        environ: Mapping[str, str],
+        left_out: Callable[[str, str], None],
+        limit: float = LOAD_LIMIT,
     ) -> None:
         """`left_out` gets each module that could not be loaded, and why."""
         self._extra = [name for name in modules if name not in CORE]
-        self._environ, self._left_out = environ, left_out
+        self._environ, self._left_out, self._limit = environ, left_out, limit
         self._possible = bool(modules)
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._connection: PreloadConnection | None = None
         self._loading = ""
 
     @property
@@ -168,12 +183,14 @@ class Preloaded:
         """0 where there is none."""
         return self._process.pid if self._process else 0
 
-    def start(self) -> Connection | None:
+    def start(self) -> PreloadConnection | None:
         """What asks it, whether or not it is done with loading; None where there is nothing to ask."""
         if self._connection:
             self._connection.receive()
-            if self._connection.closed and self._loading:
-                self._hear("left out", self._loading, "the process that loaded it died")
+            if self._connection.closed and self._loading and self._process:
+                late = self._process.wait() == -signal.SIGALRM
+                why = f"it was not loaded within {self._limit:g} s" if late else "the process that loaded it died"
+                self._hear("left out", self._loading, why)
             if self._connection.closed:
                 self.stop()
         if not self._connection and self._possible:
@@ -199,12 +216,12 @@ class Preloaded:
         self._process = self._connection = None
         self._loading = ""
 
-    def _spawn(self) -> Connection:
+    def _spawn(self) -> PreloadConnection:
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
-            command = [sys.executable, "-u", str(PRELOAD), str(there.fileno()), ",".join(CORE), ",".join(self._extra)]
+            modules = [",".join(CORE), ",".join(self._extra)]
             self._process = subprocess.Popen(
-                command,
+                [sys.executable, "-u", str(PRELOAD), str(there.fileno()), str(self._limit), *modules],
                 env=self._environ,
                 pass_fds=[there.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -212,7 +229,7 @@ class Preloaded:
             )
         # A death before its first word is that of torch, or of Python itself.
         self._loading = CORE[0]
-        return Connection(here, self._hear)
+        return PreloadConnection(here, self._hear)
 
     def _hear(self, event: str, *details: object) -> None:
         if event == "loading":

@@ -33,6 +33,8 @@ class Connectivity:
 
     ranks: Sequence[int]
     started: float
+    known: frozenset[int] = frozenset()
+    """Nodes that were tried before and have stayed connected since: among themselves they are not tried again."""
     pending: set[int] = field(default_factory=set)
     """Nodes that have not answered."""
     lost: dict[int, tuple[str, float]] = field(default_factory=dict)
@@ -56,7 +58,8 @@ class Connectivity:
 
     def peers(self, rank: int) -> list[int]:
         """Whom the node `rank` dials."""
-        return [self.ranks[other] for other in targets(list(self.ranks).index(rank), len(self.ranks))]
+        peers = [self.ranks[other] for other in targets(list(self.ranks).index(rank), len(self.ranks))]
+        return [peer for peer in peers if not {rank, peer} <= self.known]
 
     def ports_of(self, peer: int) -> int:
         """How many of its ports are dialled: on a large cluster one random one each; on node 0 MASTER_PORT is first."""

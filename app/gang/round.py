@@ -9,7 +9,7 @@ from app.config.exitcodes import ExitCode
 from app.engine.outcome import Stall
 from app.gang.messages import Event, Say
 from app.gang.stalls import describe, is_blocked, is_free
-from app.gang.verdict import JobEnded, NodeFailure, Weight, left_alone, worker_failure
+from app.gang.verdict import THE_JOB, JobEnded, NodeFailure, Weight, left_alone, worker_failure
 
 HALT_GRACE = 2.0
 """Seconds that workers have to end after another node failed; their collectives cannot finish any more."""
@@ -30,7 +30,7 @@ class RoundState:
     hang_timeout: float
     """Seconds without progress until that is a failure; 0 for never."""
     halt: Callable[[str, float, str], None]
-    """Tells all nodes to end: ("failure" or "stop", grace in seconds, reason)."""
+    """Tells all nodes to end: ("failure", "stop" or "grow", grace in seconds, reason)."""
     tell: Say
     """Prints on all nodes."""
     running: set[int] = field(default_factory=set)
@@ -39,6 +39,7 @@ class RoundState:
     halted_at: float = 0.0
     """Monotonic time at which the nodes were told to end; 0 before."""
     failures: list[NodeFailure] = field(default_factory=list)
+    _grown: bool = False
     stopped_by: str = ""
     _first_signs: dict[int, float] = field(default_factory=dict)
     _finished: dict[str, str] = field(default_factory=dict)
@@ -97,6 +98,11 @@ class RoundState:
         return (len(left) < len(each) or self.running < self.names.keys()) and all(is_free(stall) for stall in left)
 
     @property
+    def stands(self) -> bool:
+        """No rank of the job makes progress."""
+        return self._stalled_since > 0
+
+    @property
     def hang(self) -> str:
         """Who waits for whom, as far as the nodes have told."""
         told = describe({self.names[rank]: each for rank, each in sorted(self._stalls.items()) if each})
@@ -105,6 +111,12 @@ class RoundState:
 
     def _after(self, node: str) -> str:
         return f" after {self._finished[node]}" if node in self._finished else ""
+
+    def grow(self, reason: str, now: float) -> None:
+        """Ends the round for another with more nodes, unless it ends already."""
+        if not self.halted_at:
+            self._grown = True
+            self._end("grow", self.stop_grace, reason, now)
 
     def check_hang(self, now: float) -> None:
         """Ends a round without progress for HANG_TIMEOUT. To be called again and again."""
@@ -119,7 +131,7 @@ class RoundState:
             self._end("failure", HALT_GRACE, f"the job hangs (HANG_TIMEOUT={self.hang_timeout:g})", now)
 
     def _hang_failure(self, how: str) -> NodeFailure:
-        return NodeFailure(node="the job", what=f"{how}: {self.hang}", seen=self._stalled_since, abrupt=True)
+        return NodeFailure(node=THE_JOB, what=f"{how}: {self.hang}", seen=self._stalled_since, abrupt=True)
 
     def _remember_hang(self) -> None:
         """What a blocked rank dies of, torch's time-out for one, is a consequence; its stall is withdrawn by then."""
@@ -165,7 +177,10 @@ class RoundState:
         self.running.clear()
 
     def result(self) -> Sequence[NodeFailure]:
-        """What went wrong. Raises JobEnded when all ended well or the user stopped the job."""
+        """What went wrong; nothing where the round ended to let others in. Raises JobEnded when all ended well or the
+        user stopped the job."""
+        if self._grown and not self.stopped_by and all(each.weight == Weight.FOLLOWED for each in self.failures):
+            return []
         if self._codes.keys() == self.names.keys() and not any(self._codes.values()):
             nodes = f"{len(self.names)} nodes" if len(self.names) > 1 else "this node"
             raise JobEnded(ExitCode.DONE, f"done: all workers of {nodes} ended well")

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TypeVar
 
 from app.config.exitcodes import ExitCode
@@ -15,8 +16,8 @@ from app.gang.connect import SAY_AFTER, Waiting
 from app.gang.connection import PATIENCE, Connection, Message, ProtocolError, UntrustedError, integer, text
 from app.gang.connectivity import Connectivity
 from app.gang.handshake import Admission
-from app.gang.membership import Membership, NodeConnection
-from app.gang.messages import LISTEN, Event, Hello, Say, read_event, read_hello, read_ports
+from app.gang.membership import MICRO, Membership, NodeConnection
+from app.gang.messages import LATEST, LISTEN, Event, Hello, Say, read_event, read_hello, read_ports
 from app.gang.verdict import JobEnded, Verdict
 from app.plan import Plan
 
@@ -62,7 +63,7 @@ class Session:
         """Why a node may not take part, or ""."""
         raise NotImplementedError
 
-    def welcome(self, connection: Connection) -> None:
+    def welcome(self, connection: Connection, hello: Hello) -> None:
         """A node has become a member."""
 
     def conclude(self, verdict: Verdict) -> None:
@@ -119,7 +120,7 @@ class Session:
             self.lose(before, "reconnected after its connection dropped")
         connection.give_up_after(PATIENCE * self.plan.timeouts.heartbeat)
         connection.send("joined")
-        self.welcome(connection)
+        self.welcome(connection, hello)
         self._events.put_nowait(Event(rank=hello.rank, kind="joined"))
         return self.membership.add(connection, hello)
 
@@ -154,7 +155,11 @@ class Session:
             waiting = node.answers.pop(integer(said, "number", 0, 1 << 60), None)
             if waiting and not waiting.done():
                 waiting.set_result(said)
-        elif said["kind"] != "beat":
+        elif said["kind"] == "beat":
+            if "at" in said:
+                node.at = integer(said, "at", 0, LATEST)
+                node.trip = integer(said, "trip", -MICRO, LATEST) / MICRO
+        else:
             event = read_event(said, node.hello.rank, self.plan.nodes.count)
             if event.kind == "ended":
                 node.hello = replace(node.hello, progress=text(said, "progress", 200))
@@ -207,11 +212,14 @@ class Session:
                 self.lose(node, f"protocol error: {error}")
             return None
 
-    async def roll_call(self, waiting: Waiting, settled: Callable[[], bool]) -> None:
-        """Waits until all nodes are here, the time is over, or it is `settled` that waiting for the rest is no use."""
+    async def roll_call(
+        self, waiting: Waiting, settled: Callable[[], bool], enough: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Waits until all nodes are here or `enough` of them, the time is over, or it is `settled` that waiting for the
+        rest is no use."""
         probing = asyncio.create_task(self._probe_missing())
         try:
-            while self.membership.missing() and not waiting.over:
+            while self.membership.missing() and not waiting.over and not enough():
                 waiting.tell(self._whom)
                 await self.rest(min(waiting.until, time.monotonic() + 0.5))
                 if settled():
@@ -237,13 +245,17 @@ class Session:
             self.membership.absent.update(zip(asked, reasons, strict=True))
             self.membership.absent.update({rank: known[rank] for rank in missing if rank in known})
 
-    async def connectivity(self) -> Connectivity:
-        """Lets every node dial its share of the others, and waits for what they found."""
+    async def connectivity(self, proven: Mapping[int, NodeConnection] = MappingProxyType({})) -> Connectivity:
+        """Lets every node dial its share of the others, and waits for what they found. Those of `proven` that are still
+        connected as they were do not dial each other."""
         nodes = self.membership.all()
+        known = frozenset(rank for rank, node in nodes.items() if proven.get(rank) is node)
+        state = Connectivity(ranks=list(nodes), started=time.monotonic(), known=known)
         # A node alone is dialled by nobody.
-        ports = await asyncio.gather(*(self._ports(rank) for rank in nodes if len(nodes) > 1))
-        listening = dict(zip(nodes, ports, strict=False))
-        state = Connectivity(ranks=list(nodes), started=time.monotonic())
+        dialled = [*{peer: None for rank in nodes for peer in state.peers(rank)}]
+        ports = await asyncio.gather(*(self._ports(rank) for rank in dialled))
+        listening = dict(zip(dialled, ports, strict=True))
+        state.started = time.monotonic()
         for rank, node in nodes.items():
             found = [
                 {"rank": peer, "address": self.membership.address(hello), "port": port, "key": hello.key}
@@ -311,15 +323,16 @@ class Session:
             late, looked = now - looked > 2.0, now
             if now >= beaten + self.membership.interval:
                 beaten = now
-                self.membership.broadcast("beat")
+                for node in self.membership.all().values():
+                    node.connection.send("beat", **node.echo(now))
             # Whoever stood still itself (SIGSTOP, a machine that slept) has heard nobody, and reads first.
             for node in [] if late else self.membership.silent():
                 why = f"no heartbeat for {self.plan.timeouts.heartbeat:g} s (machine down, or its link is cut)"
                 self.lose(node, why, silent=True)
 
-    def tell(self, what: str) -> None:
-        """Prints on all nodes that are here, node 0 included."""
-        self.membership.broadcast("news", text=what)
+    def tell(self, what: str, event: str = "", cause: str = "") -> None:
+        """Prints on all nodes that are here, node 0 included. An `event` is that of a JobEvent."""
+        self.membership.broadcast("news", text=what, **({"event": event, "cause": cause} if event else {}))
 
 
 def _told(verdict: Verdict) -> dict[str, object]:

@@ -12,7 +12,7 @@ SAME_DATA = ("all_reduce", "allreduce", "broadcast", "reduce", "barrier", "all_g
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entered:
     """One rank and the collective of a group that it has entered."""
 
     stall: Stall
@@ -51,19 +51,19 @@ def _mismatch(stalls: Sequence[Stall]) -> str:
     return ""
 
 
-def _split(entries: Sequence[Entry], *, by_name: bool) -> list[list[Entry]]:
-    found: dict[str, list[Entry]] = {}
+def _split(entries: Sequence[Entered], *, by_name: bool) -> list[list[Entered]]:
+    found: dict[str, list[Entered]] = {}
     for entry in entries:
         found.setdefault(entry.collective.name if by_name else entry.collective.data, []).append(entry)
     return list(found.values())
 
 
-def _by_number(stalls: Sequence[Stall]) -> dict[tuple[str, int], list[Entry]]:
+def _by_number(stalls: Sequence[Stall]) -> dict[tuple[str, int], list[Entered]]:
     """Who has entered which collective, the oldest first."""
-    found: dict[tuple[str, int], list[Entry]] = {}
+    found: dict[tuple[str, int], list[Entered]] = {}
     for stall in stalls:
         for one in stall.entered:
-            found.setdefault((one.group, one.sequence), []).append(Entry(stall=stall, collective=one))
+            found.setdefault((one.group, one.sequence), []).append(Entered(stall=stall, collective=one))
     return {key: found[key] for key in sorted(found, key=lambda key: key[1])}
 
 
@@ -160,7 +160,7 @@ def _few(told: Sequence[str]) -> str:
     return "; ".join(told[:NAMED]) + (f"; and {len(told) - NAMED} more" if len(told) > NAMED else "")
 
 
-def _ranks(entries: Sequence[Entry]) -> str:
+def _ranks(entries: Sequence[Entered]) -> str:
     return _stalled([entry.stall for entry in entries])
 
 

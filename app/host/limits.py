@@ -19,7 +19,6 @@ CAP_IPC_LOCK = 14
 class Limits:
     cpus: int = 1
     """CPUs that this process may use, by affinity and by the control group's quota, whichever is less."""
-    machine_cpus: int = 1
     memory: int | None = None
     """Bytes; None is unlimited."""
     memlock: int | None = None
@@ -40,7 +39,6 @@ def read_limits(root: Path) -> Limits:
     limits = text(root / "proc/self/limits") or ""
     return Limits(
         cpus=cpus,
-        machine_cpus=allowed,
         memory=_memory(root),
         memlock=_limit(limits, "Max locked memory", 0),
         may_lock=bool(int(_line(status, "CapEff") or "0", 16) >> CAP_IPC_LOCK & 1),

@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.host.addresses import parse
 from app.host.files import entries, number, pci_path, text
 
 AMAZON = 0x1D0F
@@ -24,11 +23,6 @@ class Gid:
     kind: str
     """`IB/RoCE v1` or `RoCE v2`; empty on InfiniBand."""
     netdev: str
-
-    @property
-    def ipv4(self) -> str | None:
-        address = parse(self.text)
-        return None if address is None or address.version != 4 else str(address)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

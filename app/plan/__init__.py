@@ -13,10 +13,11 @@ from app.plan.consistency import must_be_equal
 from app.plan.decisions import Decision, Ledger
 from app.plan.env_warnings import warn_costs, warn_elsewhere, warn_typos
 from app.plan.exports import Exports, common_exports, environment, keep_others, removals
+from app.plan.monitoring import decide_monitoring
 from app.plan.network import decide_interface
 from app.plan.node_list import NodeList, names_to_resolve
 from app.plan.nodes import decide_listed
-from app.plan.parts import Checkpoints, LocalWorkers, Network, Nodes, Script, Timeouts
+from app.plan.parts import CheckpointExchange, JobNodes, LocalWorkers, Monitoring, Network, Script, Timeouts
 from app.plan.ports import Ports, decide_ports
 from app.plan.rdma import decide_rdma
 from app.plan.resource_checks import check_needs
@@ -40,12 +41,13 @@ class Plan:
     """Everything that a launch on this node uses."""
 
     run_name: str
-    nodes: Nodes
+    nodes: JobNodes
     network: Network
     workers: LocalWorkers
     script: Script
-    checkpoints: Checkpoints
+    checkpoints: CheckpointExchange
     timeouts: Timeouts
+    monitoring: Monitoring
     max_restarts: int
     stopped_exit_code: int
     token_file: Path | None
@@ -56,7 +58,7 @@ class Plan:
 
     @property
     def world_size(self) -> int:
-        return self.nodes.count * self.workers.nproc
+        return self.nodes.training * self.workers.nproc
 
     @property
     def log_dir(self) -> Path:
@@ -79,6 +81,8 @@ class Draft:
     """What could be decided, also where something is wrong: what `explain` shows."""
 
     plan: Plan | None
+    rank: int | None = None
+    """Of this node, where it could be decided."""
     run_dir: Path
     problems: tuple[Problem, ...]
     decisions: tuple[Decision, ...]
@@ -121,22 +125,24 @@ def draft(settings: Settings, host: Host) -> Draft:
     checkpoints = decide_checkpoints(settings, size or 1, ledger)
     timeouts = decide_timeouts(settings, host, ledger)
     minimum = decide_minimum(settings, size, ledger)
+    monitoring = decide_monitoring(settings, ledger)
     warn_costs(settings, host, ledger)
     plan = None
     if nodes is not None:
         warn_script(script, settings, host, len(nodes.addresses), ledger)
         warn_elsewhere(settings, host, nodes, workers.backend, ledger)
-        _show_command(nodes, workers, ports, script, ledger)
+        _show_command(nodes, settings.spares.value, workers, ports, script, ledger)
     warn_typos(settings, ledger)
     if nodes is not None and not ledger.problems:
         plan = Plan(
             run_name=settings.run_name.value,
-            nodes=_nodes(nodes, minimum),
+            nodes=_nodes(nodes, minimum, settings),
             network=_network(nodes, ports, transport, rdma_ports),
             workers=workers,
             script=script,
             checkpoints=checkpoints,
             timeouts=timeouts,
+            monitoring=monitoring,
             max_restarts=settings.max_restarts.value,
             stopped_exit_code=settings.stopped_exit_code.value,
             token_file=token_file,
@@ -144,13 +150,10 @@ def draft(settings: Settings, host: Host) -> Draft:
             decisions=tuple(ledger.decisions),
             warnings=tuple(ledger.warnings),
         )
-    return _draft(plan, script.run_dir, ledger)
-
-
-def _draft(plan: Plan | None, run_dir: Path, ledger: Ledger) -> Draft:
     return Draft(
         plan=plan,
-        run_dir=run_dir,
+        rank=None if nodes is None else nodes.rank,
+        run_dir=script.run_dir,
         problems=tuple(ledger.problems),
         decisions=tuple(ledger.decisions),
         warnings=tuple(ledger.warnings),
@@ -172,13 +175,15 @@ def _decide_nodes(settings: Settings, host: Host, ledger: Ledger) -> NodeList | 
     return decide_classic(settings, host, ledger)
 
 
-def _nodes(nodes: NodeList, minimum: int) -> Nodes:
-    return Nodes(
+def _nodes(nodes: NodeList, minimum: int, settings: Settings) -> JobNodes:
+    return JobNodes(
         rank=nodes.rank,
         rank_source=nodes.rank_source,
         addresses=nodes.addresses,
         names=nodes.names,
         minimum=minimum,
+        spares=settings.spares.value,
+        regrow=settings.regrow.value == "checkpoint",
     )
 
 
@@ -194,12 +199,18 @@ def _network(nodes: NodeList, ports: Ports, transport: str, rdma_ports: tuple[st
     )
 
 
-def _show_command(nodes: NodeList, workers: LocalWorkers, ports: Ports, script: Script, ledger: Ledger) -> None:
-    nnodes, nproc = len(nodes.addresses), workers.nproc
+def _show_command(
+    nodes: NodeList, spares: int, workers: LocalWorkers, ports: Ports, script: Script, ledger: Ledger
+) -> None:
+    nnodes, nproc = len(nodes.addresses) - spares, workers.nproc
     first = nodes.rank * nproc
-    here = f"rank {first} is" if nproc == 1 else f"ranks {first} to {first + nproc - 1} are"
-    product = f"{count(nnodes, 'node')} x {count(nproc, 'process', 'processes')}; {here} on this node"
+    here = f"rank {first} is on this node" if nproc == 1 else f"ranks {first} to {first + nproc - 1} are on this node"
+    if nodes.rank >= nnodes:
+        here = "this node is a spare"
+    product = f"{count(nnodes, 'node')} x {count(nproc, 'process', 'processes')}; {here}"
     ledger.decide("gpus", "world size", nnodes * nproc, "derived", product)
+    if nodes.rank >= nnodes:
+        return
     words = [
         f"--nnodes={nnodes}",
         f"--nproc-per-node={nproc}",

@@ -2,10 +2,10 @@
 
 from app.config.settings import Settings
 from app.plan.decisions import Ledger
-from app.plan.parts import Checkpoints
+from app.plan.parts import CheckpointExchange
 
 
-def decide_checkpoints(settings: Settings, nodes: int, ledger: Ledger) -> Checkpoints:
+def decide_checkpoints(settings: Settings, nodes: int, ledger: Ledger) -> CheckpointExchange:
     """Records how checkpoints are exchanged; on one node nothing is."""
     wanted = settings.checkpoints
     level = wanted.value == "mirror"
@@ -18,4 +18,6 @@ def decide_checkpoints(settings: Settings, nodes: int, ledger: Ledger) -> Checkp
     ):
         if settings.is_set(value.name):
             ledger.take("script", value, reason)
-    return Checkpoints(mirror=level and nodes > 1, keep=settings.mirror_keep.value, limit=settings.mirror_limit.value)
+    return CheckpointExchange(
+        mirror=level and nodes > 1, keep=settings.mirror_keep.value, limit=settings.mirror_limit.value
+    )

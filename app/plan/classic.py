@@ -1,4 +1,4 @@
-"""Nodes without a list: one node alone, the classic variables (NNODES, NODE_RANK, MASTER_ADDR), or a scheduler."""
+"""JobNodes without a list: one node alone, the classic variables (NNODES, NODE_RANK, MASTER_ADDR), or a scheduler."""
 
 from typing import Any
 

@@ -51,8 +51,8 @@ class Ledger:
 
     def refuse(self, id: str, *, setting: str = "", details: tuple[str, ...] = (), **values: object) -> None:
         """Something that keeps the plan from being made: a problem of app/config/problems.toml."""
-        told: dict[str, Any] = values
-        self.problems.append(problem(id, "error", setting=setting, details=details, **told))
+        named: dict[str, Any] = values
+        self.problems.append(problem(id, "error", setting=setting, details=details, **named))
 
     def warn(
         self,
@@ -64,5 +64,5 @@ class Ledger:
         **values: object,
     ) -> None:
         """Something that the job starts with, at a cost."""
-        told: dict[str, Any] = values
-        self.warnings.append(problem(id, severity, setting=setting, details=details, **told))
+        named: dict[str, Any] = values
+        self.warnings.append(problem(id, severity, setting=setting, details=details, **named))

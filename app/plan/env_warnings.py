@@ -7,6 +7,7 @@ from app.config.settings import Settings
 from app.config.values import Value
 from app.host import Host
 from app.host.addresses import is_link_local, parse
+from app.host.nccl_names import matching
 from app.host.nics import Nic, routed_by
 from app.plan.decisions import Ledger
 from app.plan.local import Own
@@ -149,27 +150,6 @@ def _check_nccl_interface(value: Value[str] | None, host: Host, ledger: Ledger) 
     names = [nic.name for nic in host.nics]
     if value is not None and names and not matching(value.text, names):
         ledger.warn("network.no-such-interface", "severe", given=value, gloo=False, missing=value.text, names=names)
-
-
-def matching(pattern: str, names: list[str]) -> list[str]:
-    """What NCCL's list `[^][=]name[:port],...` selects: prefixes, exact names after =, all others after ^.
-
-    Names are interfaces, or RDMA ports as `device:port`. Source: parseStringList and matchIfList in
-    nccl/src/misc/utils.cc.
-    """
-    excluded = pattern.startswith("^")
-    rest = pattern.removeprefix("^")
-    exact = rest.startswith("=")
-    entries = [entry.partition(":") for entry in rest.removeprefix("=").split(",") if entry]
-
-    def hit(name: str) -> bool:
-        device, _, port = name.partition(":")
-        return not entries or any(
-            (device == wanted if exact else device.startswith(wanted)) and (not port or not at or at == port)
-            for wanted, _, at in entries
-        )
-
-    return [name for name in names if hit(name) != excluded]
 
 
 def _check_rdma_unused(settings: Settings, host: Host, ledger: Ledger) -> None:

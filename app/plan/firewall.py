@@ -3,14 +3,14 @@
 import ipaddress
 from collections.abc import Sequence
 
-from app.plan.parts import Network, Nodes
+from app.plan.parts import JobNodes, Network
 
 TABLE = "torchrun_compose"
 ANY_PORTS = (32768, 60999)
 """What Linux hands out where /proc does not tell (net.ipv4.ip_local_port_range)."""
 
 
-def ruleset(nodes: Nodes, network: Network, ephemeral_ports: tuple[int, int] | None) -> str:
+def ruleset(nodes: JobNodes, network: Network, ephemeral_ports: tuple[int, int] | None) -> str:
     """A file for `nft -f`, the same on every node but for its port range; loading it again replaces it.
 
     Only TCP ports on which a job listens are closed: the store, CONTROL_PORT, and the range from which Gloo, NCCL and

@@ -1,7 +1,9 @@
 """Which addresses are this machine's own, and which of them it uses towards the other nodes."""
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
+from app.config.table import columns
 from app.host import Host
 from app.host.addresses import family, is_link_local, is_loopback, parse
 from app.host.nics import Nic, routed_by
@@ -71,10 +73,6 @@ def listing(host: Host, nodes: tuple[str, ...]) -> tuple[str, ...]:
         for address in nic.addresses
         if (nic.kind != "loopback" or loopback) and not is_link_local(address.text)
     ] or ["no address at all"]
-    left = [f"{rank} {node}" for rank, node in enumerate(nodes)]
-    width = max(len("NODES"), *(len(text) for text in left)) + 4
-    height = max(len(left), len(mine))
-    left += [""] * (height - len(left))
-    mine += [""] * (height - len(mine))
-    rows = [("NODES", "this machine"), *zip(left, mine, strict=True)]
-    return tuple(f"    {first:<{width}}{second}".rstrip() for first, second in rows)
+    listed = [f"{rank} {node}  " for rank, node in enumerate(nodes)]
+    rows = [("NODES", "this machine"), *zip_longest(listed, mine, fillvalue="")]
+    return tuple(f"    {line}" for line in columns(rows))

@@ -1,4 +1,4 @@
-"""Nodes from a list: which entry of NODES this machine is, by its addresses or by NODE_RANK."""
+"""JobNodes from a list: which entry of NODES this machine is, by its addresses or by NODE_RANK."""
 
 from app.config.problems import count
 from app.config.settings import Settings, refused
@@ -13,7 +13,7 @@ Written = Value[tuple[str, ...]]
 
 
 def decide_listed(written: Written, settings: Settings, host: Host, ledger: Ledger) -> NodeList | None:
-    """Nodes, rank and this node's own address; None with a problem in the ledger if they cannot be known."""
+    """JobNodes, rank and this node's own address; None with a problem in the ledger if they cannot be known."""
     names = written.value
     before = len(ledger.problems)
     _check_entries(written, host, ledger)
@@ -128,7 +128,15 @@ def _rank(nodes: tuple[str, ...], written: Written, settings: Settings, host: Ho
         ledger.decide("rank", "NODE_RANK", rank, "detected", reason)
         return rank
     ledger.refuse(
-        "rank.several-match" if matches else "rank.none-matches",
+        "rank.several-match"
+        if matches
+        else "rank.inside-wsl"
+        if host.inside == "wsl"
+        else "rank.inside-desktop"
+        if host.inside == "desktop"
+        else "rank.inside-rootless"
+        if host.inside == "rootless"
+        else "rank.none-matches",
         details=listing(host, nodes),
         given=written,
         number=len(matches),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Nodes:
+class JobNodes:
     """The nodes of the job as this node sees them."""
 
     rank: int
@@ -19,10 +19,19 @@ class Nodes:
     """The same nodes as the user wrote them."""
     minimum: int
     """The fewest nodes with which a restart may go on."""
+    spares: int = 0
+    """How many of the nodes wait while the others train."""
+    regrow: bool = True
+    """A round with too few nodes ends at its next checkpoint when another node has come."""
 
     @property
     def count(self) -> int:
         return len(self.addresses)
+
+    @property
+    def training(self) -> int:
+        """How many nodes train."""
+        return self.count - self.spares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +82,7 @@ class Script:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoints:
+class CheckpointExchange:
     """What of the nodes' checkpoints is exchanged before a round."""
 
     mirror: bool
@@ -96,3 +105,13 @@ class Timeouts:
     """0: never."""
     hang_timeout: float
     """0: never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Monitoring:
+    """Who is told of the job."""
+
+    metrics: tuple[str, int] | None = None
+    """Address and port for Prometheus."""
+    notify: tuple[str, ...] = field(repr=False, default=())
+    """Apprise's addresses: secrets."""

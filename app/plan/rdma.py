@@ -7,10 +7,10 @@ from app.config.problems import count
 from app.config.values import Value
 from app.host import Host
 from app.host.addresses import is_link_local
+from app.host.nccl_names import matching
 from app.host.nics import Nic
 from app.host.rdma import RdmaPort
 from app.plan.decisions import Ledger
-from app.plan.env_warnings import matching
 from app.plan.exports import Exports
 from app.plan.gid import decide_gid
 from app.plan.local import Own
@@ -32,7 +32,7 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class PortChoice:
     """What NCCL will make of this machine's ports."""
 
     fit: tuple[RdmaPort, ...]
@@ -98,7 +98,7 @@ def _report_others(host: Host, backend: str, ledger: Ledger) -> None:
         ledger.decide("rdma", "other ports", ", ".join(others), "detected", "neither InfiniBand nor RoCE: left alone")
 
 
-def _choice(host: Host, ledger: Ledger, exports: Exports) -> Choice:
+def _choice(host: Host, ledger: Ledger, exports: Exports) -> PortChoice:
     fit, rejected = choose(host)
     asked = exports.settings.nccl_ib_hca
     usable, taken = fit, fit
@@ -107,10 +107,10 @@ def _choice(host: Host, ledger: Ledger, exports: Exports) -> Choice:
     elif not fit and exports.settings.text("NCCL_IB_DISABLE") == "0":
         # The user's 0 wins over the 1 that would keep NCCL from these.
         usable, taken = [], [port for port in host.rdma_ports if port.state == "ACTIVE"]
-    return Choice(fit=tuple(fit), rejected=tuple(rejected), taken=tuple(taken), usable=tuple(usable))
+    return PortChoice(fit=tuple(fit), rejected=tuple(rejected), taken=tuple(taken), usable=tuple(usable))
 
 
-def _report(choice: Choice, host: Host, ledger: Ledger) -> None:
+def _report(choice: PortChoice, host: Host, ledger: Ledger) -> None:
     rates = " and ".join(f"{rate:g}" for rate in sorted({port.rate for port in choice.taken}))
     ports = count(len(choice.taken), "usable port" if choice.usable else "active port")
     names = ",".join(port.name for port in choice.taken)
@@ -119,7 +119,7 @@ def _report(choice: Choice, host: Host, ledger: Ledger) -> None:
     decide_affinity(host, choice.taken, ledger)
 
 
-def _blocked(choice: Choice, host: Host, backend: str, ledger: Ledger, exports: Exports) -> bool:
+def _blocked(choice: PortChoice, host: Host, backend: str, ledger: Ledger, exports: Exports) -> bool:
     blocked = obstacle(host, choice.taken, choice.layer)
     if blocked is None:
         return False
@@ -235,7 +235,7 @@ def shared_bridges(first: tuple[str, ...], second: tuple[str, ...]) -> int:
     return count
 
 
-def _decide_hca(choice: Choice, exports: Exports) -> None:
+def _decide_hca(choice: PortChoice, exports: Exports) -> None:
     # NCCL takes every active port by itself (net_ib/init.cc), whatever its link layer, address or distance.
     wrong = [each.port.name for each in choice.rejected if each.port.state == "ACTIVE"]
     value = "=" + ",".join(port.name for port in choice.fit)

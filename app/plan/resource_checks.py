@@ -19,7 +19,7 @@ MEMORY_PER_PROCESS = 1 << 30
 
 def check_needs(host: Host, workers: LocalWorkers, transport: str, ledger: Ledger) -> None:
     """Limits as facts in the plan, and warnings or problems where they are too low for it."""
-    ledger.decide("limits", "limits", count(host.limits.cpus, "CPU"), "detected", _summary(host))
+    ledger.decide("limits", "limits", count(host.limits.cpus, "CPU"), "detected", describe_limits(host))
     rdma = workers.backend == "nccl" and transport != "sockets"
     if rdma and (blocked := memlock_obstacle(host, transport)):
         ledger.problems.append(blocked)
@@ -96,8 +96,8 @@ def _warn_first_address(nic: Nic, own: Own, ledger: Ledger) -> None:
     used = next((each.text for each in nic.addresses if ":" not in each.text), own.address)
     if used != own.address and any(each.text == own.address for each in nic.addresses):
         # NCCL is told the family where nodes are listed by IPv6.
-        told = ":" in own.address
-        ledger.warn("network.several-addresses", nic=nic.name, address=own.address, used=used, told=told)
+        ipv6 = ":" in own.address
+        ledger.warn("network.several-addresses", nic=nic.name, address=own.address, used=used, ipv6=ipv6)
 
 
 def speed_of(nic: Nic, host: Host, depth: int = 3) -> int | None:
@@ -150,7 +150,7 @@ def _slot(nic: Nic) -> str:
     return nic.pci[-1].rpartition(".")[0] if nic.pci else ""
 
 
-def _summary(host: Host) -> str:
+def describe_limits(host: Host) -> str:
     limits = host.limits
     parts = [
         f"memory {_size(limits.memory)}",

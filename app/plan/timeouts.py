@@ -1,4 +1,4 @@
-"""How long the nodes wait for each other, how often they start again, with how few nodes."""
+"""How long the nodes wait for each other, how often they start again, with how few nodes, and with how many spares."""
 
 from app.config.settings import Settings
 from app.host import Host
@@ -36,12 +36,18 @@ def decide_timeouts(settings: Settings, host: Host, ledger: Ledger) -> Timeouts:
 
 def decide_minimum(settings: Settings, size: int | None, ledger: Ledger) -> int:
     """The fewest nodes of a round; `size` is None where the nodes are not known."""
-    least = settings.min_nodes
+    least, spares = settings.min_nodes, settings.spares
+    if spares.value:
+        ledger.take("timeouts", spares, "of the nodes wait, and take the place of those that are lost")
+    training = (size or 1) - spares.value
+    if size is not None and training < 1:
+        ledger.refuse("timeouts.spares", given=spares, nodes=size, most=size - 1)
     if least is None:
-        return size or 1
+        return max(1, training)
     ledger.take("timeouts", least, "a restart may go on with fewer nodes, down to these")
-    if size is not None and least.value > size:
-        ledger.refuse("timeouts.min-nodes", given=least, nodes=size)
+    ledger.take("timeouts", settings.regrow, "what lets a node that comes back in again")
+    if size is not None and least.value > training >= 1:
+        ledger.refuse("timeouts.min-nodes", given=least, nodes=training)
     return least.value
 
 

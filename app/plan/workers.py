@@ -8,6 +8,7 @@ from app.config.settings import Settings
 from app.config.values import Value, plain
 from app.host import Host
 from app.host.accelerators import vendor_for, vendor_of
+from app.host.accelerators.gpu import Gpus
 from app.plan.decisions import Ledger
 from app.plan.exports import Exports
 from app.plan.parts import LocalWorkers
@@ -32,17 +33,19 @@ def _usable_gpus(settings: Settings, host: Host, ledger: Ledger) -> int:
     if not there:
         ledger.decide("gpus", "GPUs", 0, "detected", "no GPU's device node here")
         return 0
-    names = ", ".join(sorted({gpu.name for gpu in host.gpus.visible}))
-    versions = [f"driver {host.gpus.driver}", f"{vendor_of(host.gpus).runtime} up to {host.gpus.runtime}"]
-    known = ", ".join(part for part in versions if part[-1].isdigit())
-    after = f"; {known}" if known else ""
     mask = _mask(settings, host)
-    if mask is None:
-        ledger.decide("gpus", "GPUs", there, "detected", f"{names}{after}")
-        return there
-    left = _left_by(mask.text, there)
-    ledger.decide("gpus", "GPUs", left, "detected", f"{there} x {names}, of which {mask} leaves {left}{after}")
+    left = there if mask is None else _left_by(mask.text, there)
+    hidden = "" if mask is None else f"; {there} are here, and {mask} leaves {left}"
+    ledger.decide("gpus", "GPUs", left, "detected", f"{describe_gpus(host.gpus)}{hidden}")
     return left
+
+
+def describe_gpus(gpus: Gpus) -> str:
+    """`NVIDIA A100; driver 580.82, CUDA up to 13.0`."""
+    names = ", ".join(sorted({gpu.name for gpu in gpus.visible}))
+    versions = [f"driver {gpus.driver}", f"{vendor_of(gpus).runtime} up to {gpus.runtime}"]
+    known = ", ".join(part for part in versions if part[-1].isdigit())
+    return f"{names}{'; ' if known else ''}{known}"
 
 
 def _mask(settings: Settings, host: Host) -> Value[str] | None:

@@ -24,6 +24,9 @@ ERROR = re.compile(r"^(?:\[[^\]]*\]:? ?)*((?:[\w.]*(?:Error|Exception)|[Ee]rror|
 """An exception's last line, or an error as programs print it, behind the prefix of a rank."""
 LONGEST = 500
 LEFT_OUT = "preload.jsonl"
+RESTARTS = "restarts.jsonl"
+LONGEST = 1 << 16
+"""Characters of an exception: the missing keys of a checkpoint may be megabytes, and a search in them half a minute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +92,33 @@ def keep_round(plan: Plan, run_id: str, outcome: Outcome) -> None:
 
 def keep_left_out(plan: Plan, module: str, why: str) -> None:
     """A module of PRELOAD that could not be loaded; best effort."""
-    line = json.dumps({"time": time.time(), "module": module, "why": why})
-    with contextlib.suppress(OSError), open(plan.log_dir / LEFT_OUT, "a", encoding="utf-8", opener=private) as file:
-        file.write(line + "\n")
+    _keep(plan.log_dir / LEFT_OUT, {"module": module, "why": why})
+
+
+def keep_restart(plan: Plan, run_id: str, parts: Mapping[str, float]) -> None:
+    """How long each part of a restart took; best effort."""
+    _keep(plan.log_dir / RESTARTS, {"run_id": run_id, "parts": dict(parts)})
+
+
+def forget_restarts(plan: Plan) -> None:
+    """Of an earlier job of this run. Raises OSError."""
+    (plan.log_dir / RESTARTS).unlink(missing_ok=True)
+
+
+def _keep(file: Path, fields: Mapping[str, object]) -> None:
+    with contextlib.suppress(OSError), open(file, "a", encoding="utf-8", opener=private) as stream:
+        stream.write(json.dumps({"time": time.time(), **fields}) + "\n")
+
+
+def read_restarts(folder: Path, started: float = 0.0) -> tuple[Mapping[str, float], ...]:
+    """The parts of each restart since `started`, oldest first. Never raises OSError."""
+    lines = [line for line in _lines(folder / RESTARTS) if line.get("time", 0) >= started]
+    return tuple(line["parts"] for line in lines if isinstance(line.get("parts"), dict))
+
+
+def restart_in_words(parts: Mapping[str, float]) -> str:
+    told = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items())
+    return f"restarted in {sum(parts.values()):.2f} s: {told}"
 
 
 def read_left_out(folder: Path, started: float) -> tuple[str, ...]:
@@ -159,8 +186,8 @@ def read_error_file(file: Path, run_id: str) -> RoundRecord | None:
         extra = fields["extraInfo"]
         return RoundRecord(
             run_id=run_id,
-            message=str(fields["message"]),
-            traceback=str(extra.get("py_callstack", "")),
+            message=str(fields["message"])[:LONGEST],
+            traceback=str(extra.get("py_callstack", ""))[:LONGEST],
             code=int(fields.get("errorCode", 1)),
             time=float(extra.get("timestamp", file.stat().st_mtime)),
         )

@@ -19,7 +19,7 @@ from app.host.accelerators import recent_faults
 from app.host.files import entries, number, text
 from app.host.limits import control_groups
 from app.plan import Plan
-from app.report.history import RoundRecord, private, read_left_out, read_rounds
+from app.report.history import RoundRecord, private, read_left_out, read_restarts, read_rounds, restart_in_words
 from app.report.redaction import plan_secrets
 
 LAST_LINES = 40
@@ -58,6 +58,8 @@ class NodeReport:
     """The known error says more than that another rank or node failed first."""
     left_out: tuple[str, ...]
     """Modules of PRELOAD that broke the start, each with what was wrong; the rounds went on without them."""
+    restarts: tuple[Mapping[str, float], ...]
+    """Seconds of each part of each restart, oldest first."""
     flight_records: tuple[str, ...]
     stalls: tuple[str, ...]
     """Files with the stacks of ranks that stood still at the end (watchdog.py)."""
@@ -124,6 +126,7 @@ def make_report(plan: Plan, code: int, verdict: str, before: Mapping[str, int], 
         fix=known.error.fix if known else "",
         names_cause=known is not None and known.error.rank > CONSEQUENCE,
         left_out=read_left_out(logs, started),
+        restarts=read_restarts(logs, started),
         flight_records=tuple(sorted(str(file) for file in logs.glob("flight_recorder_rank_*"))),
         stalls=tuple(sorted(str(file) for file in plan.stall_dir.glob("rank*.json"))),
         decisions=tuple((each.name, each.value, each.source) for each in plan.decisions),
@@ -165,6 +168,10 @@ def summary(report: NodeReport, folder: Path) -> str:
         f"exit code: {report.code} ({name})",
     ]
     lines += _first_error(report.rounds)
+    failed = sum(each.failed for each in report.rounds)
+    told = [f"failed rounds here: {failed}"] if failed > 1 else []
+    told += [f"last {restart_in_words(report.restarts[-1])}"] if report.restarts else []
+    lines += ["; ".join(told)] if told else []
     if report.known_error:
         lines += [f"known as: {report.known_error} - {report.line}", f"cause: {report.cause}", f"fix: {report.fix}"]
     grown = ", ".join(f"{name} +{count}" for name, count in report.counters.items())
@@ -184,7 +191,7 @@ def _first_error(rounds: Sequence[RoundRecord]) -> list[str]:
     else:
         at = own_line(failed[-1].traceback)
         lines = [f"first error here: {failed[-1].first_error}", *([f"at: {at}"] if at else [])]
-    return [*lines, f"failed rounds here: {len(failed)}"] if len(failed) > 1 else lines
+    return lines
 
 
 def own_line(traceback: str) -> str:

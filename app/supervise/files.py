@@ -9,10 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-Result = TypeVar("Result")
+from app.supervise.preloading import SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""All stop the job. Only the main thread takes them, which blocks them for its last moments."""
+Result = TypeVar("Result")
 
 
 def start_thread(act: Callable[[], object], name: str) -> None:

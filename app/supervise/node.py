@@ -5,11 +5,11 @@ import contextlib
 import errno
 import functools
 import os
-import resource
 import signal
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from app.config.console import say
@@ -17,32 +17,38 @@ from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
 from app.config.redaction import redact
 from app.engine import torchrun
+from app.engine.command import command_line, environment
 from app.engine.outcome import Explanation, Failure, Outcome, Stall
 from app.engine.warm import Preloaded
 from app.gang.agreement import gather
 from app.gang.connection import Connection, Message, ProtocolError, dial, dial_inside, listen
 from app.gang.coordinator import LAST_WORD, LINGER, Coordinator
+from app.gang.messages import JobEvent
 from app.gang.mirror.step import QUESTION, Checkpoints
 from app.gang.participant import Participant
 from app.gang.services import NodeServices, RoundAssignment
 from app.gang.token import read_token
 from app.gang.verdict import Verdict
+from app.host.accelerators import used_memory
 from app.host.ports import holder
 from app.plan import Plan
 from app.plan.places import results
 from app.report.culprit import examine
-from app.report.history import keep_left_out, keep_round
+from app.report.history import forget_restarts, keep_restart, keep_round, restart_in_words
 from app.report.node_report import MEMORY_KILLS, forget_report, make_report, read_counters, write_report
-from app.supervise import traffic
-from app.supervise.files import SIGNALS, in_time, off_loop, start_thread
+from app.supervise import prometheus, traffic
+from app.supervise.files import in_time, off_loop, start_thread
+from app.supervise.gpu_memory import ANSWER, until_free
 from app.supervise.hang import read_ended, watched
-from app.supervise.health import State
-from app.supervise.progress import Progress
+from app.supervise.notify import Notifier
+from app.supervise.preloading import SIGNALS
+from app.supervise.progress import TrainingProgress
 from app.supervise.restart_guard import forget_final, reserve_final, write_final
+from app.supervise.restarts import MARKS, follow, marks_file
 from app.supervise.runtime_dir import one_job, runtime_dir
+from app.supervise.state import NodeState
 
 Clean = Callable[[str], str]
-MOST_FILES = 65_536
 FILES = 30.0
 """Seconds that the file system of the run's folder has for one act."""
 REAP_EVERY = 1.0
@@ -50,7 +56,7 @@ EXAMINE = 3.0
 """Seconds for what a failed worker has left: all nodes wait for it."""
 
 
-def supervise(plan: Plan, secrets: Sequence[str] = ()) -> int:
+def supervise(plan: Plan, preloaded: Preloaded, secrets: Sequence[str] = ()) -> int:
     """Joins the job, runs torchrun round by round, and returns the exit code (`ExitCode`). The `secrets` are told to
     nobody.
 
@@ -58,10 +64,10 @@ def supervise(plan: Plan, secrets: Sequence[str] = ()) -> int:
     token = read_token(plan)
     make_folders(plan)
     _best_effort(reserve_final)
+    _best_effort(lambda: forget_restarts(plan))
     torchrun.adopt_orphans()
-    allow_many_files()
     clean = functools.partial(redact, secrets=secrets)
-    with one_job(plan), runtime_dir() as folder, _preloaded(plan, clean) as preloaded:
+    with one_job(plan), runtime_dir() as folder:
         node = Node(plan=plan, folder=folder, preloaded=preloaded, before=read_counters(), clean=clean)
         verdict, own_stop = asyncio.run(_take_part(node, token))
     if verdict.code in (ExitCode.DONE, ExitCode.STOPPED):
@@ -71,23 +77,6 @@ def supervise(plan: Plan, secrets: Sequence[str] = ()) -> int:
     if verdict.code not in (ExitCode.DONE, ExitCode.FAILED):
         _best_effort(lambda: write_final(int(verdict.code), verdict.text))
     return int(verdict.code)
-
-
-@contextlib.contextmanager
-def _preloaded(plan: Plan, clean: Clean) -> Iterator[Preloaded]:
-    """What PRELOAD names begins to be loaded before the nodes meet, since that takes as long."""
-
-    def tell(name: str, why: str) -> None:
-        why = clean(why)
-        say(f"PRELOAD: left out {name}: {why}")
-        start_thread(lambda: keep_left_out(plan, name, why), "history")
-
-    preloaded = Preloaded(plan.script.preload, torchrun.environment(plan, os.environ, run_id=""), tell)
-    try:
-        preloaded.start()
-        yield preloaded
-    finally:
-        preloaded.stop()
 
 
 def _best_effort(act: Callable[[], object]) -> None:
@@ -141,15 +130,6 @@ def make_home(home: Path) -> None:
         say(f"warning: HOME={home} belongs to user {owner}, whose compiled code this job would run. Set HOME")
 
 
-def allow_many_files() -> None:
-    """Raises the soft limit of open files as far as it goes: 1,024, Docker's usual one, is less than 1,000 nodes and
-    the data loaders of one node need."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
 async def _take_part(node: "Node", token: bytes) -> tuple[Verdict, bool]:
     """The verdict, printed, and whether the stop came from this node's own user."""
     started, plan, preloaded = time.time(), node.plan, node.preloaded
@@ -160,9 +140,17 @@ async def _take_part(node: "Node", token: bytes) -> tuple[Verdict, bool]:
     coordinator = Coordinator(plan, token, say, lambda: down_link(plan.network.interface))
     server = await _listen(plan, coordinator)
     leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
-    progress = Progress(plan, node.folder, say, lambda: 0 if node.ending else node.engine)
-    state = State(node.folder, lambda: progress.text)
+    progress = TrainingProgress(plan, node.folder, say, lambda: 0 if node.ending else node.engine)
+    notifier = Notifier(plan, node.clean, say) if plan.monitoring.notify else None
+    state = NodeState(
+        plan, node.folder, lambda: progress.gained, lambda: trips(coordinator, participant), lambda: node.ranks
+    )
     checkpoints = Checkpoints(plan, token, say)
+
+    def take(event: JobEvent) -> None:
+        state.take(event)
+        if notifier:
+            notifier.take(event)
 
     async def answer(question: str, told: Message) -> Mapping[str, object]:
         if question == QUESTION:
@@ -179,7 +167,8 @@ async def _take_part(node: "Node", token: bytes) -> tuple[Verdict, bool]:
         dial=dial_inside(coordinator.serve) if leading else _dial(plan),
         answer=answer,
         launch=node.launch,
-        clean=lambda: torchrun.sweep(preloaded.pid),
+        clean=node.sweep,
+        released=node.released,
         progress=lambda: progress.text,
         stalls=lambda: [replace(stall, at=node.clean(stall.at)) for stall in progress.stalls],
         refresh=progress.renew,
@@ -188,13 +177,20 @@ async def _take_part(node: "Node", token: bytes) -> tuple[Verdict, bool]:
         link=lambda: down_link(plan.network.interface),
         holder=holder,
         say=say,
+        event=take,
+        told=lambda: notifier is not None and notifier.told,
         state=state.change,
     )
     # Whatever this node has before its first round is no progress of that.
     await progress.renew()
+    with contextlib.suppress(OSError):
+        node.memory = await off_loop(node.measure, ANSWER)
     facts = {name: node.clean(value) for name, value in facts.items()}
     participant = Participant(plan, token, facts, services)
     _on_signals(participant.stop)
+    if plan.monitoring.metrics:
+        labels = {"run": plan.run_name, "node": str(plan.nodes.rank)}
+        prometheus.serve(*plan.monitoring.metrics, lambda: state.record, labels, say)
     keeping = asyncio.ensure_future(state.keep())
     beside = [asyncio.ensure_future(each) for each in (node.reap_orphans(), _watch_traffic(plan))]
     part = asyncio.ensure_future(participant.take_part())
@@ -220,6 +216,8 @@ async def _take_part(node: "Node", token: bytes) -> tuple[Verdict, bool]:
         if leading and participant.stops < 2:
             _on_signals(leading.cancel)
             await asyncio.wait([leading], timeout=LINGER + 2 * LAST_WORD)
+        if notifier and participant.stops < 2:
+            await notifier.finish(verdict)
     finally:
         # The loop takes its handlers with it, and a signal now must not change the exit code.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -240,6 +238,14 @@ async def _watch_traffic(plan: Plan) -> None:
     if traffic.watched(plan):
         with contextlib.suppress(OSError):
             await traffic.watch(plan, say)
+
+
+def trips(coordinator: Coordinator, participant: Participant) -> Mapping[int, float | None]:
+    """As in state.py: node 0 knows all nodes, the others know node 0."""
+    if participant.plan.nodes.rank:
+        return {0: participant.trip if participant.connected else None}
+    nodes = coordinator.membership.all()
+    return {rank: nodes[rank].trip if rank in nodes else None for rank in range(participant.plan.nodes.count)}
 
 
 def down_link(interface: str, root: Path = Path("/")) -> str:
@@ -286,6 +292,12 @@ class Node:
     clean: Clean
     """Removes secrets from what is printed here or told to other nodes."""
     last: torchrun.Torchrun | None = None
+    ranks: range = range(0)
+    """Of the last round, on this node."""
+    memory: Mapping[int, int] = field(default_factory=dict)
+    """MiB in use of each GPU before the job, where it uses any."""
+    over: threading.Event = field(default_factory=threading.Event)
+    """Of the last torchrun."""
 
     @property
     def engine(self) -> int:
@@ -298,7 +310,7 @@ class Node:
 
     def launch(self, assignment: RoundAssignment) -> torchrun.Torchrun:
         plan = self.plan
-        command = torchrun.command_line(
+        command = command_line(
             plan,
             node_rank=assignment.node_rank,
             nnodes=assignment.nnodes,
@@ -306,13 +318,38 @@ class Node:
             master_port=plan.network.master_port,
             run_id=assignment.run_id,
         )
+        first = assignment.node_rank * plan.workers.nproc
+        self.ranks = range(first, first + plan.workers.nproc)
         if assignment.round > 1:
             say(f"round {assignment.round}: node rank {assignment.node_rank} of {assignment.nnodes}")
-        environment = torchrun.environment(plan, os.environ, run_id=assignment.run_id)
-        environment |= watched(plan, self.folder)
+        marks, before, self.over = marks_file(self.folder, assignment.run_id), self.last, threading.Event()
+        environ = environment(plan, os.environ, run_id=assignment.run_id) | watched(plan, self.folder)
+        environ[MARKS] = str(marks)
         keep = functools.partial(self._keep, assignment.run_id)
-        self.last = torchrun.Torchrun(command, environment, keep, self.preloaded)
+        self.last = torchrun.Torchrun(command, environ, keep, self.preloaded)
+        if before:
+            tell = functools.partial(self._tell_restart, assignment, debug=environ.get("LOGLEVEL", "") == "DEBUG")
+            watch = functools.partial(follow, before.moments, self.last.moments, marks, self.over, tell)
+            start_thread(watch, "restart")
         return self.last
+
+    def sweep(self) -> int:
+        left = torchrun.sweep(self.preloaded.pid)
+        self.over.set()
+        return left
+
+    async def released(self) -> None:
+        await until_free(self.memory, self.measure, say)
+        if self.last:
+            self.last.moments.ended = time.time()
+
+    def measure(self) -> Mapping[int, int]:
+        return used_memory(environment(self.plan, os.environ, run_id="")) if self.plan.workers.backend == "nccl" else {}
+
+    def _tell_restart(self, assignment: RoundAssignment, parts: Mapping[str, float], *, debug: bool) -> None:
+        keep_restart(self.plan, assignment.run_id, parts)
+        if debug:
+            say(f"round {assignment.round}: {restart_in_words(parts)}")
 
     async def ended(self) -> Sequence[Stall]:
         with contextlib.suppress(OSError, TimeoutError):

@@ -4,14 +4,14 @@ import os
 import sys
 import traceback
 
-from app.train.settings import UserError, leave, read_settings, refuse
+from app.train.settings import TrainError, leave, read_settings, refuse
 
 try:
     settings = read_settings(sys.argv[1:], os.environ)
     from app.train.loop import train
 
     train(settings)
-except UserError as error:
+except TrainError as error:
     refuse(error)
 except Exception:
     traceback.print_exc()

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from app.train.settings import UserError, say
+from app.train.settings import TrainError, say
 
 State = dict[str, Any]
 """Tensors by name, which are those of the run, so that loading into them is all that a resume takes; and progress."""
@@ -42,7 +42,7 @@ def agree(problem: str) -> None:
     """Raises the problems of all ranks on all ranks, so that none is left waiting for the others."""
     problems = [text for text in dict.fromkeys(gathered(problem and f"{node()}: {problem}")) if text]
     if problems:
-        raise UserError("\n".join(problems))
+        raise TrainError("\n".join(problems))
 
 
 def node() -> str:
@@ -54,7 +54,7 @@ def disk_owner(folder: Path, variable: str) -> int:
     """Makes a folder on all ranks; the lowest rank that sees this rank's one as its own, itself included.
 
     Raises:
-        UserError: a rank cannot write there.
+        TrainError: a rank cannot write there.
     """
     names = gathered(f".probe-{uuid4().hex}")
     mine, problem = folder / names[dist.get_rank()], ""
@@ -71,21 +71,21 @@ def disk_owner(folder: Path, variable: str) -> int:
     return owner
 
 
-class Checkpoints:
+class CheckpointFolder:
     """The checkpoints of one run, as this rank sees them. Every method is called by all ranks after the same step."""
 
     def __init__(self, folder: Path, *, keep: int, sharded: bool) -> None:
         """Finds out which ranks share a disk; the lowest rank of each disk writes to it.
 
         Raises:
-            UserError: a rank cannot write, or a sharded run has no folder that all ranks share.
+            TrainError: a rank cannot write, or a sharded run has no folder that all ranks share.
         """
         # Said of every save by one rank for its own disk, which is what we intend.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self.folder, self.keep, self.sharded, self.rank = folder, keep, sharded, dist.get_rank()
         owner = disk_owner(folder, "CHECKPOINT_DIR")
         if sharded and (strangers := [rank for rank, other in enumerate(gathered(owner)) if other]):
-            raise UserError(
+            raise TrainError(
                 "sharding=fsdp needs a CHECKPOINT_DIR that all ranks share, since each writes its part; "
                 f"ranks {strangers} do not see what rank 0 wrote to {folder}. "
                 "Mount shared storage there, or use sharding=ddp."
@@ -99,7 +99,7 @@ class Checkpoints:
         """Loads the newest complete checkpoint of any disk into the run's own state, on all ranks; None without any.
 
         Raises:
-            UserError: there are checkpoints and none is readable and of this model. Nothing is changed.
+            TrainError: there are checkpoints and none is readable and of this model. Nothing is changed.
         """
         found = gathered(self.complete() if self.cares_for_disk else [])
         candidates = sorted((-step, rank) for rank, steps in enumerate(found) for step in steps)
@@ -115,7 +115,7 @@ class Checkpoints:
                 return state
             if self.rank == source:
                 unusable.append(path)
-        raise UserError(
+        raise TrainError(
             f"no checkpoint in {self.folder} can be used, of steps {sorted({-step for step, _ in candidates})}. "
             "Nothing was changed. Repair or move them away, go back to the settings they were made with, or choose "
             "another RUN_NAME to begin anew."

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.train.settings import UserError
+from app.train.settings import TrainError
 
 MAPPED_FROM = 1 << 20
 """Bytes from which a file is mapped, not read; a process may hold only some 65,000 mappings (vm.max_map_count)."""
@@ -54,21 +54,21 @@ def load_corpus(data: str, context: int) -> Corpus:
     """The user's files, or the top-level modules of Python's standard library: real text that every image has.
 
     Raises:
-        UserError: nothing usable is there.
+        TrainError: nothing usable is there.
     """
     try:
         paths = _paths(Path(data)) if data else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         paths = [path for path in paths if path.stat().st_size >= (2 if path.suffix == ".bin" else 1)]
         if len({path.suffix == ".bin" for path in paths}) != 1:
             mixed = "both token files (.bin) and text: keep one kind" if paths else "no file with content"
-            raise UserError(f"DATA={data}: {mixed} there.")
+            raise TrainError(f"DATA={data}: {mixed} there.")
         digest = _digest(paths)
         corpus = Corpus([_open(path) for path in paths], context, digest)
     except OSError as error:
-        raise UserError(f"DATA={data}: cannot read {error.filename}: {error.strerror}.") from error
+        raise TrainError(f"DATA={data}: cannot read {error.filename}: {error.strerror}.") from error
     if not corpus.held_out:
         least = f"at least {HELD_OUT} times context={context}"
-        raise UserError(f"DATA={data}: {corpus.length} tokens are too few: {least}.")
+        raise TrainError(f"DATA={data}: {corpus.length} tokens are too few: {least}.")
     return corpus
 
 
@@ -116,7 +116,7 @@ def shuffled(index: Tensor, *, epoch: Tensor, size: int, seed: int) -> Tensor:
 
 def _paths(data: Path) -> list[Path]:
     if not data.exists():
-        raise UserError(f"DATA={data}: there is no such file or folder in this container or machine.")
+        raise TrainError(f"DATA={data}: there is no such file or folder in this container or machine.")
     if data.is_file():
         return [data]
     files = (path for path in data.rglob("*") if path.is_file())

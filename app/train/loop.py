@@ -18,11 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from app.train.checkpoint import Checkpoints, State, agree, disk_owner, gathered, node
+from app.train.checkpoint import CheckpointFolder, State, agree, disk_owner, gathered, node
 from app.train.data import Corpus, held_out_batch, load_corpus, training_batch
 from app.train.metrics import Mark, Metrics, Step, mark
 from app.train.model import GPT, adamw, learning_rate, replicate, sample, shard, uses_bf16
-from app.train.settings import Settings, UserError, leave, refuse, say
+from app.train.settings import TrainError, TrainSettings, leave, reached, refuse, say
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -31,24 +31,25 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 @record
-def train(settings: Settings) -> NoReturn:
+def train(settings: TrainSettings) -> NoReturn:
     """Trains, and ends the process: 0 finished, 1 failed, 2 wrong settings, 128 + n stopped by signal n."""
     try:
         leave(Run(settings).train())
-    except UserError as error:
+    except TrainError as error:
         refuse(error)
 
 
 class Run:
     """One start of a run on this rank."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: TrainSettings) -> None:
         """Builds everything and resumes from the newest checkpoint.
 
         Raises:
-            UserError: the ranks disagree, or data, folders or checkpoints cannot be used.
+            TrainError: the ranks disagree, or data, folders or checkpoints cannot be used.
         """
         self.settings, self.device = settings, connect(settings)
+        reached("rendezvous")
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         place = f"rank {self.rank} of {self.world}, local rank {os.environ['LOCAL_RANK']}, {node()}"
@@ -56,7 +57,7 @@ class Run:
         self.corpus = agreed_corpus(settings)
         disk_owner(Path(settings.run_dir), "RUN_DIR")
         self.sharded = settings.sharding == "fsdp"
-        self.checkpoints = Checkpoints(settings.checkpoints, keep=settings.keep, sharded=self.sharded)
+        self.checkpoints = CheckpointFolder(settings.checkpoints, keep=settings.keep, sharded=self.sharded)
 
         torch.manual_seed(settings.seed)
         shape = {name: getattr(settings, name) for name in ("vocab", "context", "layers", "heads", "width")}
@@ -79,6 +80,7 @@ class Run:
         self.step = self.position = self.received = 0
         self.question: tuple[Tensor, Any] | None = None
         self._resume()
+        reached("checkpoint load")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
@@ -101,12 +103,14 @@ class Run:
             raise
 
     def _steps(self) -> int:
-        settings, number = self.settings, 0
+        settings, number, first = self.settings, 0, self.step + 1
         if self.world > 2 and not self.sharded:
             self._settle_buckets()
         while self.step < settings.steps and not number:
             self.metrics.trace(self.step + 1)
             self.take_step()
+            if self.step == first:
+                reached("first step")
             number = self.agreed_signal()
             last = number or self.step == settings.steps
             due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
@@ -241,7 +245,7 @@ class Run:
     def _cut(self, share: Tensor, count: int) -> list[Tensor]:
         """Equally many micro-batches on every rank, (sequences, context + 1) each; the host does not wait."""
         if len(share) and (highest := int(share.max())) >= self.settings.vocab:
-            raise UserError(f"DATA has a token {highest}, vocab is {self.settings.vocab}: raise TRAIN_VOCAB.")
+            raise TrainError(f"DATA has a token {highest}, vocab is {self.settings.vocab}: raise TRAIN_VOCAB.")
         pieces = share.tensor_split(ceil(ceil(count / self.world) / self.settings.micro_batch))
         on_gpu = self.device.type == "cuda"
         return [piece.pin_memory().to(self.device, non_blocking=True) if on_gpu else piece for piece in pieces]
@@ -265,19 +269,19 @@ class Run:
             say(text)
 
 
-def connect(settings: Settings) -> torch.device:
+def connect(settings: TrainSettings) -> torch.device:
     """Joins the process group: NCCL for GPUs and gloo for CPUs, both where there are GPUs. Without torchrun, one rank.
 
     Raises:
-        UserError: this node has more ranks than GPUs; all its ranks say so, since only the first is heard.
+        TrainError: this node has more ranks than GPUs; all its ranks say so, since only the first is heard.
     """
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     device, ranks, gpus = torch.device("cpu"), int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if settings.device == "cuda" or (settings.device == "auto" and gpus):
         if ranks > gpus:
-            cure = "lower NPROC_PER_NODE, or set TRAIN_DEVICE=cpu"
-            raise UserError(f"{node()}: {ranks} ranks need a GPU each and there are {gpus}: {cure}.")
+            fix = "lower NPROC_PER_NODE, or set TRAIN_DEVICE=cpu"
+            raise TrainError(f"{node()}: {ranks} ranks need a GPU each and there are {gpus}: {fix}.")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # Gloo carries the agreement to stop and the checkpoints' messages; neither may wait for the GPU.
@@ -287,16 +291,16 @@ def connect(settings: Settings) -> torch.device:
     return device
 
 
-def agreed_corpus(settings: Settings) -> Corpus:
+def agreed_corpus(settings: TrainSettings) -> Corpus:
     """The data, which is the same on all ranks, as the settings and torch are.
 
     Raises:
-        UserError: it cannot be used, or a rank differs.
+        TrainError: it cannot be used, or a rank differs.
     """
     problem = ""
     try:
         corpus = load_corpus(settings.data, settings.context)
-    except UserError as error:
+    except TrainError as error:
         problem = str(error)
     if settings.batch < dist.get_world_size():
         problem = f"batch={settings.batch} is less than one sequence for each rank: raise TRAIN_BATCH."

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from app.train.settings import Settings, say
+from app.train.settings import TrainSettings, say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,7 +118,7 @@ def peak_flops(device_name: str) -> float | None:
 class Metrics:
     """What happened since the last line, on this rank; rank 0 tells. A full disk costs records, not the run."""
 
-    def __init__(self, settings: Settings, names: Sequence[str], device_name: str, flops_per_token: int) -> None:
+    def __init__(self, settings: TrainSettings, names: Sequence[str], device_name: str, flops_per_token: int) -> None:
         """`names` are those of all ranks, to tell the slow ones apart."""
         self.settings, self.names = settings, names
         self.path = Path(settings.run_dir, "metrics.jsonl")

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from app.train.settings import Settings
+from app.train.settings import TrainSettings
 
 
 class Block(nn.Module):
@@ -97,10 +97,11 @@ def replicate(model: GPT, device: torch.device, on_last_gradient: Callable[[Tens
     # The first parameter gets its gradient last.
     model.tokens.weight.register_post_accumulate_grad_hook(on_last_gradient)  # type: ignore[no-untyped-call]  # no types there
     devices = None if device.type == "cpu" else [device]
-    return DistributedDataParallel(model, devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    # The model has no buffers, so none are synchronised; the argument that says so has another name in each torch.
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
-def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+def adamw(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """Fused AdamW that decays matrices only."""
     matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
     others = [weight for weight in model.parameters() if weight.dim() < 2]
@@ -108,7 +109,7 @@ def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
 
-def learning_rate(settings: Settings, step: int) -> float:
+def learning_rate(settings: TrainSettings, step: int) -> float:
     """Linear warm-up, then a cosine down to `min_lr` of the peak: a function of the step, so nothing to restore."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup

@@ -6,6 +6,7 @@ Also what needs no torch: how the script speaks, refuses and leaves.
 import argparse
 import difflib
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,11 @@ from typing import Any, NoReturn, TypeVar
 LAUNCHER_VARIABLES = {"TRAIN_SCRIPT", "TRAIN_ARGS"}
 """They choose the script, so they belong to the launcher; this script only has to let them pass."""
 REFUSAL_SECONDS = 5.0
+"""Until a rank that torchrun does not end leaves by itself."""
 _T = TypeVar("_T")
 
 
-class UserError(Exception):
+class TrainError(Exception):
     """The user must change something: one short message, exit code 2, no traceback."""
 
 
@@ -29,13 +31,22 @@ def say(text: str) -> None:
     print(f"{text}\n", end="", flush=True)
 
 
-def refuse(error: UserError) -> NoReturn:
+def reached(part: str) -> None:
+    """Tells a launcher that wants to know how long each part of a restart takes. Never raises OSError."""
+    file = os.environ.get("TORCHRUN_COMPOSE_MARKS", "")
+    if file and os.environ.get("LOCAL_RANK") == "0":
+        with suppress(OSError), Path(file).open("a", encoding="utf-8") as stream:
+            stream.write(f"{part} {time.time()}\n")
+
+
+def refuse(error: TrainError) -> NoReturn:
     """Says on every node what is wrong, and leaves with the exit code for it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(error, file=sys.stderr, flush=True)
     else:
         # The first rank to end has torchrun end the others, and local rank 0 must have spoken before.
-        time.sleep(REFUSAL_SECONDS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.sigtimedwait({signal.SIGTERM}, REFUSAL_SECONDS)
     leave(2)
 
 
@@ -56,7 +67,7 @@ def _setting(default: _T, text: str, least: float | None = None, *, choices: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class TrainSettings:
     """What one run is asked to do. Counts of sequences are global: they do not depend on the number of ranks."""
 
     steps: int = _setting(200, "optimizer steps in all, those before a resume included", 1)
@@ -95,19 +106,19 @@ class Settings:
         return Path(self.checkpoint_dir or Path(self.run_dir, "checkpoints"))
 
 
-def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> TrainSettings:
     """Settings from flags and variables; an empty variable counts as unset.
 
     Raises:
-        UserError: a value or a name is wrong; the message lists every mistake.
+        TrainError: a value or a name is wrong; the message lists every mistake.
     """
-    variables = {item.name: item.metadata["variable"] or f"TRAIN_{item.name.upper()}" for item in fields(Settings)}
+    variables = {item.name: item.metadata["variable"] or f"TRAIN_{item.name.upper()}" for item in fields(TrainSettings)}
     flags, values, problems = _flags(argv, variables), dict[str, Any](), list[str]()
     known = [*variables.values(), *LAUNCHER_VARIABLES]
     for name in sorted(name for name in environ if name.startswith("TRAIN_") and name not in known):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         problems.append(f"{name}={environ[name]}: there is no such setting. Did you mean {near[0]}? See --help.")
-    for item in fields(Settings):
+    for item in fields(TrainSettings):
         source, text = f"--{item.name.replace('_', '-')} ", flags[item.name]
         if text is None:
             source, text = f"{variables[item.name]}=", environ.get(variables[item.name], "")
@@ -116,23 +127,23 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
                 values[item.name] = _convert(item, text)
         except ValueError as error:
             problems.append(f"{source}{text}: expected {error}.")
-    settings = Settings(**values)
+    settings = TrainSettings(**values)
     if settings.width % settings.heads:
         problems.append(f"width={settings.width} is not a multiple of heads={settings.heads}: change one of them.")
     if problems:
-        raise UserError("\n".join(problems))
+        raise TrainError("\n".join(problems))
     return settings
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See --help.")
+        raise TrainError(f"{message}. See --help.")
 
 
 def _flags(argv: Sequence[str], variables: Mapping[str, str]) -> dict[str, str | None]:
     text = "Train a small GPT. A flag wins over the variable in brackets, the variable over its default."
     parser = _Parser(prog="torchrun -m app.train", description=text, allow_abbrev=False)
-    for item in fields(Settings):
+    for item in fields(TrainSettings):
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if item.type is bool else {}
         kind = "|".join(item.metadata["choices"]) or type(item.default).__name__.upper()
         about = f"{item.metadata['help']} [{variables[item.name]}={str(item.default).lower()}]"

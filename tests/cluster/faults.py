@@ -39,6 +39,7 @@ for step in range(100000):
 """
 # Titles of processes that were forked from the preloaded one, and command lines of those that were not.
 WORKER = r"^rank\d+ |^\S+ -u \S*worker\.py"
+PRELOADED = r"^torchrun-compose: preloaded"
 AGENT = r"^torchrun-compose: torchrun|^\S+ -P \S*agent\.py"
 ENTRYPOINT = r"^\S*python\S* \S*entrypoint\.py"
 SAID = r"torchrun-compose: "

@@ -15,6 +15,7 @@ import pytest
 from tests.cluster.faults import (
     AGENT,
     ENTRYPOINT,
+    PRELOADED,
     TRAINS,
     WORKER,
     Table,
@@ -97,10 +98,10 @@ def one_culprit(job: Job, table: Table, fault: str, culprit: str, within: float)
 
 
 def no_orphans(job: Job) -> None:
-    """On every node one torchrun with its one worker, and nothing of an earlier round."""
+    """On every node one preloaded process, one torchrun and its one worker, and nothing of an earlier round."""
     for stack in job.stacks:
         commands = [*stack.processes().values()]
-        for pattern in (AGENT, WORKER):
+        for pattern in (PRELOADED, AGENT, WORKER):
             assert len([line for line in commands if re.search(pattern, line)]) == 1, commands
 
 
@@ -150,6 +151,12 @@ def test_torchrun_is_killed(job: Job, table: Table) -> None:
     job.fault()
     assert job.stacks[1].signal(AGENT) == 1
     one_culprit(job, table, "SIGKILL to torchrun", r"node 1 \(.*torchrun was ended by SIGKILL", SOON)
+
+
+def test_the_preloaded_process_is_killed_and_another_takes_its_place(job: Job, table: Table) -> None:
+    job.fault()
+    assert job.stacks[1].signal(PRELOADED) == 1
+    one_culprit(job, table, "SIGKILL to the preloaded process", r"node 1 \(.*torchrun was ended by SIGKILL", SOON)
 
 
 @pytest.mark.parametrize("victim", [1, 0])

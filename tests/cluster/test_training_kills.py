@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.faults import WORKER, codes, heard
+from tests.moments import moments, seed
 from tests.testbed import Cluster, Node, Stack
 from tests.testbed.shell import until
 
@@ -222,9 +223,8 @@ def restart_engine(node: Node, stacks: Sequence[Stack], index: int) -> None:
 
 
 def test_interruptions_of_every_kind_change_no_loss(cluster2: Cluster) -> None:
-    seed = int(os.environ.get("KILL_SEED") or time.time_ns() % 1_000_000)
-    print(f"\nKILL_SEED={seed}")
-    training = Training(cluster2, random.Random(seed))
+    print(f"\nKILL_SEED={seed()}")
+    training = Training(cluster2, moments())
     training.up()
     fresh = [training.goes_on_after(0)]
     hows = [*HOWS, *training.chance.choices(HOWS, k=max(0, INTERRUPTIONS - len(HOWS) - len(PLACES)))]
@@ -243,7 +243,7 @@ def test_interruptions_of_every_kind_change_no_loss(cluster2: Cluster) -> None:
     seen, seen_seconds = training.records(), training.seconds
 
     cluster2.clear()
-    training = Training(cluster2, random.Random(seed))
+    training = Training(cluster2, moments())
     training.up()
     fresh.append(training.goes_on_after(0))
     deaths = [took for how in CONTAINER_DEATHS for took in seen_seconds.get(how, [])]

@@ -185,5 +185,8 @@ def left_behind(folder: Path, patience: float = 5) -> list[psutil.Process]:
 
 def _works_for(process: psutil.Process, folder: str) -> bool:
     with contextlib.suppress(psutil.Error):
-        return process.status() != psutil.STATUS_ZOMBIE and any(folder in word for word in process.cmdline())
+        # Titles of forked processes need not name the folder in which they work.
+        return process.status() != psutil.STATUS_ZOMBIE and any(
+            folder in word for word in (*process.cmdline(), process.cwd())
+        )
     return False

@@ -371,16 +371,55 @@ def test_a_lost_node_that_does_not_come_back_is_named_with_what_happened(tmp_pat
 
 
 def test_with_min_nodes_the_job_goes_on_without_a_lost_node_and_takes_it_back_in_the_next_round(tmp_path: Path) -> None:
-    with nodes(tmp_path, 3, ALL_REDUCE, MIN_NODES="2", REJOIN_TIMEOUT="3") as job:
+    with nodes(tmp_path, 3, ALL_REDUCE, MIN_NODES="2", REJOIN_TIMEOUT="3", REGROW="failure") as job:
         launchers = job.start_all(FOREVER)
         launchers[0].wait_for("trains: rank 0 of 3")
         launchers[1].signal(signal.SIGKILL)
         launchers[2].wait_for("going on without node 1")
         launchers[2].wait_for(r"trains: rank 1 of 2, place \[1, 0, 1\]")
         back = job.start(1, FOREVER)
-        back.wait_for("round 2 is running without this node; it joins the next one")
+        back.wait_for("round 2 runs without this node; it joins the next one")
         launchers[2].workers()[0].kill()
         back.wait_for("trains: rank 1 of 3")
+        back.signal(signal.SIGTERM)
+        assert ends([launchers[0], launchers[2], back]) == [143, 143, 143]
+
+
+def test_a_spare_takes_a_lost_nodes_place_at_once_and_the_lost_node_is_the_spare_then(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3, ALL_REDUCE, SPARES="1") as job:
+        launchers = job.start_all(FOREVER)
+        launchers[1].wait_for(r"trains: rank 1 of 2, place \[1, 0, 1\]")
+        launchers[2].wait_for("round 1 runs without this node; it is a spare")
+        assert not launchers[2].workers()
+        killed = time.monotonic()
+        launchers[1].signal(signal.SIGKILL)
+        launchers[2].wait_for(r"trains: rank 1 of 2, place \[1, 0, 1\]")
+        # The others wait for nobody: HEARTBEAT_TIMEOUT is 8 s, REJOIN_TIMEOUT 120 s.
+        assert time.monotonic() - killed < 60
+        assert "node 2 (127.0.0.3) takes the place of node 1 (127.0.0.2)" in launchers[0].text
+        back = job.start(1, FOREVER)
+        back.wait_for("round 2 runs without this node; it is a spare")
+        launchers[2].signal(signal.SIGKILL)
+        back.wait_for(r"trains: rank 1 of 2, place \[1, 0, 1\]")
+        back.signal(signal.SIGTERM)
+        assert ends([launchers[0], back]) == [143, 143]
+
+
+def test_a_node_that_comes_back_is_let_in_at_the_next_checkpoint(tmp_path: Path) -> None:
+    script = ALL_REDUCE.replace(
+        "    time.sleep(0.05)",
+        '    open(f"{os.environ[\'RUN_DIR\']}/progress", "w").write(str(step))\n    time.sleep(0.05)',
+    )
+    with nodes(tmp_path, 3, script, MIN_NODES="2", REJOIN_TIMEOUT="3") as job:
+        launchers = job.start_all(FOREVER)
+        launchers[0].wait_for("trains: rank 0 of 3")
+        launchers[1].signal(signal.SIGKILL)
+        launchers[2].wait_for(r"trains: rank 1 of 2, place \[1, 0, 1\]")
+        back = job.start(1, FOREVER)
+        back.wait_for("round 2 runs without this node; it joins the next one at the next checkpoint")
+        back.wait_for("trains: rank 1 of 3")
+        assert "node 1 (127.0.0.2) joins at this checkpoint" in launchers[0].text
+        assert "restart 2 of" not in launchers[0].text
         back.signal(signal.SIGTERM)
         assert ends([launchers[0], launchers[2], back]) == [143, 143, 143]
 
@@ -495,7 +534,7 @@ def test_a_node_that_comes_after_a_refusal_is_told_the_same(tmp_path: Path) -> N
     with nodes(tmp_path, 3, ALL_REDUCE) as job:
         first, second = job.start(0, "10"), job.start(1, "10", NPROC_PER_NODE="2")
         first.wait_for(r"waiting up to 10 s to deliver the verdict to node 2 \(127\.0\.0\.3\)")
-        first.wait_for("NPROC_PER_NODE +1", 1)
+        first.wait_for("NPROC_PER_NODE +1", 5)
         late = job.start(2, "10")
         assert ends([first, second, late]) == [4, 4, 4]
     assert first.said[-2:] == second.said[-2:] == late.said[-2:]

@@ -124,7 +124,7 @@ def test_a_killed_launcher_takes_torchrun_and_the_workers_with_it(tmp_path: Path
     with nodes(tmp_path, 1, WAITS, NODES="", NODE_RANK="") as job:
         launcher = job.start(0)
         launcher.wait_for("waits")
-        below = [*launcher.agents(), *launcher.workers()]
-        assert len(below) == 2
+        below = [*launcher.preloaded(), *launcher.agents(), *launcher.workers()]
+        assert len(below) == 3
         launcher.signal(signal.SIGKILL)
         assert not psutil.wait_procs(below, 3)[1]

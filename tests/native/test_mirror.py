@@ -1,7 +1,6 @@
 """Two launchers with a CHECKPOINT_DIR each: whatever is saved on one node, both resume from the same step."""
 
 import json
-import random
 import re
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 from app.gang.mirror.disk import Disk
 from app.gang.mirror.manifest import pack_manifest
 from app.gang.mirror.transfer import Server, exchange_key
+from tests.moments import moments
 from tests.native.launchers import PROJECT, Launcher, Nodes, nodes
 
 TUTORIAL = """
@@ -210,7 +210,7 @@ Fetcher(disk, "127.0.0.2", exchange_key(b"", b"nonce"), {0: ("127.0.0.1", port)}
 @pytest.mark.parametrize("in_place", [True, False], ids=["new versions", "new files"])
 def test_a_transfer_killed_at_any_moment_leaves_every_file_whole(tmp_path: Path, in_place: bool) -> None:
     """Twenty moments in all. Afterwards the same transfer goes through."""
-    chance = random.Random(7)
+    chance = moments()
     source, copy = tmp_path / "from/checkpoints", tmp_path / "to/checkpoints"
     sizes = {"big.bin": 100 << 20, **{f"part{number}.bin": 3 << 20 for number in range(10)}}
     generations: dict[str, set[bytes]] = {name: set() for name in sizes}

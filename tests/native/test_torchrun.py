@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
+from app.engine.command import AGENT
 from app.engine.outcome import Outcome
-from app.engine.torchrun import AGENT, Torchrun
+from app.engine.torchrun import Torchrun
 from tests.native.ports import free_port
 
 ONE_FAILS_THE_OTHER_TAKES_ITS_TIME = """
@@ -20,8 +22,10 @@ while true; do sleep 0.1; done
 """
 
 
-def torchrun(folder: Path, script: str, *, nproc: int = 1, node: int = 0, nodes: int = 1, port: int = 0) -> Torchrun:
-    command = [sys.executable, "-P", str(AGENT), f"--nnodes={nodes}", f"--nproc-per-node={nproc}"]
+def torchrun(
+    folder: Path, script: str, *, nproc: int = 1, node: int = 0, nodes: int = 1, port: int = 0, agent: Path = AGENT
+) -> Torchrun:
+    command = [sys.executable, "-P", str(agent), f"--nnodes={nodes}", f"--nproc-per-node={nproc}"]
     command += [f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port or free_port()}"]
     command += [f"--log-dir={folder}", "--tee=3", "--no-python", "/bin/sh", "-c", script]
     return Torchrun(command, os.environ)
@@ -86,3 +90,38 @@ def test_torchrun_that_is_done_and_waits_for_the_other_nodes_is_stopped_at_once(
     outcome = asyncio.run(told())
     assert outcome.halted
     assert not outcome.failures
+
+
+IMPATIENT = f"""
+import runpy
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+torchs_own = LocalElasticAgent.__init__.__defaults__
+LocalElasticAgent.__init__.__defaults__ = tuple(1 if each == 300 else each for each in torchs_own)
+assert LocalElasticAgent.__init__.__defaults__ != torchs_own
+runpy.run_path({str(AGENT)!r}, run_name="__main__")
+"""
+"""torchrun as the launcher runs it, where torch has one second of patience instead of 300."""
+
+
+def test_nodes_that_end_long_after_each_other_all_end_well_and_without_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    agent, port = tmp_path / "agent.py", free_port()
+    agent.write_text(IMPATIENT)
+
+    async def told() -> list[Outcome]:
+        engines = [
+            torchrun(tmp_path, script, node=node, nodes=2, port=port, agent=agent)
+            for node, script in enumerate(("exit 0", "sleep 4; exit 0"))
+        ]
+        try:
+            return await asyncio.gather(*(engine.watch(lambda: None) for engine in engines))
+        finally:
+            for engine in engines:
+                engine.kill()
+
+    assert [outcome.code for outcome in asyncio.run(told())] == [0, 0]
+    printed = "".join(capfd.readouterr())
+    assert "exit barrier" not in printed
+    assert "Traceback" not in printed

@@ -211,6 +211,15 @@ def test_a_trace_that_the_end_cuts_short_is_written(tmp_path: Path) -> None:
     assert "traceEvents" in (tmp_path / "trace-rank-0.json").read_text()
 
 
+def test_it_runs_under_plain_torchrun(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "app.train"]
+    command += [*TINY.split(), "--steps", "2", "--run-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "rank 1 of 2" in done.stdout
+    assert sorted(losses(tmp_path)) == [1, 2]
+
+
 def test_it_runs_without_torchrun_as_one_rank(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "app.train", *TINY.split(), "--steps", "2", "--run-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -222,7 +231,7 @@ def test_a_rank_that_is_held_up_is_named(tmp_path: Path) -> None:
     flags = "--steps 100000 --checkpoint-every 0 --log-every 10"
     with torchrun(tmp_path, flags) as agent:
         until(lambda: max(losses(tmp_path), default=0) >= 20, [agent], what="step 20")
-        victim = next(rank for rank in agent.ranks() if rank.environ()["RANK"] == "1")
+        victim = agent.ranks()[1]
 
         def named() -> bool:
             victim.suspend()

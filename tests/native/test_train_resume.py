@@ -3,7 +3,6 @@
 Ten times here; cluster/test_training_kills.py goes on with containers, engines and machines.
 """
 
-import random
 import shutil
 import signal
 from itertools import pairwise
@@ -11,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.moments import moments
 from tests.native.ports import free_port
 from tests.native.training import Agent, complete, losses, records, torchrun, train, until, worker_codes
 
 STEPS, INTERVAL = 400, 5
 FLAGS = f"--steps {STEPS} --checkpoint-every {INTERVAL}"
-MOMENTS = random.Random(20)
-"""Seeded: every run of the tests kills at the same steps."""
+MOMENTS = moments()
 
 
 @pytest.fixture(scope="session")

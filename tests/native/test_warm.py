@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -16,6 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
+from app.engine.command import AGENT, WORKER
+from app.engine.torchrun import Torchrun
+from app.engine.warm import Preloaded
 from tests.native.launchers import PROJECT, nodes
 from tests.native.ports import free_port
 
@@ -294,6 +298,61 @@ def test_a_module_that_breaks_the_start_is_left_out_and_told(tmp_path: Path, nam
     assert "[rank 0] title rank0" in launcher.text
     report = json.loads(next(tmp_path.glob("node0/*/report/node0/report.json")).read_text())
     assert report["left_out"] == [f"{name}: {why}"]
+
+
+def test_a_module_that_hangs_is_left_out_after_a_while_and_the_round_goes_on(tmp_path: Path) -> None:
+    # Native code that keeps the GIL: no thread and no signal handler of Python would get a turn.
+    (tmp_path / "hangs.py").write_text("import ctypes; ctypes.PyDLL(None).sleep(600)")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    left_out = list[tuple[str, str]]()
+    preloaded = Preloaded(["torch", "hangs"], environ, lambda *words: left_out.append(words), limit=2)
+    command = [sys.executable, "-P", str(AGENT), "--nnodes=1", "--nproc-per-node=1", "--node-rank=0"]
+    command += ["--master-addr=127.0.0.1", f"--master-port={free_port()}", f"--log-dir={tmp_path}", "--tee=3"]
+    (tmp_path / "script.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    try:
+        preloaded.start()
+        engine = Torchrun([*command, str(WORKER), str(tmp_path / "script.py")], environ, preloaded=preloaded)
+        assert asyncio.run(engine.watch(lambda: None)).code == 0
+    finally:
+        preloaded.stop()
+    assert left_out == [("hangs", "it was not loaded within 2 s")]
+    assert (tmp_path / "ran").exists()
+    assert engine.moments.begun > engine.moments.launched
+
+
+MARKS = """
+import os, signal, sys, time
+import torch, torch.distributed as dist
+def reached(part):
+    with open(os.environ["TORCHRUN_COMPOSE_MARKS"], "a") as file:
+        file.write(f"{part} {time.time()}\\n")
+dist.init_process_group("gloo")
+reached("rendezvous")
+time.sleep(0.1)
+reached("checkpoint load")
+dist.all_reduce(torch.ones(1))
+reached("first step")
+if "-1-" in os.environ["TORCHELASTIC_RUN_ID"]:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.5)
+sys.exit(int(sys.argv[1]))
+"""
+PARTS = ["detection", "stop", "agreement", "fork", "rendezvous", "checkpoint load", "first step"]
+
+
+def test_the_parts_of_a_restart_are_printed_once_and_are_in_the_report(tmp_path: Path) -> None:
+    with nodes(tmp_path, 1, MARKS, NODES="", NODE_RANK="", MAX_RESTARTS="1", LOGLEVEL="DEBUG") as job:
+        launcher = job.start(0, "3")
+        assert launcher.end() == 5
+    (said,) = (line for line in launcher.said if "restarted in" in line)
+    names = re.findall(r"[:,] ([a-z ]+) \d+\.\d\d", said.partition("restarted")[2])
+    assert names == PARTS
+    report = json.loads(next(tmp_path.glob("node0/*/report/node0/report.json")).read_text())
+    (parts,) = report["restarts"]
+    assert [*parts] == PARTS
+    assert parts["checkpoint load"] >= 0.1
+    killed = launcher.when("ended by SIGKILL")
+    assert sum(parts.values()) < launcher.when("exit code 3") - killed + parts["detection"] + parts["stop"]
 
 
 @pytest.mark.parametrize("text", ["import torch", "from torch import nn", "import torch.nn.functional as F"])

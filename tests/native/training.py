@@ -1,20 +1,23 @@
-"""Runs of the training script under real torchrun, on CPU: tiny models, real processes, real signals."""
+"""Runs of the training script under real torchrun, on CPU: tiny models, real processes, real signals.
+
+Each run is forked from a process that has torch loaded, as users' are; tests/native/test_train_faults.py has one under
+plain torchrun."""
 
 import contextlib
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
+from app.engine.command import WORKER
+from app.engine.warm import AGENT, STEP, Forked, Preloaded
 from tests.native.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -22,37 +25,55 @@ TINY = "--layers 1 --heads 2 --width 32 --context 32 --batch 10 --micro-batch 3 
 """Ten sequences in micro-batches of three make uneven shares and uneven micro-batches with 2, 3 and 4 ranks."""
 
 
+LOADED = ("torch", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.nn.parallel")
+SERVERS = dict[str, Preloaded]()
+"""Those of the running test, by run folder: one environment each, or a worker would start cold."""
+
+
 @dataclass
 class Agent:
     """One torchrun agent: what runs on one node."""
 
-    process: subprocess.Popen[bytes]
+    process: Forked
     log: Path
     run_dir: Path
-    workers: list[psutil.Process] = field(default_factory=list)
+    told: BinaryIO
+    """What the agent tells the launcher."""
 
     def wait(self, seconds: float = 120) -> int:
         """Torchrun's exit code."""
         return self.process.wait(seconds)
 
     def text(self) -> str:
-        """All output so far."""
-        return self.log.read_text(errors="replace")
+        """All output so far without its ranks, and what torchrun told of its workers if it has ended."""
+        told = self.told.read() if self.process.poll() is not None else b""
+        if told:
+            self.log.write_text(self.log.read_text(errors="replace") + told.decode())
+        return re.sub(r"^\[rank \d+\] ", "", self.log.read_text(errors="replace"), flags=re.MULTILINE)
 
     def ranks(self) -> list[psutil.Process]:
-        """The worker processes, in rank order of their start."""
-        children = psutil.Process(self.process.pid).children()
-        return sorted((c for c in children if "app.train" in " ".join(c.cmdline())), key=lambda c: c.pid)
+        """The worker processes, in rank order."""
+        return [process for title, process in sorted(self._forked()) if title.startswith("rank")]
 
     def kill_all(self) -> None:
         """What the death of a node does: the agent and its workers are gone at once."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-            for process in processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGKILL)
-            psutil.wait_procs(processes[1:], timeout=20)
+        processes = [process for _, process in self._forked()]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(processes, timeout=20)
         self.process.wait(20)
+
+    def _forked(self) -> Iterator[tuple[str, psutil.Process]]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in psutil.Process(SERVERS[str(self.run_dir)].pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                    yield " ".join(each.cmdline()), each
+
+
+def stop_servers() -> None:
+    while SERVERS:
+        SERVERS.popitem()[1].stop()
 
 
 @contextlib.contextmanager
@@ -66,21 +87,32 @@ def torchrun(
     port: int = 0,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Agent]:
-    """Starts one agent, and leaves nothing of it behind."""
+    """Starts one agent as a launcher does, from a process that has torch loaded, and leaves nothing of it behind."""
     run_dir.mkdir(parents=True, exist_ok=True)
     log = run_dir / f"output-{time.monotonic_ns()}.txt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--node-rank", str(node)]
-    command += ["--nproc-per-node", str(nproc), "--master-addr", "127.0.0.1", "--master-port", str(port or free_port())]
-    command += ["--max-restarts", "0", "-m", "app.train", *TINY.split(), *flags.split()]
+    arguments = ["--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(nproc)]
+    arguments += ["--master-addr", "127.0.0.1", "--master-port", str(port or free_port()), "--max-restarts", "0"]
+    arguments += [str(WORKER), "-m", "app.train", *TINY.split(), *flags.split()]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TRAIN_", "PET_"))}
     ours = {"RUN_DIR": str(run_dir), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environ or {})}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=run_dir, env=clean | ours, stdout=output, stderr=subprocess.STDOUT)
-    agent = Agent(process, log, run_dir)
-    try:
-        yield agent
-    finally:
-        agent.kill_all()
+    server = SERVERS.setdefault(str(run_dir), Preloaded(LOADED, clean | ours, _must_load))
+    asked = server.start()
+    assert asked
+    read, write = os.pipe()
+    with log.open("wb") as output, Path(os.devnull).open("rb") as nothing, os.fdopen(read, "rb") as told:
+        outputs = [nothing.fileno(), output.fileno(), output.fileno(), write]
+        agent = Agent(asked.fork(AGENT, arguments, clean | ours, outputs), log, run_dir, told)
+        os.close(write)
+        while not agent.process.pid and agent.process.poll() is None:
+            asked.pause(STEP)
+        try:
+            yield agent
+        finally:
+            agent.kill_all()
+
+
+def _must_load(module: str, why: str) -> None:
+    raise AssertionError(f"{module}: {why}")
 
 
 def train(run_dir: Path, flags: str, *, nproc: int = 2, environ: Mapping[str, str] | None = None) -> tuple[int, str]:
@@ -91,7 +123,7 @@ def train(run_dir: Path, flags: str, *, nproc: int = 2, environ: Mapping[str, st
 
 def worker_codes(text: str) -> set[int]:
     """Exit codes of workers that torchrun reports; it names the first to fail and those that ended with it."""
-    return {int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", text)}
+    return {int(code) for code in re.findall(r'"exitcode": (-?\d+)', text)}
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 
 from app.config.settings import HARDWARE
 from app.host import probe
-from app.host.accelerators import VENDORS, read_gpus, read_state, vendor_for
+from app.host.accelerators import VENDORS, read_gpus, read_state, used_memory, vendor_for
 from app.host.accelerators.amd import read_resets
 from app.host.accelerators.gpu import Gpu, GpuFault, GpuHealth, Gpus
 from app.host.accelerators.nvidia_health import ask_nvml
@@ -182,3 +182,16 @@ def test_what_nccl_reads_from_its_own_file_is_shown_and_what_it_will_not_read_is
     assert "NCCL_ALGO" not in shown
     (warning,) = found.warnings
     assert (warning.id, warning.setting) == ("settings.nccl-conf-overridden", "NCCL_DEBUG")
+
+
+def test_the_memory_in_use_is_that_of_the_gpus_which_a_mask_leaves(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    for number in range(2):
+        amd_gpu(tree, number, f"pci0000:25/0000:25:01.1/0000:2{number}:00.0")
+        folder = tmp_path / f"sys/class/drm/renderD{128 + number}/device"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "mem_info_vram_used").write_text(str((number + 1) << 30))
+    assert used_memory({}, tmp_path) == {0: 1024, 1: 2048}
+    assert used_memory({"HIP_VISIBLE_DEVICES": "1"}, tmp_path) == {1: 2048}
+    assert used_memory({"CUDA_VISIBLE_DEVICES": "GPU-abc"}, tmp_path) == {0: 1024, 1: 2048}
+    assert used_memory({}, tmp_path / "nothing") == {}

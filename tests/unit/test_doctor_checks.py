@@ -8,7 +8,7 @@ import pytest
 
 from app.config.problems import CHECKS as ABOUT
 from app.config.problems import problem
-from app.doctor.collect.live import Disk, LiveFacts, NicHealth, collect
+from app.doctor.collect.live import CheckpointDisk, LiveFacts, NicHealth, collect
 from app.doctor.facts import Facts
 from app.doctor.findings import CHECKS, Finding, Severity
 from app.doctor.node_checks import CHECKERS, check_node
@@ -20,7 +20,7 @@ from tests.machines.facts import host_of, settings_of
 from tests.machines.library import MACHINES
 
 GB = 1_000_000_000
-SOUND = Disk(folder="/runs", free=500 * GB, total=1000 * GB, inodes=10**6, speed=900e6)
+SOUND = CheckpointDisk(folder="/runs", free=500 * GB, total=1000 * GB, inodes=10**6, speed=900e6)
 
 
 def facts_of(machine: str, root: Path, **changes: str) -> Facts:
@@ -144,7 +144,11 @@ def test_rdma_error_counters_are_told_with_their_meaning(tmp_path: Path) -> None
     ill = replace(facts.live, rdma={"mlx5_4:1": {"symbol_error": 70000, "link_downed": 3, "port_xmit_data": 10**12}})
     finding = bad(check_node(replace(facts, live=ill)))["rdma"]
     assert finding.id == "rdma-errors"
-    assert finding.values == {"port": "mlx5_4:1", "counters": "symbol_error 70000 (bit errors on the cable)"}
+    assert finding.values == {
+        "port": "mlx5_4:1",
+        "counters": "symbol_error 70000 (bit errors on the cable)",
+        "place": "mlx5_4/ports/1",
+    }
 
 
 def test_a_host_name_without_address_is_told_and_one_on_loopback_is_not_alarmed(tmp_path: Path) -> None:
@@ -206,7 +210,7 @@ def test_the_port_of_node_0_may_be_taken_on_other_nodes(tmp_path: Path) -> None:
     ],
 )
 def test_a_disk_that_will_not_hold_checkpoints_is_told(
-    disk: Disk, severity: Severity, id_: str, tmp_path: Path
+    disk: CheckpointDisk, severity: Severity, id_: str, tmp_path: Path
 ) -> None:
     facts = facts_of("laptop", tmp_path)
     finding = bad(check_node(replace(facts, live=replace(facts.live, disk=disk))))["disk"]

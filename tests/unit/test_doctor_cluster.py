@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from app.doctor.cluster_checks import judge
-from app.doctor.findings import Finding, Row, Severity, green, red
-from app.doctor.results import Measured, Node
+from app.doctor.findings import Finding, Row, Severity, green, wrong
+from app.doctor.results import Measured, NodeResults
 from app.gang.messages import read_facts
 
 
-def node(rank: int, **changes: object) -> Node:
-    known = Node(
+def node(rank: int, **changes: object) -> NodeResults:
+    known = NodeResults(
         rank=rank,
         address=f"10.0.0.{rank + 1}",
         host=f"gpu-{rank}",
@@ -81,7 +81,7 @@ def test_one_node_and_several_are_told_in_singular_and_plural() -> None:
 def test_no_collective_is_tried_where_a_port_is_known_to_be_taken() -> None:
     measured = cluster(2)
     assert not measured.collective_would_hang
-    measured.nodes[0] = node(0, findings=(red("port-taken", "ports", "MASTER_PORT is taken."),))
+    measured.nodes[0] = node(0, findings=(wrong("port-taken", name="MASTER_PORT", port=29400, addresses="::"),))
     assert measured.collective_would_hang
 
 

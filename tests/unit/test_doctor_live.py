@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.doctor.collect.live import Disk, collect, probe_disk
+from app.doctor.collect.live import CheckpointDisk, collect, probe_disk
 from app.host import Host, probe
 from app.host.accelerators import ACS
 from app.host.accelerators.gpu import GpuFault, GpuHealth
@@ -81,7 +81,7 @@ def test_a_disk_that_refuses_to_be_written_says_why(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("app.doctor.collect.live.tempfile.TemporaryFile", refuse)
     disk = probe_disk(tmp_path)
-    assert disk == Disk(
+    assert disk == CheckpointDisk(
         folder=str(tmp_path),
         free=disk.free,
         total=disk.total,
@@ -100,7 +100,7 @@ def test_a_checkpoint_folder_below_one_that_may_not_be_entered_is_told_and_raise
 
     monkeypatch.setattr(Path, "is_dir", refuse)
     folder = tmp_path / "of another user/checkpoints"
-    assert probe_disk(folder) == Disk(folder=str(folder), failure="Permission denied")
+    assert probe_disk(folder) == CheckpointDisk(folder=str(folder), failure="Permission denied")
 
 
 def test_a_file_system_that_does_not_answer_does_not_hold_up_doctor(

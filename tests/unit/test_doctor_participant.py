@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from app.doctor.cluster_checks.transport import Collective
-from app.doctor.collect.live import Disk
+from app.doctor.cluster_checks.transport import CollectiveCheck
+from app.doctor.collect.live import CheckpointDisk
 from app.doctor.facts import Facts
 from app.doctor.participant import DoctorAnswers
 from app.doctor.protocol import read_findings
@@ -17,7 +17,7 @@ from tests.unit.test_doctor_checks import facts_of
 
 def node(facts: Facts, folder: Path) -> DoctorAnswers:
     """A node whose checkpoints go below `folder`."""
-    facts = replace(facts, live=replace(facts.live, disk=Disk(folder=str(folder))))
+    facts = replace(facts, live=replace(facts.live, disk=CheckpointDisk(folder=str(folder))))
     assert facts.plan is not None
     plan = replace(facts.plan, script=replace(facts.plan.script, checkpoint_dir=folder / "checkpoints"))
     return DoctorAnswers(facts=facts, plan=plan, findings=(), reduce=full_disk)
@@ -28,7 +28,7 @@ def answer(one: DoctorAnswers, kind: str, **fields: object) -> Mapping[str, obje
     return asyncio.run(one.answer(kind, message))
 
 
-async def full_disk(_facts: Facts, _plan: Plan, _run_id: str, _place: int, _nnodes: int) -> Collective:
+async def full_disk(_facts: Facts, _plan: Plan, _run_id: str, _place: int, _nnodes: int) -> CollectiveCheck:
     raise OSError(28, "No space left on device")
 
 

@@ -2,11 +2,25 @@
 
 import json
 
-from app.doctor.findings import Finding, Row, green, red, skipped, yellow
+from app.doctor.findings import Finding, Row, Severity, green, skipped
 from app.doctor.table import exit_code, to_json, to_lines, to_table
 
-SLOW = yellow("pair-slow", "speed", "To node {peer}: {rate}.", "ethtool eth0", peer=1, rate="0.9 Gb/s")
-CUT = red("port-blocked", "reach", "Cannot reach node {peer}:\n  port 29400", "open it", peer=1)
+SLOW = Finding(
+    id="pair-slow",
+    check="speed",
+    severity=Severity.YELLOW,
+    text="To node {peer}: {rate}.",
+    fix="ethtool eth0",
+    values={"peer": 1, "rate": "0.9 Gb/s"},
+)
+CUT = Finding(
+    id="port-blocked",
+    check="reach",
+    severity=Severity.RED,
+    text="Cannot reach node {peer}:\n  port 29400",
+    fix="open it",
+    values={"peer": 1},
+)
 
 
 def rows(*nodes: tuple[Finding, ...]) -> list[Row]:

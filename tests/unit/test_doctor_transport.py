@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from app.doctor.cluster_checks.transport import Collective, NcclLog, carrier, judge_transport, read_nccl
+from app.doctor.cluster_checks.transport import CollectiveCheck, NcclLog, carrier, judge_transport, read_nccl
 from app.doctor.findings import Severity
 
 # https://github.com/NVIDIA/nccl/issues/1925 (NCCL 2.28)
@@ -89,7 +89,7 @@ def test_what_nccl_chose_is_read_from_its_log(text: str, expected: NcclLog) -> N
     assert read_nccl(text) == expected
 
 
-WELL = Collective(
+WELL = CollectiveCheck(
     backend="nccl",
     ranks=16,
     bus_bandwidth=40e9,
@@ -125,14 +125,14 @@ def test_infiniband_through_the_cpus_memory_is_yellow_where_it_could_be_direct()
 
 
 def test_a_collective_over_another_interface_than_planned_is_told() -> None:
-    gloo = Collective(backend="gloo", ranks=2, interface="eth0", carrier="docker0")
+    gloo = CollectiveCheck(backend="gloo", ranks=2, interface="eth0", carrier="docker0")
     finding = judge_transport(gloo)
     assert finding.severity == Severity.YELLOW
     assert "went over docker0, not over eth0" in finding.sentence
 
 
 def test_a_failed_collective_is_red_with_its_reason() -> None:
-    finding = judge_transport(Collective(failure="Connection refused"))
+    finding = judge_transport(CollectiveCheck(failure="Connection refused"))
     assert (finding.severity, "Connection refused" in finding.sentence) == (Severity.RED, True)
 
 
@@ -147,7 +147,7 @@ def test_on_one_node_no_network_is_judged_and_the_way_between_its_gpus_is_told()
     # NCCL names the network that it would use although nothing goes over it.
     log = NcclLog(network="Socket", inside=("P2P",))
     finding = judge_transport(
-        Collective(backend="nccl", ranks=8, alone=True, active_ports=8, interface="eth0", log=log)
+        CollectiveCheck(backend="nccl", ranks=8, alone=True, active_ports=8, interface="eth0", log=log)
     )
     assert finding.severity == Severity.GREEN
     assert finding.sentence.endswith("inside this machine: GPUs read each other's memory (P2P)")

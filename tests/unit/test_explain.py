@@ -15,7 +15,7 @@ import pytest
 from app.cli.explain import explain, sections, short, to_table
 from app.config.problems import refusal
 from app.config.settings import read_settings
-from app.engine.torchrun import command_line
+from app.engine.command import command_line
 from app.host.limits import Limits
 from app.plan import Plan, draft, make_plan
 from tests.machines.facts import drafted, host_of, settings_of

@@ -64,3 +64,8 @@ def test_on_a_large_cluster_one_random_port_each_is_dialled_and_master_port_on_n
     assert (small.ports_of(0), small.ports_of(1)) == (3, 2)
     assert (large.ports_of(0), large.ports_of(1)) == (2, 1)
     assert len(large.peers(20)) < 10
+
+
+def test_nodes_that_stayed_connected_do_not_try_each_other_again_and_try_whoever_came_anew() -> None:
+    test = Connectivity(ranks=[0, 1, 2], started=100.0, known=frozenset({0, 1}))
+    assert [test.peers(rank) for rank in range(3)] == [[2], [2], [0, 1]]

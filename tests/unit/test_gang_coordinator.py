@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from app.config.exitcodes import ExitCode
 from app.engine.outcome import Outcome
-from app.gang.connection import MAX_LINE, Connection, Message
+from app.gang.connection import MAX_LINE, Connection, Message, items
 from app.gang.coordinator import Coordinator
 from app.gang.handshake import introduce
 from app.gang.mirror.pages import pages
@@ -46,6 +47,8 @@ class Node:
     ports: object = ()
     heard: list[Message] = field(default_factory=list)
     closed: bool = False
+    progress: str = ""
+    probes: list[Any] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def read(self) -> None:
@@ -53,9 +56,14 @@ class Node:
             while True:
                 message = await self.connection.receive()
                 if message["kind"] == "ask":
-                    listening = message["question"] == "listen"
-                    answer = {"ports": self.ports} if listening else await no_folder("checkpoints", message)
+                    known: dict[str, Mapping[str, object]] = {
+                        "listen": {"ports": self.ports},
+                        "progress": {"progress": self.progress},
+                    }
+                    answer = known.get(str(message["question"])) or await no_folder("checkpoints", message)
                     self.connection.send("answer", number=message["number"], **answer)
+                if message["kind"] == "probe":
+                    self.probes.append(message["targets"])
                 self.heard.append(message)
                 self._news.set()
         self.closed = True
@@ -67,6 +75,10 @@ class Node:
                 self._news.clear()
                 await self._news.wait()
         return found[-1]
+
+    async def dials(self) -> set[object]:
+        """The ranks that it is told to try."""
+        return {target["rank"] for target in items(await self.hears("probe"), "targets", 100)}
 
     async def goes(self) -> None:
         """Says that it reaches everybody, and starts."""
@@ -177,6 +189,39 @@ def test_a_blocked_pair_is_the_end_before_the_first_round_and_another_try_in_a_l
     lead(a_plan(2), story)
 
 
+def test_reach_is_proven_anew_to_who_came_back_and_between_all_after_a_second_failure_in_a_row() -> None:
+    async def round_fails(nodes: Sequence[Node], ports: Sequence[int]) -> list[set[object]]:
+        """Whom each node is told to dial before the round that follows."""
+        for node in nodes:
+            node.heard.clear()
+        for node, port in zip(nodes, ports, strict=True):
+            node.connection.send("ended", code=1, failures=[], finished="", ports=[{"port": port}], progress="")
+        dialled = [await node.dials() for node in nodes]
+        for node in nodes:
+            node.connection.send("reached", failed=[])
+        for node in nodes:
+            await node.hears("go")
+        return dialled
+
+    async def story(job: Job) -> None:
+        nodes = await running(job)
+        assert await round_fails(nodes, (1, 2, 3)) == [set(), set(), set()]
+        assert await round_fails(nodes, (4, 5, 6)) == [{1, 2}, {0, 2}, {0, 1}]
+
+    async def with_a_newcomer(job: Job) -> None:
+        nodes = await running(job)
+        for node in nodes:
+            node.heard.clear()
+        nodes[2].connection.close()
+        for node in nodes[:2]:
+            node.connection.send("ended", code=0, failures=[], finished="", ports=[{"port": 7}], progress="")
+        nodes[2] = await job.joins(2, instance_id="another", round_=1)
+        assert [await node.dials() for node in nodes] == [{2}, {2}, {0, 1}]
+
+    lead(a_plan(), story)
+    lead(a_plan(), with_a_newcomer)
+
+
 def test_a_node_that_disagrees_and_leaves_does_not_let_the_others_start_without_the_rest() -> None:
     async def story(job: Job) -> None:
         first = await job.joins(0)
@@ -196,7 +241,7 @@ def test_a_stop_on_a_node_that_waits_for_the_next_round_stops_the_job() -> None:
     async def story(job: Job) -> None:
         nodes = await running(job, (0, 1))
         late = await job.joins(2)
-        await late.hears("news")
+        await late.hears("wait")
         late.connection.send("stop")
         assert (await nodes[0].hears("halt"))["why"] == "stop"
         for node in nodes:
@@ -300,10 +345,12 @@ class Engine:
 
 
 def a_participant(
-    plan: Plan, dial: Callable[[], Awaitable[Connection]], engine: Engine, launched: asyncio.Event
+    plan: Plan, dial: Callable[[], Awaitable[Connection]], engine: Engine | OSError, launched: asyncio.Event
 ) -> Participant:
     def launch(_: RoundAssignment) -> Engine:
         launched.set()
+        if isinstance(engine, OSError):
+            raise engine
         return engine
 
     async def refresh() -> None: ...
@@ -401,6 +448,18 @@ def test_a_torchrun_whose_last_words_are_torn_has_ended_all_the_same() -> None:
         verdict = await part
         assert verdict.code == ExitCode.TRAINING
         assert "half a line" in verdict.text
+
+    lead(a_plan(1, MAX_RESTARTS="0"), story)
+
+
+def test_a_torchrun_that_cannot_be_started_is_this_nodes_failure_and_no_lost_node() -> None:
+    async def story(job: Job) -> None:
+        plan = a_plan(1, MAX_RESTARTS="0")
+        plan = replace(plan, network=replace(plan.network, master_port=free_port()))
+        too_long = OSError(7, "Argument list too long")
+        verdict = await a_participant(plan, job.connect, too_long, asyncio.Event()).take_part()
+        assert verdict.code == ExitCode.TRAINING
+        assert "node 0 (10.0.0.1) - torchrun failed with OSError: [Errno 7] Argument list too long" in verdict.text
 
     lead(a_plan(1, MAX_RESTARTS="0"), story)
 

@@ -21,6 +21,7 @@ from app.supervise.node import down_link
 from app.supervise.progress import Gained, first_line
 from app.supervise.restart_guard import RETRY_WINDOW, read_final, write_final
 from app.supervise.runtime_dir import one_job, running, runtime_dir
+from app.supervise.state import NodeState
 from tests.unit.launch_facts import machine, planned
 
 IDENTITY = "0123456789abcdef" * 4
@@ -57,7 +58,9 @@ def test_without_a_launcher_or_with_a_broken_state_nothing_is_healthy(
 
 def test_the_state_file_follows_the_launcher(tmp_path: Path) -> None:
     async def live() -> list[dict[str, object]]:
-        kept, seen = health.State(tmp_path, lambda: "step 3"), []
+        gained = Gained(text="step 3")
+        kept = NodeState(planned(machine()), tmp_path, lambda: gained, dict, lambda: range(0))
+        seen = list[dict[str, object]]()
         keeping = asyncio.ensure_future(kept.keep())
         for wanted in ("waiting", "running"):
             while (found := read_state(tmp_path)).get("state") != wanted:
@@ -217,7 +220,7 @@ def test_a_file_system_that_stalls_holds_up_no_heartbeat(monkeypatch: pytest.Mon
     monkeypatch.setattr(progress, "PATIENCE", 0.3)
 
     async def live() -> tuple[float, str, str]:
-        seen = progress.Progress(plan, tmp_path, print, lambda: 0)
+        seen = progress.TrainingProgress(plan, tmp_path, print, lambda: 0)
         asked = time.monotonic()
         await seen.renew()
         waited, before = time.monotonic() - asked, seen.text
@@ -246,7 +249,7 @@ def test_a_torchrun_that_somebody_has_stopped_is_told_of_once(tmp_path: Path) ->
     said = queue.Queue[str]()
     with subprocess.Popen(["sleep", "60"]) as engine:
         engine.send_signal(signal.SIGSTOP)
-        progress.Progress(a_plan(tmp_path), tmp_path, said.put, lambda: engine.pid)
+        progress.TrainingProgress(a_plan(tmp_path), tmp_path, said.put, lambda: engine.pid)
         assert f"kill -CONT {engine.pid}" in said.get(timeout=5)
         with pytest.raises(queue.Empty):
             said.get(timeout=2 * progress.READ_EVERY)

@@ -179,7 +179,7 @@ def test_what_moves_while_a_round_is_ended_is_no_progress_that_forgets_the_stack
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: int
 ) -> None:
     monkeypatch.setattr(progress, "READ_EVERY", 0.02)
-    looks, made, kept = queue.Queue[int](), list[progress.Progress](), plan.stall_dir / "rank1.json"
+    looks, made, kept = queue.Queue[int](), list[progress.TrainingProgress](), plan.stall_dir / "rank1.json"
     for rank in range(2):
         write(tmp_path, stall(rank))
 
@@ -187,7 +187,7 @@ def test_what_moves_while_a_round_is_ended_is_no_progress_that_forgets_the_stack
         looks.put(len(made[0].stalls) if made else 2)
         return engine
 
-    made.append(progress.Progress(plan, tmp_path / "ranks", print, asked))
+    made.append(progress.TrainingProgress(plan, tmp_path / "ranks", print, asked))
     until(kept.exists, deadline=5, what="the stacks")
     (tmp_path / "ranks" / "rank0.json").unlink()
     while looks.get(timeout=5) or looks.get(timeout=5):

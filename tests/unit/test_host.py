@@ -10,7 +10,7 @@ from socket import AF_INET, AF_INET6
 import pytest
 
 from app.host import probe
-from app.host.accelerators.nvidia import nvml_facts, read_gpus
+from app.host.accelerators.nvidia import nvml_facts, nvml_memory, read_gpus
 from app.host.addresses import canonical, parse
 from app.host.files import natural, number, pci_path
 from app.host.limits import read_limits
@@ -27,7 +27,7 @@ def test_this_machine_is_read_as_it_is() -> None:
     assert loopback.kind == "loopback"
     assert "127.0.0.1" in [address.text for address in loopback.addresses]
     assert host.uid == os.geteuid()
-    assert host.limits.cpus <= len(os.sched_getaffinity(0)) == host.limits.machine_cpus
+    assert host.limits.cpus <= len(os.sched_getaffinity(0))
     assert host.packages["torch"]
     assert "127.0.0.1" in host.answers["localhost"].addresses
     assert host.answers["no-such-name.invalid"].failure
@@ -220,9 +220,9 @@ def test_only_the_slots_in_use_of_a_gid_table_are_read(tmp_path: Path) -> None:
     gids = roce_gids("a288:c2ff:fe3b:506a", "10.200.1.10", "ens10np0")
     hca(tree, "mlx5_6", "pci0000:15/0000:15:01.0/0000:16:00.0", layer="Ethernet", gids=gids, number=6)
     (port,) = read_rdma_ports(tmp_path)
-    assert [(gid.index, gid.kind, gid.ipv4) for gid in port.gids] == [
-        (0, "IB/RoCE v1", None),
-        (1, "RoCE v2", None),
+    assert [(gid.index, gid.kind, canonical(gid.text)) for gid in port.gids] == [
+        (0, "IB/RoCE v1", "fe80::a288:c2ff:fe3b:506a"),
+        (1, "RoCE v2", "fe80::a288:c2ff:fe3b:506a"),
         (2, "IB/RoCE v1", "10.200.1.10"),
         (3, "RoCE v2", "10.200.1.10"),
     ]
@@ -248,8 +248,21 @@ class FakeNvml:
         ctypes.cast(count, ctypes.POINTER(ctypes.c_uint))[0] = 2  # type: ignore[arg-type]  # as above
         return 0
 
+    def nvmlDeviceGetHandleByIndex_v2(self, index: int, handle: object) -> int:  # noqa: N802 - NVML's name
+        ctypes.cast(handle, ctypes.POINTER(ctypes.c_void_p))[0] = index + 1  # type: ignore[arg-type]  # as above
+        return 0
+
+    def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, memory: object) -> int:  # noqa: N802 - NVML's name
+        memory[:] = [80 << 30, 49 << 30, (handle.value or 0) << 30]  # type: ignore[index]  # as above
+        return 0
+
     def nvmlShutdown(self) -> int:  # noqa: N802 - NVML's name
         return 0
+
+
+def test_nvml_tells_the_memory_in_use_of_each_gpu() -> None:
+    assert nvml_memory(FakeNvml()) == {0: 1024, 1: 2048}  # type: ignore[arg-type]  # a stand-in for the loaded library
+    assert nvml_memory(FakeNvml(status=9)) == nvml_memory(None) == {}  # type: ignore[arg-type]  # as above
 
 
 def test_nvml_tells_the_cuda_version_and_its_absence_is_fine() -> None:
@@ -279,3 +292,19 @@ def test_waiting_for_a_name_is_bounded_and_told(
     never.set()
     assert found["slow"].failure == "no answer from the name server within 0 s"
     assert "waiting for the address of slow" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kernel", "ids", "inside"),
+    [
+        ("6.12.48+deb13-amd64", "0 0 4294967295", ""),
+        ("6.6.87.2-microsoft-standard-WSL2", "0 0 4294967295", "wsl"),
+        ("6.10.14-linuxkit", "0 0 4294967295", "desktop"),
+        ("6.8.0-71-generic", "0 1000 1\n1 100000 65536", "rootless"),
+    ],
+)
+def test_what_stands_before_the_machines_network_is_seen(tmp_path: Path, kernel: str, ids: str, inside: str) -> None:
+    for path, content in (("proc/sys/kernel/osrelease", kernel), ("proc/self/uid_map", ids), (".dockerenv", "")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+    assert probe(tmp_path).inside == inside

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from app.host.nccl_names import matching
 from app.host.rdma import RdmaPort
-from app.plan.env_warnings import COSTS, matching
+from app.plan.env_warnings import COSTS
 from app.plan.typos import known_variables, misspelt
 from tests.unit.launch_facts import DOCKER, card, decide, given, machine, planned, warned, warning_ids
 

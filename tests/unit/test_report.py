@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from app.cli.report import bundle, main, told
+from app.cli.report import bundle, main, reports
 from app.config.errors import UserError
 from app.config.exitcodes import ExitCode
 from app.config.redaction import REMOVED
+from app.engine.command import command_line, environment
 from app.engine.outcome import Failure, Outcome
-from app.engine.torchrun import command_line, environment
 from app.gang.verdict import Verdict
 from app.plan import Draft, Plan
 from app.report.history import RoundRecord, keep_round
@@ -222,6 +222,7 @@ FULL = NodeReport(
     line="x" * 5000,
     cause="y" * 5000,
     fix="z" * 5000,
+    restarts=({"detection": 0.05, "stop": 0.2},) * 9,
     stalls=("rank0.json", "rank1.json"),
     flight_records=("a", "b"),
     decisions=(),
@@ -305,10 +306,10 @@ def test_the_command_says_that_a_job_began_after_the_reported_one(tmp_path: Path
     folder = plan.log_dir / "default-1-abc_x/attempt_0"
     os.utime(folder, (1_800_000_000, 1_800_000_000))
     os.utime(report, (1_800_000_100, 1_800_000_100))
-    assert "since then" not in told(plan.script.run_dir)
+    assert "since then" not in reports(plan.script.run_dir)
     os.utime(report, (1_799_999_000, 1_799_999_000))
     assert (
-        told(plan.script.run_dir)
+        reports(plan.script.run_dir)
         .splitlines()[-1]
         .startswith("since then: a round began here at 2027-01-15 08:00:00 UTC")
     )

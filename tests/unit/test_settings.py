@@ -1,6 +1,8 @@
 """Settings: sources, empty values, broken values, and one table for code, `.env.example` and compose.yaml."""
 
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,8 +21,10 @@ WORDS = {
     "HARDWARE": ("cpu", "nvidia"),
     "BACKEND": ("gloo", "nccl"),
     "PRELOAD": ("torch", "torch,numpy"),
+    "REGROW": ("checkpoint", "failure"),
     "CHECKPOINTS": ("own", "mirror"),
     "MIRROR_LIMIT": ("2GB", "3TB"),
+    "NOTIFY": ("json://one/key", "json://two/key"),
 } | dict.fromkeys(("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1"))
 
 
@@ -252,7 +256,7 @@ def test_every_variable_that_we_know_passes_from_the_shell() -> None:
     # torchrun's own, what the image sets, and folders, which are others in the container.
     not_passed = re.compile(r"TORCHELASTIC_|.*(_HOME|_VERSION|_CACHE_PATH|_CACHE_DIR|_EXTENSIONS_DIR)$")
     assert {name for name in known_variables() if not not_passed.match(name)} <= passed
-    of_train = {item.metadata["variable"] or f"TRAIN_{item.name.upper()}" for item in fields(train.Settings)}
+    of_train = {item.metadata["variable"] or f"TRAIN_{item.name.upper()}" for item in fields(train.TrainSettings)}
     assert of_train <= passed
     assert len(listed) == len(set(listed))
     for file in (PROJECT / "hardware").glob("*.yaml"):
@@ -267,6 +271,7 @@ VALID = {
     "NNODES": ("2", "2"),  # more or fewer than NODES lists are refused
     "NPROC_PER_NODE": ("1", "2"),
     "MIN_NODES": ("1", "2"),
+    "SPARES": ("0", "1"),
     "RUN_NAME": ("a", "b"),
     "HARDWARE": ("cpu", "cpu"),
     "NODE_RANK": ("0", "0"),
@@ -291,8 +296,21 @@ def test_the_nodes_compare_exactly_what_the_settings_of_the_cluster_come_to(sett
     assert differing == (set() if same else expected.get(setting.name, {setting.name}))
 
 
+def with_names(stack: str, names: Iterable[str]) -> str:
+    """compose.yaml with a line for each name at its place in the alphabet."""
+    for name in names:
+        block = stack.split("    environment:\n")[1]
+        after = next(each for each in re.findall(r"^ {6}([A-Z][A-Z0-9_]+):", block, re.MULTILINE) if each > name)
+        stack = stack.replace(f"\n      {after}:", f"\n      {name}:\n      {after}:")
+    return stack
+
+
 def test_compose_passes_every_setting_on_and_reads_those_of_its_own() -> None:
     stack = (PROJECT / "compose.yaml").read_text(encoding="utf-8")
+    if "TORCHRUN_COMPOSE_UPDATE" in os.environ:
+        handed = {setting.name for setting in TABLE if setting.scope not in ("compose", "desk")}
+        stack = with_names(stack, sorted(name for name in handed if f"\n      {name}:" not in stack))
+        (PROJECT / "compose.yaml").write_text(stack, encoding="utf-8")
     fragments = "".join(file.read_text(encoding="utf-8") for file in (PROJECT / "hardware").glob("*.yaml"))
     block = stack.split("    environment:\n")[1].split("\n\n")[0]
     passed = re.findall(r"^ {6}([A-Z][A-Z0-9_]+):", block, re.MULTILINE)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.train.data import Corpus, held_out_batch, load_corpus, shuffled, training_batch
-from app.train.settings import UserError
+from app.train.settings import TrainError
 
 CONTEXT = 8
 
@@ -104,7 +104,7 @@ def test_a_file_that_may_not_be_read_is_refused_by_its_name(size: int) -> None:
         file.chmod(0)
         os.seteuid(user or 65534)  # root may read everything
         try:
-            with pytest.raises(UserError, match=r"cannot read \S+/text.txt: Permission denied"):
+            with pytest.raises(TrainError, match=r"cannot read \S+/text.txt: Permission denied"):
                 load_corpus(folder, CONTEXT)
         finally:
             os.seteuid(user)
@@ -155,7 +155,7 @@ def _short(folder: Path) -> Path:
 def test_data_that_cannot_be_used_is_refused_by_a_sentence(
     tmp_path: Path, prepare: Callable[[Path], Path], message: str
 ) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(TrainError) as error:
         load_corpus(str(prepare(tmp_path)), CONTEXT)
     assert message in str(error.value)
     assert "DATA=" in str(error.value)

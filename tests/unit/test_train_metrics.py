@@ -9,13 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from app.train.metrics import Metrics, loss_picture, peak_flops, slow_ranks
 from app.train.model import GPT, learning_rate, uses_bf16
-from app.train.settings import Settings
+from app.train.settings import TrainSettings
 
 FAST, SLOW, WAITING = (0.01, 0.1, 0.1), (0.01, 0.2, 0.0), (0.0, 0.1, 0.11)
 
 
 def test_the_rate_warms_up_and_falls_to_its_floor() -> None:
-    settings = Settings(steps=100, warmup=10, lr=1.0, min_lr=0.1)
+    settings = TrainSettings(steps=100, warmup=10, lr=1.0, min_lr=0.1)
     rates = [learning_rate(settings, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[10] == max(rates) == 1.0
@@ -93,7 +93,7 @@ def test_a_gpu_that_only_emulates_bf16_uses_it_when_asked(
 
 def test_steps_that_are_done_again_are_in_the_events_once(tmp_path: Path) -> None:
     for first, last in ((1, 5), (3, 6)):
-        metrics = Metrics(Settings(run_dir=str(tmp_path)), ["rank 0"], "", 1)
+        metrics = Metrics(TrainSettings(run_dir=str(tmp_path)), ["rank 0"], "", 1)
         metrics.write([{"step": step, "loss": float(first)} for step in range(first, last + 1)])
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

@@ -241,7 +241,7 @@ def test_ports_that_need_root_or_may_be_taken_are_warned_about() -> None:
 
 
 def test_fewer_nodes_than_min_nodes_are_refused() -> None:
-    assert "but the job has 1 node. Set at most 1." in refused(CPU_HOST, MIN_NODES="2")
+    assert "but the job trains on 1 node. Set at most 1." in refused(CPU_HOST, MIN_NODES="2")
 
 
 @pytest.mark.parametrize(

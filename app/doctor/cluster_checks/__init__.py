@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from app.doctor.cluster_checks.mtu import judge_mtu
-from app.doctor.findings import Finding, Row, Severity, from_sentence, green, red, skipped, yellow
+from app.doctor.findings import Finding, Row, Severity, green, skipped, wrong
 from app.doctor.results import Found, Measured
 from app.gang.agreement import differences, told_nodes
 from app.gang.probes import allow
@@ -34,20 +34,14 @@ def _address(measured: Measured, rank: int) -> str:
 
 def judge_present(measured: Measured) -> Found:
     for rank, why in measured.missing.items():
-        fix = "docker compose run --rm trainer doctor   # on that node"
-        yield rank, red("node-missing", "present", "This node never came: {reason}.", fix, reason=why)
+        yield rank, wrong("node-missing", reason=why)
     for rank, node in measured.nodes.items():
         if rank in measured.lost:
-            yield (
-                rank,
-                red(
-                    "node-lost", "present", "This node came and went away again: {reason}.", reason=measured.lost[rank]
-                ),
-            )
+            yield rank, wrong("node-lost", reason=measured.lost[rank])
         else:
             yield rank, green("present", "host {host}", host=node.host)
     for sentence in measured.doubles:
-        yield min(measured.nodes), from_sentence("rank-claimed-twice", "rank", Severity.RED, sentence)
+        yield min(measured.nodes), wrong("rank-claimed-twice", sentence=sentence)
 
 
 def judge_agree(measured: Measured) -> Found:
@@ -72,17 +66,12 @@ def judge_agree(measured: Measured) -> Found:
 
 
 def _difference(name: str, values: Mapping[int, str]) -> Finding:
-    wrong, doubtful = differences({rank: {name: value} for rank, value in values.items()})
-    lines = [" ".join(line.split()) for line in (wrong or doubtful).splitlines()]
+    refused, doubtful = differences({rank: {name: value} for rank, value in values.items()})
+    lines = [" ".join(line.split()) for line in (refused or doubtful).splitlines()]
     shown = [line for line in lines if line.startswith(("package ", "and "))] or lines[:1]
-    return Finding(
-        id="setting-differs",
-        check="agree",
-        severity=Severity.RED if wrong else Severity.YELLOW,
-        text="Nodes differ: {differences}",
-        values={"setting": name, "differences": "; ".join(shown)},
-        fix=" ".join(lines[len(shown) :]) or "set it the same on all nodes, or use the same image",
-    )
+    remedy = " ".join(lines[len(shown) :]) or "set it the same on all nodes, or use the same image"
+    level = Severity.RED if refused else Severity.YELLOW
+    return wrong("setting-differs", level, setting=name, differences="; ".join(shown), remedy=remedy)
 
 
 def judge_reach(measured: Measured) -> Found:
@@ -91,19 +80,20 @@ def judge_reach(measured: Measured) -> Found:
     for (source, target, why), ports in measured.blocked.items():
         caller, called = measured.nodes[source], measured.nodes[target]
         bad.add(target)
-        text = "{peer} cannot connect to it, port {ports}: {reason}."
-        if len(ports) > 1:
-            text += " NCCL and Gloo use random ports: open all between the nodes."
-        fix = allow(caller.address, called.address)
+        remedy = allow(caller.address, called.address)
         if why.startswith("connects"):
-            fix = f"ip link show {called.interface}   # on both nodes"
-        shown = " and ".join(map(str, sorted(ports)))
-        yield target, red("port-blocked", "reach", text, fix, peer=caller.name, ports=shown, reason=why)
+            remedy = f"ip link show {called.interface}   # on both nodes"
+        shown, several = " and ".join(map(str, sorted(ports))), len(ports) > 1
+        found = wrong("port-blocked", peer=caller.name, ports=shown, reason=why, several=several, remedy=remedy)
+        yield target, found
     for rank in measured.nodes.keys() - bad - measured.lost.keys():
         callers = sorted(source for source, target in measured.tried if target == rank)
         if callers:
             verb = "connects" if len(callers) == 1 else "connect"
-            yield rank, green("reach", "{callers} {verb} to it on random ports", callers=told_nodes(callers), verb=verb)
+            yield (
+                rank,
+                green("reach", "{callers} {verb} to it on random ports", callers=told_nodes(callers), verb=verb),
+            )
         else:
             yield rank, skipped("reach", "no other node is here")
 
@@ -111,10 +101,8 @@ def judge_reach(measured: Measured) -> Found:
 def judge_clock(measured: Measured) -> Found:
     for rank, (offset, doubt) in measured.offsets.items():
         if abs(offset) - doubt > CLOCKS_APART:
-            text = "Its clock is {seconds:.0f} s {direction} node 0's: logs and file times will mislead."
-            fix = "timedatectl; sudo systemctl restart chronyd   # or systemd-timesyncd"
             direction = "ahead of" if offset > 0 else "behind"
-            yield rank, yellow("clock-differs", "clock", text, fix, seconds=abs(offset), direction=direction)
+            yield rank, wrong("clock-differs", seconds=abs(offset), direction=direction)
 
 
 def judge_shared(measured: Measured) -> Found:
@@ -130,13 +118,9 @@ def judge_shared(measured: Measured) -> Found:
         yield from ((rank, green("shared", text)) for rank in seen)
     else:
         for rank, others in seen.items():
-            text = "Its checkpoint folder holds the files of {nodes} only."
-            nodes = others
-            if others == {rank}:
-                text = "Its checkpoint folder is its own, while {nodes} share one."
-                nodes = frozenset(other for other in seen if len(seen[other]) > 1)
-            fix = "mount the same shared folder on all nodes (RUNS or CHECKPOINT_DIR), or on none"
-            yield rank, red("folder-partly-shared", "shared", text, fix, nodes=told_nodes(sorted(nodes)))
+            alone = others == {rank}
+            nodes = [other for other in seen if len(seen[other]) > 1] if alone else others
+            yield rank, wrong("folder-partly-shared", nodes=told_nodes(sorted(nodes)), alone=alone)
 
 
 def judge_collective(measured: Measured) -> Found:
@@ -149,12 +133,4 @@ def judge_collective(measured: Measured) -> Found:
             yield from ((rank, skipped(check, measured.no_collective)) for check in checks)
 
 
-JUDGEMENTS = (
-    judge_present,
-    judge_agree,
-    judge_reach,
-    judge_mtu,
-    judge_clock,
-    judge_shared,
-    judge_collective,
-)
+JUDGEMENTS = (judge_present, judge_agree, judge_reach, judge_mtu, judge_clock, judge_shared, judge_collective)

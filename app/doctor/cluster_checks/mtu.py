@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from app.doctor.collect.packets import headers
-from app.doctor.findings import Finding, Severity, green, red, skipped
+from app.doctor.findings import Severity, Value, green, skipped, wrong
 from app.doctor.results import Found, Measured
 from app.gang.agreement import told_nodes
 
@@ -34,34 +34,16 @@ def _odd_mtus(measured: Measured, sizes: Mapping[int, int]) -> Found:
     for rank, size in sizes.items():
         node = measured.nodes[rank]
         rdma = node.transport == "RoCE"
+        level = Severity.RED if rdma else Severity.YELLOW
         if size != usual:
-            yield (
-                rank,
-                Finding(
-                    id="mtu-differs",
-                    check="mtu",
-                    severity=Severity.RED if rdma else Severity.YELLOW,
-                    text="{interface} has MTU {mtu}, but {usual} on {others}. {consequence}",
-                    values={
-                        "interface": node.interface,
-                        "mtu": size,
-                        "usual": usual,
-                        "others": others,
-                        "consequence": "RoCE fails between them." if rdma else "TCP adapts; RoCE and UDP lose packets.",
-                    },
-                    fix=f"sudo ip link set {node.interface} mtu {usual}   # or the smaller one on all nodes",
-                ),
-            )
+            values: dict[str, Value] = {"mtu": size, "usual": usual, "others": others, "rdma": rdma}
+            yield rank, wrong("mtu-differs", level, interface=node.interface, **values)
 
 
 def _lost_packets(measured: Measured, sizes: Mapping[int, int]) -> Found:
     for (source, target), outcome in measured.packets.items():
         if outcome == "lost":
             size = min(sizes.get(source, 0), sizes.get(target, 0))
-            text = (
-                "Packets of {size} bytes from {peer} are lost on the way, small ones pass: a switch or tunnel between "
-                "them has a smaller MTU."
-            )
-            address = measured.nodes[target].address
-            fix = f"ping -M do -s {size - headers(address)} {address}   # on node {source}"
-            yield target, red("path-mtu", "mtu", text, fix, size=size, peer=measured.nodes[source].name)
+            address, peer = measured.nodes[target].address, measured.nodes[source].name
+            payload = size - headers(address)
+            yield target, wrong("path-mtu", size=size, peer=peer, payload=payload, address=address, source=source)

@@ -5,18 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.config.problems import count
-from app.doctor.findings import Finding, Severity, Value, green, yellow
+from app.doctor.findings import Finding, Severity, Value, green, wrong
 
 FAR = 0.005
 """Seconds of round trip; a data centre has less than a tenth, but Gloo's threads take 2.5 ms on a busy machine."""
-PATH_TEXTS = {
-    "slow-path": "{verb} {rate} {preposition} node {peer}, while others reach {expected}.",
-    "below-link": "{verb} {rate} {preposition} node {peer}, {share:.0f} % of the link's {expected}.",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlowPart:
+class SlowPlace:
     """A node or path that bench calls slow (`app.bench.figures.SlowPart`)."""
 
     id: str
@@ -43,15 +39,15 @@ class Speeds:
     """What bench found about one node."""
 
     pairs: tuple[Pair, ...] = ()
-    slow: tuple[SlowPart, ...] = ()
+    slow: tuple[SlowPlace, ...] = ()
 
 
 def read_speeds(found: Mapping[str, Any], rank: int) -> Speeds:
     """From bench's result file: what concerns the node with this rank."""
     pairs = tuple(Pair(**each) for each in found["pairs"] if rank in (each["source"], each["target"]))
-    fields = SlowPart.__dataclass_fields__
+    fields = SlowPlace.__dataclass_fields__
     slow = tuple(
-        SlowPart(**{name: each[name] for name in fields} | {"nodes": tuple(each["nodes"])}) for each in found["slow"]
+        SlowPlace(**{name: each[name] for name in fields} | {"nodes": tuple(each["nodes"])}) for each in found["slow"]
     )
     return Speeds(pairs=pairs, slow=tuple(part for part in slow if rank in part.nodes))
 
@@ -63,8 +59,7 @@ def judge_speed(speeds: Speeds, rank: int, interface: str) -> Iterator[Finding]:
     for pair in speeds.pairs:
         # One of the two rows is enough.
         if pair.source < rank and 2 * pair.latency > FAR:
-            text = "The round trip to node {peer} takes {rtt}: not one network, or a busy machine."
-            yield yellow("pair-far", "speed", text, "", peer=pair.source, rtt=_micros(2 * pair.latency))
+            yield wrong("pair-far", peer=pair.source, rtt=_micros(2 * pair.latency))
     if speeds.pairs and not speeds.slow:
         text = "at least {rate} with {peers}, round trip {rtt}"
         peers = count(len({pair.source for pair in speeds.pairs} - {rank}), "node")
@@ -72,27 +67,17 @@ def judge_speed(speeds: Speeds, rank: int, interface: str) -> Iterator[Finding]:
         yield green("speed", text, rate=rate(min(pair.bandwidth for pair in speeds.pairs)), peers=peers, rtt=rtt)
 
 
-def _slow(part: SlowPart, rank: int, interface: str) -> Finding:
-    values: dict[str, Value] = {"rate": rate(part.bandwidth), "expected": rate(part.expected)}
+def _slow(part: SlowPlace, rank: int, interface: str) -> Finding:
+    sends = part.nodes[0] == rank
+    values: dict[str, Value] = {"rate": rate(part.bandwidth), "expected": rate(part.expected), "interface": interface}
     if part.id == "slow-node":
-        text = "{way} slowly: {rate} with every other node, while others reach {expected}."
         values["way"] = part.way.capitalize()
-    elif part.id in PATH_TEXTS:
-        text = PATH_TEXTS[part.id]
-        sends = part.nodes[0] == rank
-        values |= {"verb": "Sends", "preposition": "to"} if sends else {"verb": "Receives", "preposition": "from"}
-        values |= {"peer": part.nodes[1 if sends else 0], "share": 100 * part.bandwidth / part.expected}
-    else:
-        text = "{paths} paths stay far below what their links promise, the slowest at {rate} of {expected}."
+    elif part.id == "all-below-link":
         values["paths"] = part.paths
-    return Finding(
-        id=part.id,
-        check="speed",
-        severity=Severity.RED if part.severe else Severity.YELLOW,
-        text=text,
-        values=values,
-        fix=f"ethtool {interface}; ip -s link show {interface}   # speed, duplex, errors",
-    )
+    else:
+        share = 100 * part.bandwidth / part.expected
+        values |= {"sends": sends, "peer": part.nodes[1 if sends else 0], "share": share}
+    return wrong(part.id, Severity.RED if part.severe else Severity.YELLOW, **values)
 
 
 def rate(bytes_per_second: float) -> str:

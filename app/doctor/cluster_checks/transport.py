@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from app.doctor.cluster_checks.speed import Speeds
-from app.doctor.findings import Finding, Value, green, red, yellow
+from app.doctor.findings import Finding, Value, green, wrong
 from app.host.accelerators import VENDORS
 
 VIA = re.compile(r"via NET/([^/\s(]+(?: [^/\s(]+)*)/(\d+)(?:\([^)]*\))?((?:/\w+)*)")
@@ -54,7 +54,7 @@ def read_nccl(log: str) -> NcclLog:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Collective:
+class CollectiveCheck:
     """One node's part of the all-reduce, and what the plan expected of it."""
 
     failure: str = ""
@@ -80,11 +80,10 @@ class Collective:
     speeds: Speeds = field(default_factory=Speeds)
 
 
-def judge_transport(found: Collective) -> Finding:
+def judge_transport(found: CollectiveCheck) -> Finding:
     """The verdict on what was really used, against what the hardware offers."""
     if found.failure:
-        fix = "docker compose run --rm trainer explain; docs/troubleshooting.md has the texts of known errors"
-        return red("all-reduce-failed", "all-reduce", "The all-reduce failed: {reason}", fix, reason=found.failure)
+        return wrong("all-reduce-failed", reason=found.failure)
     how = "{backend} on {ranks} ranks, {gigabits:.1f} Gb/s bus bandwidth, "
     values: dict[str, Value] = {
         "backend": found.backend,
@@ -94,32 +93,24 @@ def judge_transport(found: Collective) -> Finding:
     if found.alone:
         ways = " and ".join(WAYS[way] for way in found.log.inside if way in WAYS)
         return green("all-reduce", how + "inside this machine{ways}", **values, ways=f": {ways}" if ways else "")
-    wrong = _nccl_fallback(found) if found.backend == "nccl" else None
-    if wrong:
-        return wrong
+    if found.backend == "nccl" and (fallback := _nccl_fallback(found)):
+        return fallback
     if found.carrier and found.carrier != found.interface:
-        text = "The all-reduce went over {carrier}, not over {interface} as planned."
-        fix = "remove GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME from .env; check `ip route` on this node"
-        values = {"carrier": found.carrier, "interface": found.interface}
-        return yellow("wrong-interface", "all-reduce", text, fix, **values)
+        return wrong("wrong-interface", carrier=found.carrier, interface=found.interface)
     return green("all-reduce", how + "through {transport}", **values, transport=_used(found))
 
 
-def _nccl_fallback(found: Collective) -> Finding | None:
+def _nccl_fallback(found: CollectiveCheck) -> Finding | None:
     log = found.log
     if not log.network:
         # One GPU a node, or all ranks on one node: nothing went over a network that could be judged.
         return None
     if log.network in SOCKETS and found.active_ports:
         layer = found.transport if found.transport != "sockets" else "InfiniBand or RoCE"
-        text = "{layer} is here ({ports} active ports) but NCCL runs over sockets ({devices})."
-        fix = "the rdma check above says what is in the way; NCCL_NET=IB makes NCCL fail instead of falling back"
-        values: dict[str, Value] = {"layer": layer, "ports": found.active_ports, "devices": _named(log)}
-        return red("nccl-sockets", "all-reduce", text, fix, **values)
+        return wrong("nccl-sockets", layer=layer, ports=found.active_ports, devices=_named(log))
     if found.expects_direct and log.network not in SOCKETS and log.channels and not log.direct:
-        text = "NCCL uses {network}, but through the CPU's memory: no channel has GPUDirect RDMA (GDRDMA)."
-        fix = VENDORS[found.vendor].fixes["nccl-no-gpudirect"]
-        return yellow("nccl-no-gpudirect", "all-reduce", text, fix, network=log.network)
+        remedy = VENDORS[found.vendor].fixes["nccl-no-gpudirect"]
+        return wrong("nccl-no-gpudirect", network=log.network, remedy=remedy)
     return None
 
 
@@ -127,7 +118,7 @@ def _named(log: NcclLog) -> str:
     return ", ".join(log.devices) or "devices unknown"
 
 
-def _used(found: Collective) -> str:
+def _used(found: CollectiveCheck) -> str:
     log = found.log
     if found.backend == "nccl" and log.network:
         direct = f", {log.direct} of {log.channels} channels with GPUDirect" if log.channels else ""

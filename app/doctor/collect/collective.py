@@ -14,20 +14,20 @@ from typing import Any
 
 from app.config.project import PROJECT
 from app.doctor.cluster_checks.speed import read_speeds
-from app.doctor.cluster_checks.transport import Collective, carrier, read_nccl
+from app.doctor.cluster_checks.transport import CollectiveCheck, carrier, read_nccl
 from app.doctor.facts import Facts
 from app.doctor.protocol import COLLECTIVE
-from app.engine import torchrun
+from app.engine.command import environment
 from app.host import Host
 from app.host.files import entries, number
 from app.known_errors.diagnose import diagnose
 from app.plan import Plan
 
 
-async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: int) -> Collective:
+async def all_reduce(facts: Facts, plan: Plan, run_id: str, place: int, nnodes: int) -> CollectiveCheck:
     """Runs torchrun for at most COLLECTIVE seconds and reads what it left. Never raises for what torchrun does."""
     nproc = _processes(plan, nnodes)
-    expected = Collective(
+    expected = CollectiveCheck(
         vendor=facts.host.gpus.vendor,
         backend=plan.workers.backend,
         ranks=nproc * nnodes,
@@ -71,7 +71,7 @@ def _read(file: Path) -> Mapping[str, Any]:
     return found
 
 
-def _judged(expected: Collective, found: Mapping[str, Any], place: int) -> Collective:
+def _judged(expected: CollectiveCheck, found: Mapping[str, Any], place: int) -> CollectiveCheck:
     measures = found["measures"]
     if not all(measure["correct"] for measure in measures):
         wrong = "its result is WRONG: memory or network corrupt data. Do not train on this cluster."
@@ -87,7 +87,7 @@ def _judged(expected: Collective, found: Mapping[str, Any], place: int) -> Colle
 
 
 def _carrier(
-    host: Host, expected: Collective, before: Mapping[str, int], after: Mapping[str, int], found: Mapping[str, Any]
+    host: Host, expected: CollectiveCheck, before: Mapping[str, int], after: Mapping[str, int], found: Mapping[str, Any]
 ) -> str:
     """The interface that carried it; "" where its counters cannot tell: on one node, and with RDMA, which passes them
     by."""
@@ -107,7 +107,7 @@ def _below(host: Host, interface: str) -> set[str]:
 
 
 def _environment(plan: Plan, folder: Path, run_id: str) -> dict[str, str]:
-    inherited = torchrun.environment(plan, os.environ, run_id=run_id)
+    inherited = environment(plan, os.environ, run_id=run_id)
     path = inherited.get("PYTHONPATH")
     return {
         **inherited,

@@ -45,7 +45,7 @@ class NicHealth:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Disk:
+class CheckpointDisk:
     """The file system below the checkpoint folder."""
 
     folder: str
@@ -67,7 +67,7 @@ class LiveFacts:
     nics: Mapping[str, NicHealth] = field(default_factory=dict)
     rdma: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """By port (`mlx5_0:1`): error counters that are not 0."""
-    disk: Disk | None = None
+    disk: CheckpointDisk | None = None
     listening: frozenset[tuple[str, int]] = frozenset()
     """(address, port) of every listening TCP socket of this network namespace."""
     clock_source: str = ""
@@ -125,20 +125,20 @@ def _unhex(digits: str) -> str:
     return canonical(str(ip_address(raw)))
 
 
-def probe_disk(folder: Path) -> Disk:
+def probe_disk(folder: Path) -> CheckpointDisk:
     """Free space, and a short write, at the nearest folder that exists. Leaves nothing behind; never raises."""
     try:
         place, found = within(STAT_LIMIT, lambda: _file_system(folder))
     except TimeoutError:
-        return Disk(folder=str(folder), failure=f"no answer within {STAT_LIMIT:.0f} s")
+        return CheckpointDisk(folder=str(folder), failure=f"no answer within {STAT_LIMIT:.0f} s")
     except OSError as error:
-        return Disk(folder=str(folder), failure=error.strerror or str(error))
+        return CheckpointDisk(folder=str(folder), failure=error.strerror or str(error))
     speed, failure = _probe_within_limit(place)
     if not failure and (speed is None or speed < BUSY_DISK):
         # What else writes at this moment is no fault of the disk: the better of two looks counts.
         again, failure = _probe_within_limit(place)
         speed = max((each for each in (speed, again) if each is not None), default=None)
-    return Disk(
+    return CheckpointDisk(
         folder=str(place),
         free=found.f_bavail * found.f_frsize,
         total=found.f_blocks * found.f_frsize,

@@ -19,39 +19,22 @@ def check_node(facts: Facts) -> tuple[Finding, ...]:
 
 
 def check_rank(facts: Facts) -> tuple[Finding, ...]:
-    plan, rank = facts.plan, facts.decision("NODE_RANK")
+    plan = facts.plan
     if not plan:
-        return (green("rank", "decided, but other settings are wrong") if rank else skipped("rank", "not decided"),)
-    source = f" ({rank.source})" if rank else ""
-    text = "{rank} of {nodes}, {address} on {interface}{source}"
-    nodes = plan.nodes.count
-    return (
-        green(
-            "rank",
-            text,
-            rank=plan.nodes.rank,
-            nodes=nodes,
-            address=plan.network.address,
-            interface=plan.network.interface,
-            source=source,
-        ),
-    )
+        rank = facts.draft.rank
+        return (skipped("rank", "not decided") if rank is None else green("rank", "{rank}", rank=rank),)
+    nodes, network = plan.nodes, plan.network
+    where = f"{network.address} on {network.interface} ({nodes.rank_source})"
+    return (green("rank", "{rank} of {nodes}, {where}", rank=nodes.rank, nodes=nodes.count, where=where),)
 
 
 def check_settings(facts: Facts) -> tuple[Finding, ...]:
     plan = facts.plan
     if not plan:
         return ()
+    command, workers = " ".join(plan.script.command), plan.workers
     text = "{command}, {processes} per node, {backend}"
-    return (
-        green(
-            "settings",
-            text,
-            command=" ".join(plan.script.command),
-            processes=plan.workers.nproc,
-            backend=plan.workers.backend,
-        ),
-    )
+    return (green("settings", text, command=command, processes=workers.nproc, backend=workers.backend),)
 
 
 CHECKERS: tuple[Callable[[Facts], tuple[Finding, ...]], ...] = (

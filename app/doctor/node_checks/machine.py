@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping
 from app.config.problems import count
 from app.doctor.collect.engine import COMMANDS
 from app.doctor.facts import Facts
-from app.doctor.findings import Finding, Severity, green, red, skipped, yellow
+from app.doctor.findings import Finding, Severity, Value, green, skipped, wrong
 from app.host.accelerators import vendor_of
 from app.host.accelerators.gpu import GpuFault, GpuHealth, GpuState
+from app.plan.resource_checks import describe_limits
+from app.plan.workers import describe_gpus
 
 FREE_RED, FREE_YELLOW = 1 << 30, 10 << 30
 FEW_INODES = 1000
@@ -33,76 +35,46 @@ def check_gpus(facts: Facts) -> tuple[Finding, ...]:
     found += [_fault(fault, fixes) for fault in seen.faults[:MANY_FAULTS]]
     if seen.failure:
         # Device nodes are here, and the tool that comes with them does not work.
-        text = "GPUs are here, but their state is unknown: {failure}."
-        found.append(yellow("gpu-state-unknown", "gpus", text, fixes["gpu-state-unknown"], failure=seen.failure))
-    decided = facts.decision("GPUs")
-    if decided is None:
-        return tuple(found) or (green("gpus", "here"),)
-    return tuple(found) or (green("gpus", "{gpus}: {reason}", gpus=decided.value, reason=decided.reason),)
+        found.append(wrong("gpu-state-unknown", failure=seen.failure, remedy=fixes["gpu-state-unknown"]))
+    if found:
+        return tuple(found)
+    used = facts.plan.workers.gpus if facts.plan else len(gpus.visible)
+    return (green("gpus", "{used}: {description}", used=used, description=describe_gpus(gpus)),)
 
 
 def _gpu_health(gpu: GpuHealth, fixes: Mapping[str, str]) -> Iterator[Finding]:
-    def fix(id_: str) -> str:
-        return fixes.get(id_, "").format(gpu=gpu.index)
+    def found(id: str, **values: Value) -> Finding:
+        return wrong(id, None, gpu=gpu.index, remedy=fixes.get(id, "").format(gpu=gpu.index), **values)
 
     if gpu.used > GPU_MEMORY_USED:
-        id_, text = (
-            "gpu-memory-used",
-            "GPU {gpu}: {used} of {total} MiB are in use before this job starts: another job?",
-        )
-        yield yellow(id_, "gpus", text, fix(id_), gpu=gpu.index, used=gpu.used, total=gpu.total)
+        yield found("gpu-memory-used", used=gpu.used, total=gpu.total)
     if gpu.uncorrected:
-        id_, text = "gpu-ecc", "GPU {gpu}: {errors} memory errors (ECC) that could not be corrected."
-        yield red(id_, "gpus", text, fix(id_), gpu=gpu.index, errors=gpu.uncorrected)
+        yield found("gpu-ecc", errors=gpu.uncorrected)
     if gpu.slowed:
-        id_, text = "gpu-slowed", "GPU {gpu}: the hardware holds its clock down (heat or power)."
-        yield yellow(id_, "gpus", text, fix(id_), gpu=gpu.index)
+        yield found("gpu-slowed")
 
 
 def _gpu_peers(seen: GpuState, fixes: Mapping[str, str]) -> Iterator[Finding]:
     """What is in the way between GPUs, and from network cards into them."""
     translated = sorted({kind for kind in seen.iommu.values() if kind.startswith("DMA")})
     if translated:
-        text = (
-            "The IOMMU translates what GPUs send ({mode}): transfers between GPUs, and from cards into them, are slow "
-            "or hang."
-        )
-        fix = "boot with iommu=pt (kernel command line), or switch the IOMMU and PCI ACS off in the BIOS"
-        yield yellow("gpu-iommu", "gpus", text, fix, mode=translated[0])
+        yield wrong("gpu-iommu", mode=translated[0])
     if seen.redirecting:
-        text = "PCI ACS on {bridges} sends what GPUs tell each other through the processor."
-        first = seen.redirecting[0]
-        fix = f"sudo setpci -s {first} ECAP_ACS+6.w=0000   # each bridge named, at every boot; or the BIOS"
-        yield yellow("gpu-acs", "gpus", text, fix, bridges=", ".join(seen.redirecting[:4]))
+        yield wrong("gpu-acs", bridges=", ".join(seen.redirecting[:4]), first=seen.redirecting[0])
     if seen.apart:
         one, other, reason = seen.apart[0]
-        text = (
-            "{pairs} of GPUs cannot read each other's memory, such as {first} and {second} ({reason}): what they "
-            "exchange goes through the processor's memory."
-        )
-        pairs = count(len(seen.apart), "pair")
-        fix = fixes.get("gpu-no-p2p", "")
-        yield yellow("gpu-no-p2p", "gpus", text, fix, pairs=pairs, first=one, second=other, reason=reason)
+        pairs, remedy = count(len(seen.apart), "pair"), fixes.get("gpu-no-p2p", "")
+        yield wrong("gpu-no-p2p", pairs=pairs, first=one, second=other, reason=reason, remedy=remedy)
 
 
 def _fault(fault: GpuFault, fixes: Mapping[str, str]) -> Finding:
-    id_ = "gpu-dead" if fault.dead else "gpu-fault"
-    return Finding(
-        id=id_,
-        check="gpus",
-        severity=Severity.RED if fault.dead else Severity.YELLOW,
-        text="The driver has logged {fault} for the GPU at {bus} since this machine started. What was fixed since then "
-        "stays in its log until the next start.",
-        values={"fault": fault.name, "bus": fault.bus},
-        fix=fixes[id_],
-    )
+    id = "gpu-dead" if fault.dead else "gpu-fault"
+    return wrong(id, fault=fault.name, bus=fault.bus, remedy=fixes[id])
 
 
 def check_limits(facts: Facts) -> tuple[Finding, ...]:
-    limits = facts.decision("limits")
-    if limits is None:
-        return (skipped("limits", "not decided"),)
-    return (green("limits", "{cpus}, {limits}", cpus=limits.value, limits=limits.reason),)
+    cpus, limits = count(facts.host.limits.cpus, "CPU"), describe_limits(facts.host)
+    return (green("limits", "{cpus}, {limits}", cpus=cpus, limits=limits),)
 
 
 def check_disk(facts: Facts) -> tuple[Finding, ...]:
@@ -112,25 +84,16 @@ def check_disk(facts: Facts) -> tuple[Finding, ...]:
         return (skipped("disk", "the checkpoint folder is not decided"),)
     folder = disk.folder
     if disk.failure:
-        text = "{folder}, where checkpoints go, cannot be written: {failure}."
-        fix = f"df -h {folder}; namei -l {folder}   # it must be writable for user {facts.host.uid}"
-        return (red("disk-not-writable", "disk", text, fix, folder=folder, failure=disk.failure),)
+        return (wrong("disk-not-writable", folder=folder, failure=disk.failure, uid=facts.host.uid),)
     found = []
     if disk.free < FREE_YELLOW:
-        level = red if disk.free < FREE_RED else yellow
-        text = "{folder}, where checkpoints go, has {free:.1f} GB of {total:.0f} free."
-        fix = "set CHECKPOINT_DIR or RUNS to a larger disk, or remove old runs"
-        found.append(level("disk-full", "disk", text, fix, folder=folder, free=disk.free / 1e9, total=disk.total / 1e9))
+        level = Severity.RED if disk.free < FREE_RED else Severity.YELLOW
+        found.append(wrong("disk-full", level, folder=folder, free=disk.free / 1e9, total=disk.total / 1e9))
     if disk.inodes is not None and disk.inodes < FEW_INODES:
-        text = "{folder} has room for only {inodes} more files."
-        found.append(red("disk-inodes", "disk", text, f"df -i {folder}", folder=folder, inodes=disk.inodes))
-    if disk.speed is None:
-        text = "{folder}, where checkpoints go, took more than 1 s for a write: saving will hold up the training."
-        found.append(yellow("disk-slow", "disk", text, "set CHECKPOINT_DIR elsewhere", folder=folder))
-    elif disk.speed < SLOW_DISK:
-        text = "{folder}, where checkpoints go, writes {speed:.1f} MB/s: saving will hold up the training."
-        fix = "set CHECKPOINT_DIR elsewhere"
-        found.append(yellow("disk-slow", "disk", text, fix, folder=folder, speed=disk.speed / 1e6))
+        found.append(wrong("disk-inodes", folder=folder, inodes=disk.inodes))
+    if disk.speed is None or disk.speed < SLOW_DISK:
+        speed = "took more than 1 s for a write" if disk.speed is None else f"writes {disk.speed / 1e6:.1f} MB/s"
+        found.append(wrong("disk-slow", folder=folder, speed=speed))
     text = "{folder}: {free:.0f} GB free, writes {speed:.0f} MB/s"
     return tuple(found) or (green("disk", text, folder=folder, free=disk.free / 1e9, speed=(disk.speed or 0) / 1e6),)
 
@@ -138,9 +101,7 @@ def check_disk(facts: Facts) -> tuple[Finding, ...]:
 def check_clock(facts: Facts) -> tuple[Finding, ...]:
     source = facts.live.clock_source
     if source in SLOW_CLOCKS:
-        text = "The kernel's clock source is {source}: reading the time is slow, and torch reads it often."
-        fix = "dmesg | grep -i tsc   # why the kernel gave up the processor's own clock"
-        return (yellow("clock-source-slow", "clock", text, fix, source=source),)
+        return (wrong("clock-source-slow", source=source),)
     if not source:
         return (skipped("clock", "the source is not visible here"),)
     return (green("clock", "source {source}", source=source),)
@@ -155,6 +116,5 @@ def check_engine(facts: Facts) -> tuple[Finding, ...]:
         return (skipped("engine", "{where}; on the machine itself: {commands}", where=where, commands=asked),)
     compose = versions.get("Compose")
     if compose and tuple(map(int, compose.split(".")[:2])) < OLDEST_COMPOSE:
-        text = "Compose {version} is too old for compose.yaml, which needs 2.24."
-        return (red("compose-too-old", "engine", text, "docker compose version", version=compose),)
+        return (wrong("compose-too-old", version=compose),)
     return (green("engine", "{versions}", versions=", ".join(f"{name} {text}" for name, text in versions.items())),)

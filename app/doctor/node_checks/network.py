@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 
+from app.config.problems import count
 from app.doctor.collect.live import LiveFacts
 from app.doctor.facts import Facts
-from app.doctor.findings import Finding, Value, green, red, skipped, yellow
+from app.doctor.findings import Finding, green, skipped, wrong
 from app.host.addresses import is_loopback
 from app.host.nics import Nic
 from app.plan import Plan
@@ -41,17 +42,12 @@ def _nic_health(nic: Nic, live: LiveFacts) -> Iterator[Finding]:
     if health is None:
         return
     if health.duplex == "half":
-        text = "{nic} runs half duplex: both ends must negotiate, or be set to the same."
-        yield red("nic-half-duplex", "network", text, f"sudo ethtool -r {nic.name}", nic=nic.name)
-    errors = sum(health.errors.values())
-    if errors > max(10, ERROR_SHARE * health.packets):
-        text = "{nic} counts errors ({counters} in {packets} packets): cable, transceiver or port."
-        counters = ", ".join(f"{name} {count}" for name, count in health.errors.items())
-        values: dict[str, Value] = {"nic": nic.name, "counters": counters, "packets": health.packets}
-        yield yellow("nic-errors", "network", text, f"ethtool -S {nic.name}", **values)
+        yield wrong("nic-half-duplex", nic=nic.name)
+    if sum(health.errors.values()) > max(10, ERROR_SHARE * health.packets):
+        counters = ", ".join(f"{name} {errors}" for name, errors in health.errors.items())
+        yield wrong("nic-errors", nic=nic.name, counters=counters, packets=health.packets)
     if health.flaps > MANY_FLAPS:
-        text = "The link of {nic} went down {flaps} times since it was set up."
-        yield yellow("nic-flaps", "network", text, f"dmesg | grep {nic.name}", nic=nic.name, flaps=health.flaps)
+        yield wrong("nic-flaps", nic=nic.name, flaps=health.flaps)
 
 
 def check_names(facts: Facts) -> tuple[Finding, ...]:
@@ -63,10 +59,8 @@ def check_names(facts: Facts) -> tuple[Finding, ...]:
     if not answer.addresses:
         # Not 127.0.1.1, as distributions have it: plain Gloo sends the other nodes to whatever the name stands for.
         address = facts.plan.network.address if facts.plan else "ADDRESS"
-        which = "" if facts.plan else "   # this machine's address in the nodes' network"
-        fix = f"echo '{address} {name}' | sudo tee -a /etc/hosts{which}"
-        text = "This machine's name {name} has no address ({failure}): torch looks it up."
-        return (yellow("name-without-address", "names", text, fix, name=name, failure=answer.failure),)
+        known = facts.plan is not None
+        return (wrong("name-without-address", name=name, failure=answer.failure, address=address, known=known),)
     text = "{name} is {addresses}"
     if all(is_loopback(address) for address in answer.addresses):
         text += " on this machine (/etc/hosts): harmless, since GLOO_SOCKET_IFNAME is exported"
@@ -88,11 +82,7 @@ def check_ports(facts: Facts) -> tuple[Finding, ...]:
     for name, port in wanted.items():
         takers = {address for address, taken in facts.live.listening if taken == port}
         if any(_in_the_way(name, taker, plan) for taker in takers):
-            text = "{name} {port} is taken on {addresses} by another job or service."
-            fix = f"sudo ss -ltnp 'sport = :{port}'   # then stop it, or set another MASTER_PORT on all nodes"
-            found.append(
-                red("port-taken", "ports", text, fix, name=name, port=port, addresses=" and ".join(sorted(takers)))
-            )
+            found.append(wrong("port-taken", name=name, port=port, addresses=" and ".join(sorted(takers))))
     text = "{master} and {control} are free" if len(wanted) > 1 else "{master} is free"
     return tuple(found) or (green("ports", text, master=master, control=control),)
 
@@ -113,17 +103,15 @@ def check_rdma(facts: Facts) -> tuple[Finding, ...]:
     found = tuple(finding for port in ports for finding in _rdma_health(port.name, facts.live))
     if found:
         return found
-    chosen = facts.decision("RDMA ports")
-    if chosen is None:
-        return (skipped("rdma", "{ports} ports, none usable", ports=len(ports)),)
-    return (green("rdma", "{ports}: {reason}", ports=chosen.value, reason=chosen.reason),)
+    network = facts.plan.network if facts.plan else None
+    if network is None or not network.rdma_ports:
+        return (skipped("rdma", "{ports}, none in use", ports=count(len(ports), "port")),)
+    return (green("rdma", "{ports}: {transport}", ports=",".join(network.rdma_ports), transport=network.transport),)
 
 
 def _rdma_health(port: str, live: LiveFacts) -> Iterator[Finding]:
     counts = live.rdma.get(port, {})
     high = {name: counts[name] for name, (limit, _) in RDMA_LIMITS.items() if counts.get(name, 0) >= limit}
     if high:
-        text = "{port} counts errors since its driver was loaded: {counters}."
-        counters = ", ".join(f"{name} {count} ({RDMA_LIMITS[name][1]})" for name, count in high.items())
-        fix = f"ibdiagnet, or watch: grep . /sys/class/infiniband/{port.replace(':', '/ports/')}/*counters/*"
-        yield yellow("rdma-errors", "rdma", text, fix, port=port, counters=counters)
+        counters = ", ".join(f"{name} {errors} ({RDMA_LIMITS[name][1]})" for name, errors in high.items())
+        yield wrong("rdma-errors", port=port, counters=counters, place=port.replace(":", "/ports/"))

@@ -2,10 +2,11 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from app.host.accelerators import amd, nvidia
-from app.host.accelerators.gpu import GpuFault, Gpus, GpuState, Vendor
+from app.host.accelerators.gpu import GpuFault, GpuLoad, Gpus, GpuState, Vendor
 from app.host.accelerators.kernel_log import kernel_log
 from app.host.files import text
 
@@ -35,16 +36,31 @@ def read_state(root: Path, gpus: Gpus) -> GpuState:
     if not gpus.visible:
         return GpuState()
     vendor = vendor_of(gpus)
-    state = vendor.state(root, gpus)
     bridges = {bridge for gpu in gpus.visible for bridge in gpu.pci[:-1]}
-    return GpuState(
-        health=state.health,
-        failure=state.failure,
+    return replace(
+        vendor.state(root, gpus),
         iommu=_iommu(root, [gpu.bus for gpu in gpus.visible if gpu.bus]),
-        apart=state.apart,
         redirecting=tuple(sorted(bridge for bridge in bridges if _redirects(root, bridge))),
         faults=vendor.faults(kernel_log(root / "dev/kmsg"), 0.0),
     )
+
+
+def read_loads(root: Path = Path("/")) -> tuple[GpuLoad, ...]:
+    """What the GPUs of this process do at this moment. Never raises."""
+    gpus = read_gpus(root)
+    return vendor_of(gpus).loads(root, gpus) if gpus.visible else ()
+
+
+def used_memory(environ: Mapping[str, str], root: Path = Path("/")) -> Mapping[int, int]:
+    """MiB in use of each GPU that a process of this environment sees, by index; all where the mask has no numbers.
+    Never raises."""
+    gpus = read_gpus(root)
+    if not gpus.visible:
+        return {}
+    vendor = vendor_of(gpus)
+    mask = next((environ[name] for name in vendor.masks if environ.get(name)), "")
+    chosen = {int(entry) for entry in mask.split(",") if entry.strip().isdecimal()}
+    return {index: used for index, used in vendor.memory(root, gpus).items() if not chosen or index in chosen}
 
 
 def recent_faults(since: float) -> tuple[GpuFault, ...]:

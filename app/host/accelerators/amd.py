@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from app.host.accelerators.gpu import Gpu, GpuFault, GpuHealth, Gpus, LiveState, Vendor
+from app.host.accelerators.gpu import Gpu, GpuFault, GpuHealth, GpuLoad, Gpus, GpuState, Vendor
 from app.host.accelerators.kernel_log import lines_since
 from app.host.files import entries, number, pci_path, text
 
@@ -59,7 +59,7 @@ def _bus(domain: int, location: int) -> str:
     return f"{domain:04x}:{location >> 8:02x}:{location >> 3 & 0x1F:02x}.{location & 7:x}"
 
 
-def state(root: Path, gpus: Gpus) -> LiveState:
+def state(root: Path, gpus: Gpus) -> GpuState:
     """Memory and ECC from sysfs (kernel: Documentation/gpu/amdgpu); the kernel does not tell whether clocks are held
     down, nor which GPUs reach each other."""
     health = []
@@ -74,7 +74,30 @@ def state(root: Path, gpus: Gpus) -> LiveState:
                 uncorrected=int(errors[1]) if errors else 0,
             )
         )
-    return LiveState(health=tuple(health))
+    return GpuState(health=tuple(health))
+
+
+def loads(root: Path, gpus: Gpus) -> tuple[GpuLoad, ...]:
+    found = []
+    for gpu in gpus.visible:
+        folder = root / "sys/class/drm" / gpu.render / "device"
+        busy, heat = number(folder / "gpu_busy_percent"), None
+        for sensor in entries(folder / "hwmon"):
+            heat = number(folder / "hwmon" / sensor / "temp1_input")
+        found.append(
+            GpuLoad(
+                index=gpu.index,
+                busy=None if busy is None else busy / 100,
+                used=number(folder / "mem_info_vram_used"),
+                total=number(folder / "mem_info_vram_total"),
+                temperature=None if heat is None else heat // 1000,
+            )
+        )
+    return tuple(found)
+
+
+def memory(root: Path, gpus: Gpus) -> dict[int, int]:
+    return {each.index: each.used for each in state(root, gpus).health}
 
 
 def read_resets(log: str, since: float) -> tuple[GpuFault, ...]:
@@ -109,5 +132,7 @@ VENDOR = Vendor(
     },
     read=read_gpus,
     state=state,
+    loads=loads,
+    memory=memory,
     faults=read_resets,
 )

@@ -47,6 +47,20 @@ class GpuHealth:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuLoad:
+    """What a GPU does at this moment; None where it does not tell."""
+
+    index: int
+    busy: float | None
+    """Share of the last moments in which it computed, 0 to 1."""
+    used: int | None
+    """Bytes of memory."""
+    total: int | None
+    temperature: int | None
+    """Degrees Celsius."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuFault:
     """An error that the driver has logged."""
 
@@ -75,15 +89,6 @@ class GpuState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LiveState:
-    """What a vendor's own tools say of its GPUs."""
-
-    health: tuple[GpuHealth, ...] = ()
-    failure: str = ""
-    apart: tuple[tuple[int, int, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Vendor:
     """All that a second vendor has to bring along."""
 
@@ -108,7 +113,11 @@ class Vendor:
     """Commands by id of doctor's finding; `{gpu}` is an index. "" or absent where there is none."""
     read: Callable[[Path], Gpus]
     """The GPUs of the machine below a root."""
-    state: Callable[[Path, Gpus], LiveState]
+    state: Callable[[Path, Gpus], GpuState]
     """Asks the vendor's tools. Never raises."""
+    loads: Callable[[Path, Gpus], tuple[GpuLoad, ...]]
+    """What they do at this moment. Never raises."""
+    memory: Callable[[Path, Gpus], Mapping[int, int]]
+    """MiB in use, by index; without those that tell none. Asked often while a job restarts. Never raises."""
     faults: Callable[[str, float], tuple[GpuFault, ...]]
     """Errors in the kernel's log since a time (seconds since the machine started), each kind once."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.host.accelerators.gpu import Gpu, Gpus, Vendor
-from app.host.accelerators.nvidia_health import read_xids, state
+from app.host.accelerators.nvidia_health import loads, read_xids, state
 from app.host.files import entries, number, pci_path, text
 
 if TYPE_CHECKING:
@@ -95,6 +95,25 @@ def nvml_facts(library: "ctypes.CDLL | None") -> tuple[str, int]:
     return cuda, count.value
 
 
+def nvml_memory(library: "ctypes.CDLL | None") -> dict[int, int]:
+    """MiB in use by index from a loaded libnvidia-ml; {} where it is absent or refuses.
+
+    Source: NVML API reference, nvmlMemory_t (total, free and used bytes, unsigned long long each)."""
+    import ctypes
+
+    if library is None or library.nvmlInit_v2() != 0:
+        return {}
+    count, found = ctypes.c_uint(0), dict[int, int]()
+    library.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    for index in range(count.value):
+        handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()
+        refused = library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
+        if not refused and not library.nvmlDeviceGetMemoryInfo(handle, memory):
+            found[index] = memory[2] >> 20
+    library.nvmlShutdown()
+    return found
+
+
 VENDOR = Vendor(
     name="NVIDIA",
     runtime="CUDA",
@@ -121,5 +140,7 @@ VENDOR = Vendor(
     },
     read=read_gpus,
     state=state,
+    loads=loads,
+    memory=lambda root, _gpus: nvml_memory(_load_nvml()) if root == Path("/") else {},
     faults=read_xids,
 )
