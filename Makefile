@@ -10,15 +10,18 @@ WORKERS ?= 2
 MINUTES ?= 20
 HARDWARE_KINDS := $(filter-out shell,$(basename $(notdir $(wildcard hardware/*.yaml))))
 
-.PHONY: demo test test-quick smoke token pin-base audit soak lint unit native cluster figures bad-days lock clean
+.PHONY: demo test test-quick install smoke token pin-base audit soak lint unit native gpu compat cluster figures bad-days lock clean
 
 demo: .venv/.ready            ## two nodes train on this machine
 	@$(BIN)/python -m demo
 
-test: lint unit native cluster  ## everything; `CLUSTER_TESTS=skip make test` leaves out what needs a Docker engine and root
+test: lint unit native gpu cluster  ## everything; `CLUSTER_TESTS=skip make test` leaves out what needs a Docker engine and root
 
 test-quick: lint unit           ## lint, unit tests, and one job of two nodes on real engines; four minutes
 	$(BIN)/python -m pytest tests/cluster/test_two_nodes.py tests/cluster/test_smoke_gloo.py
+
+install:                      ## `torchrun-compose`, the command for all nodes over ssh, for this user
+	pipx install . || uv tool install .
 
 smoke: .venv/.ready           ## the image built, and two nodes trained, on this user's own engine; no root
 	$(BIN)/python -m pytest tests/smoke
@@ -50,6 +53,20 @@ lint: .venv/.ready
 
 unit native cluster: .venv/.ready
 	$(BIN)/python -m pytest tests/$@ -n $(WORKERS) --dist loadfile
+
+# TEST_PYTHON: one that has a torch for this GPU, pytest, pytest-timeout and psutil; the project's own torch is for CPUs.
+TEST_PYTHON ?= $(BIN)/python
+gpu: .venv/.ready             ## on an NVIDIA GPU, no Docker: two nodes on one card, every hang and fault; TEST_PYTHON has torch
+	$(TEST_PYTHON) -m pytest tests/gpu
+
+# PyPI's builds of torch run on CPUs too; their CUDA libraries come along, 3 GB to fetch and 7 GB on the disk.
+TORCH ?= 2.8.0
+COMPAT := .cache/compat-$(TORCH)
+COMPAT_TESTS ?= tests/native
+compat: .venv/.ready          ## the native tests with another torch: make compat TORCH=2.8.0
+	@test -x $(COMPAT)/bin/pytest || { $(PYTHON) -m venv $(COMPAT) && $(COMPAT)/bin/pip install --quiet --disable-pip-version-check --no-cache-dir \
+	  torch==$(TORCH) numpy pillow psutil python-dotenv setproctitle tensorboard pytest pytest-timeout pytest-xdist hypothesis; }
+	$(COMPAT)/bin/python -m pytest $(COMPAT_TESTS) -n $(WORKERS) --dist loadfile
 
 figures: .venv/.ready         ## the figures of docs/figures.md, measured on this machine
 	for figure in $(FIGURES); do echo "== $$figure"; $(BIN)/python -m benchmarks.$$figure || exit 1; done

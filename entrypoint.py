@@ -7,6 +7,9 @@
     python entrypoint.py report [--bundle FILE]                  what went wrong on this node, last time
     python entrypoint.py diagnose [FILE | -] [--json]            what the error in a log means, and its fix
     python entrypoint.py firewall                                rules that let only the nodes of this job in
+    python entrypoint.py status [--json]                         what the job does at this moment, as this node knows it
+    python entrypoint.py stacks [--json]                         where every rank of this node is; nothing is stopped
+    python entrypoint.py notify --test                           tries the services of NOTIFY
     python entrypoint.py healthcheck                             waiting, running or stopping; for the engine
     python entrypoint.py --version
 
@@ -107,6 +110,27 @@ def firewall(arguments: Sequence[str]) -> int:
     return tell(arguments, os.environ, env_file())
 
 
+def status(arguments: Sequence[str]) -> int:
+    """Tells what the launcher that runs here, its ranks and its machine do."""
+    from app.cli.status import main as tell
+
+    return tell(arguments)
+
+
+def stacks(arguments: Sequence[str]) -> int:
+    """Tells where every rank of this node is."""
+    from app.cli.stacks import main as tell
+
+    return tell(arguments)
+
+
+def notify(arguments: Sequence[str]) -> int:
+    """Sends a test message to each service of NOTIFY."""
+    from app.cli.notify import main as test
+
+    return test(arguments, os.environ, env_file())
+
+
 def healthcheck(arguments: Sequence[str]) -> int:
     """Tells the engine how this node is doing; 0 is healthy."""
     from app.config.options import Parser
@@ -128,6 +152,9 @@ COMMANDS: dict[str, Command] = {
     "report": report,
     "diagnose": diagnose,
     "firewall": firewall,
+    "status": status,
+    "stacks": stacks,
+    "notify": notify,
     "healthcheck": healthcheck,
 }
 

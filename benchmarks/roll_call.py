@@ -30,7 +30,7 @@ from app.gang.mirror.pages import pages
 from app.gang.participant import Participant
 from app.gang.services import NodeServices, RoundAssignment
 from app.plan import Plan
-from app.plan.parts import CheckpointExchange, JobNodes, LocalWorkers, Network, Script, Timeouts
+from app.plan.parts import CheckpointExchange, JobNodes, LocalWorkers, Monitoring, Network, Script, Timeouts
 from app.supervise import node as supervise
 
 SHARE = 250
@@ -72,6 +72,7 @@ def make_plan(count: int, rank: int, port: int) -> Plan:
         timeouts=Timeouts(
             start=PATIENCE, rejoin=PATIENCE, stop_grace=1, heartbeat=PATIENCE, hang_report=0.0, hang_timeout=0.0
         ),
+        monitoring=Monitoring(),
         max_restarts=0,
         stopped_exit_code=143,
         token_file=None,

@@ -195,6 +195,7 @@ def to_json(found: Draft, secrets: Sequence[str] = ()) -> str:
         plan = asdict(replace(found.plan, decisions=(), warnings=()))
         del plan["decisions"], plan["warnings"]
         plan["script"]["env"] = _public(found.plan)
+        plan["monitoring"]["notify"] = len(found.plan.monitoring.notify)
         plan |= {"equal": dict(found.plan.equal), "world_size": found.plan.world_size}
     content = {
         "plan": plan,

@@ -38,7 +38,7 @@ def options(arguments: Sequence[str]) -> None:
         usage="run [-h] [SCRIPT | -m MODULE | --] [ARGS...]",
         description="Takes part in the job until it ends: this node's share of the script's processes. Without a "
         "script, that of TRAIN_SCRIPT; options for it stand after --.",
-        epilog="Exit codes: docs/gang.md.",
+        epilog="Exit codes: docs/exit-codes.md.",
     )
     parser.read(arguments)
 

@@ -1,6 +1,6 @@
 """How the launcher ends. The numbers are an interface: Docker's restart policy and people's scripts act on them.
 
-docs/gang.md holds the same table with the reasons."""
+docs/exit-codes.md holds the same table with the reasons."""
 
 from enum import IntEnum
 

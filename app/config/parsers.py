@@ -96,6 +96,22 @@ def bare(text: str) -> str:
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
+def listener(text: str) -> tuple[str, int]:
+    """`9400` for this machine's loopback, or an address and a port, `10.0.0.1:9400` or `[::]:9400`."""
+    address, _, port = text.rpartition(":")
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise Malformed("not-a-listener")
+    return bare(address) or "127.0.0.1", int(port)
+
+
+def services(text: str) -> tuple[str, ...]:
+    """Apprise's addresses. One may have commas of its own, but none before a scheme."""
+    found = tuple(filter(None, re.split(r"[\s,;]+(?=[A-Za-z0-9]+://)", text)))
+    if not all(re.match(r"[A-Za-z0-9]+://.", each) for each in found):
+        raise Malformed("not-services")
+    return found
+
+
 def duration(text: str) -> float | None:
     """Seconds of a duration as Compose writes it, `1m30s`; None if it is none: Compose itself says so."""
     units = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "us": 1e-6}

@@ -18,7 +18,7 @@ SHORTEST_FORM = 8
 """Characters of a value in base64: fewer are in every long line by accident."""
 SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_?KEY|ACCOUNT_?KEY|STORAGE_?KEY|PRIVATE|CREDENTIAL|AUTH|COOKIE|WEBHOOK|"
-    r"CONN(?:ECTION)?_?STR|_DSN$",
+    r"CONN(?:ECTION)?_?STR|_DSN$|^NOTIFY$",
     re.IGNORECASE,
 )
 KEY = r"(?:api|access|account|auth|encryption|license|master|private|secret|signing|storage|wandb)[-_]?key"
@@ -120,6 +120,8 @@ def secrets_of(values: Mapping[str, str], token_files: Iterable[Path | None] = (
     these files."""
     paths = {str(path) for path in token_files if path}
     found = [value for name, value in values.items() if SECRET_NAME.search(name)]
+    # Several addresses, each of which may stand alone somewhere.
+    found += [part for name, value in values.items() if name.endswith("NOTIFY") for part in re.split(r"[\s,;]+", value)]
     for path in paths:
         try:
             found.append(Path(path).read_text(encoding="utf-8", errors="replace").strip())

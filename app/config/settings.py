@@ -15,6 +15,7 @@ from app.config.parsers import (
     byte_count,
     duration,
     entries,
+    listener,
     modules,
     number_or_all,
     one_of,
@@ -22,6 +23,7 @@ from app.config.parsers import (
     processes,
     run_name,
     seconds,
+    services,
     shell_words,
     whole_number,
 )
@@ -46,6 +48,8 @@ class Setting:
     """Where doctor shows a wrong value, as in `app.config.problems`."""
     may_be_empty: bool = False
     """An empty value is one, and not the default."""
+    secret: bool = False
+    """Whoever has the value can use it: nothing shows it."""
 
 
 def setting(
@@ -62,9 +66,12 @@ def setting(
     return found  # type: ignore[no-any-return]  # a field stands for what it will hold, as in dataclasses.field
 
 
-def optional(parse: Callable[[str], T], scope: Scope = "cluster", check: str = "settings") -> Value[T] | None:
+def optional(
+    parse: Callable[[str], T], scope: Scope = "cluster", check: str = "settings", *, secret: bool = False
+) -> Value[T] | None:
     """The same without a default."""
-    found: Any = field(default=None, metadata={"setting": Setting(parse=parse, scope=scope, check=check)})
+    line = Setting(parse=parse, scope=scope, check=check, secret=secret)
+    found: Any = field(default=None, metadata={"setting": line})
     return found  # type: ignore[no-any-return]  # as above
 
 
@@ -109,6 +116,8 @@ class Settings:
     heartbeat_timeout: Value[float] = setting(seconds(1), "8")
     hang_report: Value[float] = setting(seconds(0), "60")
     hang_timeout: Value[float] | None = optional(seconds(1))
+    metrics_port: Value[tuple[str, int]] | None = optional(listener, scope="node", check="ports")
+    notify: Value[tuple[str, ...]] | None = optional(services, scope="node", secret=True)
     cluster_token_file: Value[Path] | None = optional(path, scope="node")
     stopped_exit_code: Value[int] = setting(whole_number(0, 255), "143", scope="node")
     nccl_socket_ifname: Value[str] | None = optional(str, scope="worker")
@@ -181,6 +190,8 @@ def read_settings(environ: Mapping[str, str], env_file: Path | None, argv: Seque
     problems = [*file.problems, *_missing_file(environ, env_file)]
     parsed: dict[str, Any] = {}
     for each in TABLE:
+        if each.secret and each.name in merged:
+            merged[each.name] = replace(merged[each.name], secret=True)
         value = merged.get(each.name)
         try:
             if value is not None:

@@ -134,9 +134,9 @@ def without_secrets(row: Row, facts: Facts) -> Row:
 
 
 def shown(rows: Sequence[Row], *, as_json: bool) -> str:
-    """For people on a terminal, for grep elsewhere, for programs with --json."""
+    """For people on a terminal, or where COLUMNS names a width; for grep elsewhere, for programs with --json."""
     if as_json:
         return to_json(rows)
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
         return to_table(rows, shutil.get_terminal_size().columns, colour="NO_COLOR" not in os.environ)
     return to_lines(rows)

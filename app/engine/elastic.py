@@ -159,7 +159,11 @@ class Workers(SubprocessContext):
         self._signals, self._grace, self._tell = signals, grace, tell
         outputs = in_pipes(self.stdouts, self.stderrs, rest.get("log_line_prefixes") or {})
         self.stdouts, self.stderrs = (each.paths() for each in outputs)
-        self._tail_logs: Any = outputs
+        if hasattr(self, "_tail_logs"):
+            self._tail_logs: Any = outputs
+        else:
+            # As torch 2.8 has them. Without this the workers' output would be read by nobody.
+            self._stdout_tail, self._stderr_tail = outputs
 
     def _start(self) -> None:
         # torch has just installed its own handlers, before any process that they could hurt.

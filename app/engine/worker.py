@@ -98,17 +98,17 @@ def leave(ended: list[int]) -> None:
 
 def watch_for_stalls() -> str:
     """Starts watchdog.py where the launcher asks for it: TORCHRUN_COMPOSE_STALLS=SECONDS:FOLDER. One rank alone waits
-    for nobody. Returns the launcher's private folder, "" without one."""
+    for nobody, and only tells its stacks. Returns the launcher's private folder, "" without one."""
     from importlib.util import module_from_spec, spec_from_file_location
 
     patience, _, folder = os.environ.pop("TORCHRUN_COMPOSE_STALLS", "").partition(":")
-    if not float(patience or 0) or os.environ.get("WORLD_SIZE") == "1":
-        return folder
+    if not folder:
+        return ""
     spec = spec_from_file_location("torchrun_compose_watchdog", __file__.removesuffix("worker.py") + "watchdog.py")
     if spec and spec.loader:
         watchdog = module_from_spec(spec)
         spec.loader.exec_module(watchdog)
-        watchdog.watch(folder, float(patience))
+        watchdog.watch(folder, 0.0 if os.environ.get("WORLD_SIZE") == "1" else float(patience))
     return folder
 
 

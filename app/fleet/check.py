@@ -4,14 +4,15 @@ import asyncio
 import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.config.options import Parser
-from app.config.problems import Problem, problem
+from app.config.problems import Problem, Severity, texts
 from app.config.table import columns
 from app.fleet.hosts import Desk, Host
-from app.fleet.remote import Result, disconnect, everywhere, explain_failure
+from app.fleet.image import image_name
+from app.fleet.remote import FAILURES, Result, disconnect, everywhere, explain_failure
 
 COMPOSE = (2, 24)
 """What compose.yaml needs."""
@@ -67,12 +68,6 @@ async def examine(desk: Desk) -> list[Checked]:
     return rows
 
 
-def image_name(desk: Desk) -> str:
-    """The trainer's image, as compose.yaml names it."""
-    hardware = desk.settings.hardware
-    return desk.settings.text("IMAGE") or f"torchrun-compose:{hardware.value if hardware else 'cpu'}"
-
-
 def checked(desk: Desk, result: Result, sent: float) -> Checked:
     """One host's row out of what it said."""
     host = result.host
@@ -84,23 +79,22 @@ def checked(desk: Desk, result: Result, sent: float) -> Checked:
         if said[name][0] and not problems:
             # Without Docker the lines after it say the same again.
             problems.append(explain_failure(host, *said[name]))
-    version = tuple(map(int, re.findall(r"\d+", said["compose"][1])[:2]))
-    if not said["compose"][0] and version < COMPOSE:
-        what = "Compose on {host} is {found}, and compose.yaml needs {needed} or newer"
-        fix = "There: `sudo apt-get install docker-compose-plugin`"
-        found = said["compose"][1]
-        problems.append(problem("compose.old", "error", what=what, fix=fix, host=host.name, found=found, needed="2.24"))
+    if not said["compose"][0] and tuple(map(int, re.findall(r"\d+", said["compose"][1])[:2])) < COMPOSE:
+        problems.append(_problem("compose-old", host, found=said["compose"][1], needed="{}.{}".format(*COMPOSE)))
     skew = float(said["time"][1]) - (sent + result.seconds / 2) if re.match(r"\d+\.\d", said["time"][1]) else 0.0
     skew = max(0.0, abs(skew) - result.seconds / 2)
     if skew > CLOCK:
-        what, fix = "The clock of {host} is {skew:.0f} s off this machine's", "There: `sudo timedatectl set-ntp true`"
-        problems.append(problem("host.clock", "warning", what=what, fix=fix, host=host.name, skew=skew))
+        problems.append(_problem("clock", host, "warning", skew=skew))
     free = _free(said["disk"][1])
     if free is not None and free < LEAST_FREE:
-        what = "{host} has {free:.0f} GB free, and an image with CUDA takes about {least} GB"
-        fix = "There: `docker system df` shows what fills it"
-        problems.append(problem("disk.low", "warning", what=what, fix=fix, host=host.name, free=free, least=LEAST_FREE))
-    problems += _hardware(desk, host, said)
+        problems.append(_problem("disk-low", host, "warning", free=free, least=LEAST_FREE))
+    hardware = desk.settings.hardware
+    wants = hardware is not None and hardware.value.startswith("nvidia")
+    if wants and not said["docker"][0] and "nvidia" not in said["runtimes"][1]:
+        problems.append(_problem("no-toolkit", host, hardware=hardware))
+    machine, image = said["arch"][1], said["image"][1].partition(" ")[2]
+    if not said["image"][0] and image and ENGINE_ARCH.get(machine, machine) != image:
+        problems.append(_problem("other-arch", host, image=image, machine=machine))
     gpus = [name for name in said["gpus"][1].split(";") if name.strip()] if not said["gpus"][0] else []
     cells = (
         f"{result.seconds * 1000:.0f} ms",
@@ -126,28 +120,7 @@ def _free(text: str) -> float | None:
     return int(found[1]) / 1e6 if found else None
 
 
-def _hardware(desk: Desk, host: Host, said: Mapping[str, tuple[int, str]]) -> list[Problem]:
-    hardware = desk.settings.hardware
-    found: list[Problem] = []
-    if (
-        hardware
-        and hardware.value.startswith("nvidia")
-        and not said["docker"][0]
-        and "nvidia" not in said["runtimes"][1]
-    ):
-        what, fix = (
-            "{hardware}, and {host} has no NVIDIA container toolkit",
-            (
-                "There: `sudo apt-get install nvidia-container-toolkit && sudo nvidia-ctk runtime configure "
-                "--runtime=docker && sudo systemctl restart docker`"
-            ),
-        )
-        found.append(problem("docker.no-toolkit", "error", what=what, fix=fix, hardware=hardware, host=host.name))
-    machine, image = said["arch"][1], said["image"][1].partition(" ")[2]
-    if not said["image"][0] and image and ENGINE_ARCH.get(machine, machine) != image:
-        what = "The image on {host} is for {image}, and the machine is {machine}"
-        fix = "Build it on a host of the same kind: `torchrun-compose push --build-on HOST`"
-        found.append(
-            problem("image.other-arch", "error", what=what, fix=fix, host=host.name, image=image, machine=machine)
-        )
-    return found
+def _problem(name: str, host: Host, severity: Severity = "error", **values: object) -> Problem:
+    text = texts(FAILURES)["check"][name]
+    told = {"host": host.name, **values}
+    return Problem(id=f"check.{name}", severity=severity, values=told, what=text["what"], fix=text["fix"])

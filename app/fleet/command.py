@@ -14,6 +14,19 @@ from app.fleet.hosts import read_desk
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "check": ("check", "each host: ssh, Docker, Compose, GPUs, disk, clock, image, and what is missing"),
+    "push": ("push", "project, settings, scripts, secrets and image on every host; only what changed"),
+    "up": ("gang", "push, start on all hosts, and the verdict of the roll call"),
+    "logs": ("logs", "what all ranks of all nodes say, as one stream"),
+    "stop": ("gang", "stop on all hosts, after a checkpoint"),
+    "restart": ("gang", "stop on all hosts, then start on all"),
+    "down": ("gang", "stop, and remove the containers; results stay"),
+    "doctor": ("together", "is this cluster fit to train? one table of all nodes"),
+    "bench": ("together", "what the network between the hosts gives"),
+    "explain": ("together", "what differs between the nodes in what a start would use"),
+    "report": ("results", "what went wrong: every node's report in one archive, one verdict"),
+    "pull": ("results", "checkpoints, logs and metrics to this machine"),
+    "run": ("together", "a command in the trainer's image on all hosts"),
+    "shell": ("together", "a shell in the trainer of one host"),
 }
 """Name: the module of app.fleet whose function of this name is the command, and what it does."""
 INTERRUPTED = 130

@@ -7,25 +7,34 @@ import functools
 import os
 import re
 import shlex
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from app.config.console import say
 from app.config.errors import printable
-from app.config.problems import Problem, problem
+from app.config.problems import Problem, problem, texts
 from app.fleet.hosts import Desk, Host
 
+T = TypeVar("T")
+HERE = Host(name="this machine", rank=-1)
+"""The desk itself: its commands need no ssh."""
 CONNECT = 5
 """Seconds until a host that does not answer is named."""
 LIMIT = 16 << 20
 """Bytes of a command's output that are kept."""
 CHUNK = 1 << 16
 SSH_FAILED = 255
+FAILURES = Path(__file__).parent / "failures.toml"
+PATIENCE = 2.0
+"""Seconds without a word."""
 DRAIN = 0.3
-"""Seconds for the end of a command's output once it has ended: a shared connection may keep the pipe open."""
+"""Seconds for the end of a command's output once it has ended and somebody else holds the pipe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +76,7 @@ async def run(
     stdin: bytes | Path = b"",
     deadline: float = 60,
     limit: int = LIMIT,
-    sink: Callable[[bytes], None] | None = None,
+    sink: Callable[[bytes], object] | None = None,
 ) -> Result:
     """Runs a command line of sh on a host. Never raises for what happens there.
 
@@ -84,24 +93,25 @@ async def run(
             source.write(stdin)
             source.seek(0)
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            *ssh(host), remote(command), stdin=source, stdout=pipe, stderr=pipe
-        )
+        argv = ["sh", "-c", command] if host == HERE else [*ssh(host), remote(command)]
+        process = await asyncio.create_subprocess_exec(*argv, stdin=source, stdout=pipe, stderr=pipe)
     readers = [
         asyncio.ensure_future(_read(process.stdout, sink or functools.partial(keep, out))),
         asyncio.ensure_future(_read(process.stderr, functools.partial(keep, err))),
     ]
     late = False
     try:
-        await asyncio.wait_for(process.wait(), deadline)
+        async with asyncio.timeout(deadline):
+            await process.wait()
     except TimeoutError:
         late = True
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-        # Data of a process that has ended is read to its end; only a pipe that somebody else holds is given up.
-        await asyncio.wait(readers, timeout=DRAIN if late or process.returncode == SSH_FAILED else None)
+        await asyncio.wait(readers[:1], timeout=DRAIN if late else None)
+        # An ssh before 8.5 that stays for the shared connection keeps this pipe open.
+        await asyncio.wait(readers, timeout=DRAIN)
         for reader in readers:
             reader.cancel()
     code = SSH_FAILED if late else process.returncode or 0
@@ -110,24 +120,44 @@ async def run(
     return Result(host=host, code=code, out=bytes(out), err=said, seconds=time.monotonic() - began, failure=failure)
 
 
-async def _read(stream: asyncio.StreamReader | None, sink: Callable[[bytes], None]) -> None:
+async def _read(stream: asyncio.StreamReader | None, sink: Callable[[bytes], object]) -> None:
     while stream and (data := await stream.read(CHUNK)):
         sink(data)
 
 
 async def everywhere(
-    desk: Desk, command: Command, *, stdin: bytes | Path = b"", deadline: float = 60, limit: int = LIMIT
+    desk: Desk, command: Command, *, what: str = "", stdin: bytes = b"", deadline: float = 60, limit: int = LIMIT
 ) -> list[Result]:
     """The same on all hosts at once; results in the order of the hosts. None holds up another."""
-    lines = [command if isinstance(command, str) else command(host) for host in desk.hosts]
-    return list(
-        await asyncio.gather(
-            *(
-                run(host, line, stdin=stdin, deadline=deadline, limit=limit)
-                for host, line in zip(desk.hosts, lines, strict=True)
-            )
-        )
+    lines = {host: command if isinstance(command, str) else command(host) for host in desk.hosts}
+    return await at_once(
+        {host: run(host, line, stdin=stdin, deadline=deadline, limit=limit) for host, line in lines.items()}, what
     )
+
+
+async def at_once(works: Mapping[Host, Coroutine[None, None, T]], what: str) -> list[T]:
+    """The results of work on several hosts, in their order. Says for whom it waits, and for `what`."""
+    tasks = {asyncio.ensure_future(work): host.name for host, work in works.items()}
+    pending, pause = set(tasks), PATIENCE
+    try:
+        while pending:
+            done, pending = await asyncio.wait(pending, timeout=pause)
+            if not done and what:
+                say(f"waiting for {', '.join(tasks[task] for task in tasks if task in pending)}: {what}")
+                pause = 5 * PATIENCE
+        return [task.result() for task in tasks]
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+def complaints(results: Iterable[Result]) -> dict[Host, str]:
+    """Says why each host that failed did; the sentences by host."""
+    found = {each.host: each.failure.message for each in results if each.failure}
+    for text in found.values():
+        say(text)
+    return found
 
 
 async def contact(desk: Desk) -> list[Result]:
@@ -135,8 +165,8 @@ async def contact(desk: Desk) -> list[Result]:
     return await everywhere(desk, "true", deadline=CONNECT + 1)
 
 
-async def stream(host: Host, command: str) -> AsyncIterator[bytes]:
-    """Standard output and error of a command as it comes. Ends with the command; closing it ends ssh."""
+async def stream(host: Host, command: str, ended: Callable[[int], None] = lambda code: None) -> AsyncGenerator[bytes]:
+    """Standard output and error of a command as it comes. `ended` gets its exit code; closing the stream ends ssh."""
     process = await asyncio.create_subprocess_exec(
         *ssh(host),
         remote(command),
@@ -147,11 +177,17 @@ async def stream(host: Host, command: str) -> AsyncIterator[bytes]:
     try:
         while process.stdout and (data := await process.stdout.read(CHUNK)):
             yield data
+        ended(await process.wait())
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            await process.wait()
+                # Not process.terminate(), which may reap the process behind asyncio's back.
+                os.kill(process.pid, signal.SIGTERM)
+        # To asyncio a process runs until its pipe is read to the end.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(10 * DRAIN):
+                await _read(process.stdout, lambda data: None)
+                await process.wait()
 
 
 def remote(command: str) -> str:
@@ -173,7 +209,8 @@ def sharing(name: str) -> tuple[str, ...]:
     if re.search(r"^controlpath (?!none)", found, re.MULTILINE):
         return ()
     # A socket's path is limited to about 104 bytes, which rules out macOS's own temporary folder.
-    folder = Path("/tmp", f"torchrun-compose-{os.getuid()}")  # noqa: S108 - of this user alone, checked below
+    above = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"  # noqa: S108 - the folder is of this user alone, as is checked
+    folder = Path(above, f"torchrun-compose-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         state = folder.lstat()
@@ -189,94 +226,17 @@ def disconnect(host: Host) -> None:
     subprocess.run(["ssh", *sharing(host.name), "-O", "exit", "--", host.name], capture_output=True, check=False)
 
 
-SSH_FAILURES: Sequence[tuple[str, str, str, str]] = (
-    (
-        r"REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "ssh.host-key-changed",
-        "{host} has another host key than before",
-        "If it was set up anew, `ssh-keygen -R {host}` and `ssh {host}` once; if not, somebody may be in between",
-    ),
-    (
-        r"Host key verification failed|No .* host key is known",
-        "ssh.host-key-unknown",
-        "{host}'s host key is not known here yet",
-        "Run `ssh {host}` once, compare the fingerprint, and answer yes",
-    ),
-    (
-        r"Permission denied \(|Too many authentication failures",
-        "ssh.key-refused",
-        "{host} refuses the keys of this user",
-        "Run `ssh-copy-id {host}`; for a key with a passphrase, `ssh-add` first",
-    ),
-    (
-        r"Could not resolve hostname|Name or service not known",
-        "ssh.unknown-name",
-        "{host} has no address",
-        "Correct HOSTS, or add the name to ~/.ssh/config",
-    ),
-    (
-        r"Connection refused",
-        "ssh.no-server",
-        "{host} answers, but no ssh server listens there",
-        "Start it there: `sudo systemctl start ssh`, or name its port in ~/.ssh/config",
-    ),
-    (
-        r"timed out|No route to host|is unreachable|Host is down|not responding",
-        "ssh.host-down",
-        "{host} does not answer",
-        "Is it switched on, and is its ssh port open to this machine?",
-    ),
-)
-HOST_FAILURES: Sequence[tuple[str, str, str, str]] = (
-    (
-        r"permission denied while trying to connect to the [Dd]ocker|docker\.sock.*permission denied",
-        "docker.permission",
-        "This user may not use Docker on {host}",
-        "There: `sudo usermod -aG docker $USER`, then try again",
-    ),
-    (
-        r"docker: (command )?not found|docker: No such file|docker: inaccessible",
-        "docker.missing",
-        "{host} has no Docker",
-        "There: `curl -fsSL https://get.docker.com | sudo sh`",
-    ),
-    (
-        r"[Cc]annot connect to the Docker daemon|failed to connect to the docker API",
-        "docker.not-running",
-        "Docker does not run on {host}",
-        "There: `sudo systemctl enable --now docker`",
-    ),
-    (
-        r"'compose' is not a docker command|unknown (shorthand )?flag: .* in -|unknown command: docker compose",
-        "compose.missing",
-        "{host} has no Docker Compose",
-        "There: `sudo apt-get install docker-compose-plugin`, or docker-compose on Debian 13",
-    ),
-    (
-        r"No space left on device|Disk quota exceeded",
-        "disk.full",
-        "{host} has no space left",
-        "There: `docker system df` and `df -h` show what fills it; `docker image prune` removes old images",
-    ),
-    (
-        r"could not select device driver",
-        "docker.no-toolkit",
-        "Docker on {host} cannot hand out GPUs",
-        "Install the NVIDIA container toolkit there, or set HARDWARE=cpu",
-    ),
-)
-
-
 def explain_failure(host: Host, code: int, said: str, *, late: float = 0) -> Problem:
     """One sentence for what ssh or the command on the host complained of."""
     if late:
         what = (
             "{host} did not answer within {late:g} s" if late <= CONNECT + 1 else "{host} did not finish in {late:g} s"
         )
-        return problem("ssh.host-down", "error", what=what, fix="Try `ssh {host}`", host=host.name, late=late)
-    for pattern, id, what, fix in (*(SSH_FAILURES if code == SSH_FAILED else ()), *HOST_FAILURES):
-        if re.search(pattern, said):
-            return problem(id, "error", what=what, fix=fix, host=host.name)
+        return problem("ssh.host-down", what=what, fix="Try `ssh {host}`", host=host.name, late=late)
+    for room, named in texts(FAILURES).items():
+        for name, each in named.items():
+            if "pattern" in each and (room != "ssh" or code == SSH_FAILED) and re.search(each["pattern"], said):
+                return problem(f"{room}.{name}", what=each["what"], fix=each["fix"], host=host.name)
     kind, what = ("ssh.failed", "{host}: {said}") if code == SSH_FAILED else ("host.failed", "{host}: {said} ({code})")
     last = next((line for line in reversed(said.splitlines()) if line.strip()), "the command failed without a word")
-    return problem(kind, "error", what=what, host=host.name, said=last.strip().rstrip("."), code=code)
+    return problem(kind, what=what, host=host.name, said=last.strip().rstrip("."), code=code)

@@ -258,10 +258,11 @@ class Coordinator(Session):
         """Runs one round to its end. Returns what went wrong; raises JobEnded when it ended well or was stopped."""
         before = {rank: node.hello.progress for rank, node in nodes.items()}
         run_id = f"{self.plan.run_name}-{self.round}-{next(iter(nodes.values())).hello.instance_id[:6]}"
+        told = any(node.hello.told for node in nodes.values())
         self._places = nodes
         self._waiting.clear()
         for index, node in enumerate(nodes.values()):
-            place = {"node_rank": index, "nnodes": len(nodes), "failures": min(self.failures, LAST_ROUND)}
+            place = {"node_rank": index, "nnodes": len(nodes), "failures": min(self.failures, LAST_ROUND), "told": told}
             node.connection.send("go", round=self.round, run_id=run_id, **place)
         for rank, node in self.membership.all().items():
             if rank not in nodes:
@@ -274,7 +275,7 @@ class Coordinator(Session):
             patience=self.plan.timeouts.heartbeat + 10,
             hang_report=self.plan.timeouts.hang_report,
             hang_timeout=self.plan.timeouts.hang_timeout,
-            tell=self.tell,
+            tell=lambda told: self.tell(told, "hang" if state.stands else "resumed"),
             halt=lambda why, grace, reason: self.membership.broadcast(
                 "halt", text=reason, why=why, grace=math.ceil(grace)
             ),
@@ -358,5 +359,6 @@ class Coordinator(Session):
         self._signature = cause.signature
         pause = min(2.0 ** (self.failures - 2), LONGEST_PAUSE) if self.failures > 1 else 0.0
         when = f" in {pause:.0f} s" if pause else ""
-        self.tell(f"{told}. All nodes start again{when} (restart {self.failures} of {most})")
+        again = f"{told}. All nodes start again{when} (restart {self.failures} of {most})"
+        self.tell(again, "restarting", cause.kind)
         await self.pause(pause)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from app.gang.agreement import Facts, differences
@@ -10,6 +10,7 @@ from app.gang.connection import Connection, Message
 from app.gang.messages import Hello
 from app.plan import Plan
 
+MICRO = 1_000_000
 BEATS = 8
 """Heartbeats within HEARTBEAT_TIMEOUT: a link that is cut for 5 s of 8 must not look dead."""
 
@@ -24,6 +25,14 @@ class NodeConnection:
     heard: float
     answers: dict[int, asyncio.Future[Message | None]] = field(default_factory=dict)
     """What it has been asked, by number; None for a node that was lost meanwhile."""
+    at: int = 0
+    """When its last heartbeat left it, in microseconds of its own clock; 0 for none."""
+    trip: float = -1.0
+    """Seconds that a heartbeat takes there and back, as the node has measured it; negative until it has."""
+
+    def echo(self, now: float) -> Mapping[str, int]:
+        """What the node needs to measure the round trip: its last heartbeat, and for how long it lay here."""
+        return {"at": self.at, "held": round((now - self.heard) * MICRO)} if self.at else {}
 
 
 class Membership:

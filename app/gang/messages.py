@@ -16,6 +16,8 @@ LONGEST_FACT = 40_000
 LISTEN = "listen"
 """The question for the ports that a node's peers are to dial."""
 LAST_ROUND = 1 << 20
+LATEST = 1 << 60
+"""Microseconds of a clock that began with its machine."""
 YEAR_2100 = 4_102_444_800_000
 """In milliseconds: what `datetime` can show."""
 
@@ -40,6 +42,8 @@ class Hello:
     """The last round it took part in, 0 for none: a node 0 that was restarted continues from there."""
     failures: int
     progress: str
+    told: bool = False
+    """It has told the services of NOTIFY that node 0 was lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,17 @@ class WorkerReport:
     found: Explanation
     alike: int = 0
     """Other ranks of the node that the same signal has ended at the same moment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent:
+    """Something that happened to the job, as every node learns it."""
+
+    kind: str
+    """started, restarting, hang, resumed, back (a node 0 that was lost), node-0-lost, node-0-found."""
+    text: str
+    cause: str = ""
+    """Of a restart, as in `NodeFailure.kind`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +104,7 @@ def read_hello(message: Message, address: str) -> Hello:
         round=integer(message, "round", 0, LAST_ROUND),
         failures=integer(message, "failures", 0, LAST_ROUND),
         progress=text(message, "progress", 200),
+        told=message.get("told") is True,
     )
 
 

@@ -17,8 +17,8 @@ from app.gang.agreement import host_id
 from app.gang.connect import RETRY, BusyError, NoAnswerError, Waiting, connect
 from app.gang.connection import PATIENCE, Connection, Message, ProtocolError, UntrustedError, integer, items, text
 from app.gang.handshake import introduce, is_translated
-from app.gang.membership import BEATS
-from app.gang.messages import LAST_ROUND, LISTEN, MOST_ENTERED, MOST_RANKS, YEAR_2100
+from app.gang.membership import BEATS, MICRO
+from app.gang.messages import LAST_ROUND, LATEST, LISTEN, MOST_ENTERED, MOST_RANKS, YEAR_2100, JobEvent
 from app.gang.services import Engine, NodeServices, RoundAssignment
 from app.gang.verdict import JobEnded, Verdict
 from app.plan import Plan
@@ -48,6 +48,8 @@ class Participant:
         self.job = job
         self.instance_id = secrets.token_hex(8)
         self.stops = 0
+        self.trip = -1.0
+        """Seconds that the last heartbeat to node 0 took there and back; negative until that is known."""
         self._ports = [plan.network.master_port] if plan.nodes.rank == 0 else []
         if fixed_ports is not None:
             self._ports = [*fixed_ports]
@@ -85,6 +87,11 @@ class Participant:
             self._engine.kill()
         if self._connection:
             self._connection.abort()
+
+    @property
+    def connected(self) -> bool:
+        """To node 0, at this moment."""
+        return self._connection is not None
 
     async def take_part(self) -> Verdict:
         # One deadline, whatever connections are accepted and dropped meanwhile.
@@ -126,6 +133,10 @@ class Participant:
             return end.verdict
         except NoAnswerError as error:
             return self._timed_out(waiting, str(error)) if self.plan.nodes.rank else self._port_taken(str(error))
+
+    @property
+    def _node0_name(self) -> str:
+        return f"node 0 ({self.plan.nodes.addresses[0]})"
 
     @property
     def _node0(self) -> str:
@@ -175,6 +186,7 @@ class Participant:
                 "round": self._round,
                 "failures": self._failures,
                 "progress": self.services.progress(),
+                "told": self.services.told(),
             }
             await introduce(connection, self.token, hello, translated=is_translated(self.plan))
             connection.give_up_after(PATIENCE * self.plan.timeouts.heartbeat)
@@ -209,6 +221,7 @@ class Participant:
     async def _follow(self, connection: Connection) -> Verdict | None:
         """Does what node 0 says until there is a verdict; None when node 0 is lost and torchrun has ended."""
         self._connection, self._silence, self._heard = connection, "", time.monotonic()
+        self._tell("node-0-found", "")
         if self.stops:
             self._send("stop")
         beating = self._spawn(self._beat(connection))
@@ -243,7 +256,7 @@ class Participant:
         """Sends heartbeats, and tries what it can when node 0 sends none, until it counts as lost."""
         beat = self.plan.timeouts.heartbeat / BEATS
         while True:
-            connection.send("beat")
+            connection.send("beat", at=round(time.monotonic() * MICRO), trip=round(self.trip * MICRO))
             self._send_stalls(connection)
             await asyncio.sleep(beat)
             silence = time.monotonic() - self._heard
@@ -287,7 +300,14 @@ class Participant:
         if kind in ("verdict", "refuse"):
             return _verdict(message)
         if kind == "news":
-            self.services.say(text(message, "text", 8000, lines=True))
+            told = text(message, "text", 8000, lines=True)
+            self.services.say(told)
+            if "event" in message:
+                self._tell(text(message, "event", 20), told, text(message, "cause", 20))
+        elif kind == "beat":
+            if "at" in message:
+                held = integer(message, "held", 0, LATEST) + integer(message, "at", 0, LATEST)
+                self.trip = max(0.0, time.monotonic() - held / MICRO)
         elif kind == "probed":
             self._listener.close()
         elif kind == "probe":
@@ -333,6 +353,13 @@ class Participant:
             nnodes=size,
         )
         self._listener.close()
+        again = f"the nodes go on with round {place.round}"
+        if place.round == 1:
+            nodes = f"{size} nodes" if size > 1 else "1 node"
+            self._tell("started", f"{nodes} with {self.plan.workers.nproc} processes each started")
+        elif not self._round and not self.plan.nodes.rank and message.get("told") is not True:
+            # The others went through rounds that this process does not know.
+            self._tell("back", f"{self._node0_name} was lost in round {place.round - 1} and came back; {again}")
         self._round, self._failures = min(place.round, LAST_ROUND), integer(message, "failures", 0, LAST_ROUND)
         self._before = self.services.progress()
         self._halted = math.inf
@@ -421,10 +448,16 @@ class Participant:
 
     def _abandon(self, why: str) -> None:
         """Node 0 is lost: nothing of this round can be saved."""
-        self.services.say(f"node 0 ({self.plan.nodes.addresses[0]}) was lost: {why}")
+        told = f"{self._node0_name} was lost: {why}"
+        self.services.say(told)
+        if self._begun and not self.stops and not self._stopped:
+            self._tell("node-0-lost", told)
         self._end(gently=False, grace=2.0)
         if self._engine:
             self._failures = 1 if self.services.progress() != self._before else self._failures + 1
+
+    def _tell(self, kind: str, told: str, cause: str = "") -> None:
+        self.services.event(JobEvent(kind=kind, text=told, cause=cause))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)

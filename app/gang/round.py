@@ -9,7 +9,7 @@ from app.config.exitcodes import ExitCode
 from app.engine.outcome import Stall
 from app.gang.messages import Event, Say
 from app.gang.stalls import describe, is_blocked, is_free
-from app.gang.verdict import JobEnded, NodeFailure, Weight, left_alone, worker_failure
+from app.gang.verdict import THE_JOB, JobEnded, NodeFailure, Weight, left_alone, worker_failure
 
 HALT_GRACE = 2.0
 """Seconds that workers have to end after another node failed; their collectives cannot finish any more."""
@@ -98,6 +98,11 @@ class RoundState:
         return (len(left) < len(each) or self.running < self.names.keys()) and all(is_free(stall) for stall in left)
 
     @property
+    def stands(self) -> bool:
+        """No rank of the job makes progress."""
+        return self._stalled_since > 0
+
+    @property
     def hang(self) -> str:
         """Who waits for whom, as far as the nodes have told."""
         told = describe({self.names[rank]: each for rank, each in sorted(self._stalls.items()) if each})
@@ -126,7 +131,7 @@ class RoundState:
             self._end("failure", HALT_GRACE, f"the job hangs (HANG_TIMEOUT={self.hang_timeout:g})", now)
 
     def _hang_failure(self, how: str) -> NodeFailure:
-        return NodeFailure(node="the job", what=f"{how}: {self.hang}", seen=self._stalled_since, abrupt=True)
+        return NodeFailure(node=THE_JOB, what=f"{how}: {self.hang}", seen=self._stalled_since, abrupt=True)
 
     def _remember_hang(self) -> None:
         """What a blocked rank dies of, torch's time-out for one, is a consequence; its stall is withdrawn by then."""

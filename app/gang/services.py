@@ -6,7 +6,7 @@ from typing import Protocol
 
 from app.engine.outcome import Explanation, Failure, Outcome, Stall
 from app.gang.connection import Connection, Message, ProtocolError
-from app.gang.messages import Say
+from app.gang.messages import JobEvent, Say
 
 
 class Engine(Protocol):
@@ -78,5 +78,9 @@ class NodeServices:
     """Reads what a worker of the run has left, if the file system answers soon."""
     link: Callable[[], str] = lambda: ""
     """Says that this node's own link is down; "" where it is not."""
+    event: Callable[[JobEvent], None] = lambda _event: None
+    """Told of what happens to the job."""
+    told: Callable[[], bool] = lambda: False
+    """Whether this node has told the services of NOTIFY that node 0 was lost."""
     state: Callable[[str, int], None] = lambda _state, _round: None
     """Told of every change: (waiting, running or stopping; the round)."""

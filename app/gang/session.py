@@ -16,8 +16,8 @@ from app.gang.connect import SAY_AFTER, Waiting
 from app.gang.connection import PATIENCE, Connection, Message, ProtocolError, UntrustedError, integer, text
 from app.gang.connectivity import Connectivity
 from app.gang.handshake import Admission
-from app.gang.membership import Membership, NodeConnection
-from app.gang.messages import LISTEN, Event, Hello, Say, read_event, read_hello, read_ports
+from app.gang.membership import MICRO, Membership, NodeConnection
+from app.gang.messages import LATEST, LISTEN, Event, Hello, Say, read_event, read_hello, read_ports
 from app.gang.verdict import JobEnded, Verdict
 from app.plan import Plan
 
@@ -155,7 +155,11 @@ class Session:
             waiting = node.answers.pop(integer(said, "number", 0, 1 << 60), None)
             if waiting and not waiting.done():
                 waiting.set_result(said)
-        elif said["kind"] != "beat":
+        elif said["kind"] == "beat":
+            if "at" in said:
+                node.at = integer(said, "at", 0, LATEST)
+                node.trip = integer(said, "trip", -MICRO, LATEST) / MICRO
+        else:
             event = read_event(said, node.hello.rank, self.plan.nodes.count)
             if event.kind == "ended":
                 node.hello = replace(node.hello, progress=text(said, "progress", 200))
@@ -319,15 +323,16 @@ class Session:
             late, looked = now - looked > 2.0, now
             if now >= beaten + self.membership.interval:
                 beaten = now
-                self.membership.broadcast("beat")
+                for node in self.membership.all().values():
+                    node.connection.send("beat", **node.echo(now))
             # Whoever stood still itself (SIGSTOP, a machine that slept) has heard nobody, and reads first.
             for node in [] if late else self.membership.silent():
                 why = f"no heartbeat for {self.plan.timeouts.heartbeat:g} s (machine down, or its link is cut)"
                 self.lose(node, why, silent=True)
 
-    def tell(self, what: str) -> None:
-        """Prints on all nodes that are here, node 0 included."""
-        self.membership.broadcast("news", text=what)
+    def tell(self, what: str, event: str = "", cause: str = "") -> None:
+        """Prints on all nodes that are here, node 0 included. An `event` is that of a JobEvent."""
+        self.membership.broadcast("news", text=what, **({"event": event, "cause": cause} if event else {}))
 
 
 def _told(verdict: Verdict) -> dict[str, object]:

@@ -19,6 +19,8 @@ USAGE = 2
 """The exit code of argparse, and of app.train, for wrong settings."""
 HEAD_START = 3.0
 """Seconds by which a lost node or a signal may come after the errors it caused: they are found by polling."""
+THE_JOB = "the job"
+"""In place of a node that failed: all hang."""
 TOGETHER = 1.0
 """Seconds within which the order of two failures tells nothing: torchrun looks ten times a second, a network is not
 the same for all, and a busy machine is late."""
@@ -82,6 +84,12 @@ class NodeFailure:
     found: Explanation = field(default_factory=Explanation)
     not_retryable: str = ""
     """What the user must change, where another try would end the same way."""
+
+    @property
+    def kind(self) -> str:
+        """Why the job starts again: lost, network, hang or worker."""
+        kinds = {ExitCode.LOST: "lost", ExitCode.UNREACHABLE: "network"}
+        return kinds.get(self.code, "hang" if self.node == THE_JOB else "worker")
 
     @property
     def signature(self) -> tuple[str, str]:

@@ -28,6 +28,9 @@ class Host:
     uid: int = 0
     gid: int = 0
     container: bool = False
+    inside: str = ""
+    """What stands between this process and the machine's own network, host networking or not: `wsl`, `desktop` (Docker
+    Desktop's virtual machine), `rootless` (an engine without root); "" if nothing is known to."""
     project: Path = PROJECT
     """Where this project's `app/` lies."""
     cwd: Path = Path("/")
@@ -82,6 +85,7 @@ def probe(
         uid=os.geteuid() if live else 1000,
         gid=os.getegid() if live else 1000,
         container=any((root / mark).exists() for mark in (".dockerenv", "run/.containerenv")),
+        inside=_inside(root),
         cwd=Path.cwd() if live else Path("/workspace"),
         nics=nics,
         routes=read_routes(root),
@@ -101,6 +105,15 @@ def probe(
         python=".".join(map(str, sys.version_info[:3])),
         packages=_packages(root),
     )
+
+
+def _inside(root: Path) -> str:
+    kernel = (text(root / "proc/sys/kernel/osrelease") or "").lower()
+    if "linuxkit" in kernel or "microsoft" in kernel:
+        return "desktop" if "linuxkit" in kernel else "wsl"
+    # Without root an engine is root of some user ids only, in a network that slirp4netns or pasta make.
+    ids = (text(root / "proc/self/uid_map") or "").split()
+    return "rootless" if (root / ".dockerenv").exists() and ids and ids[-1] != str(2**32 - 1) else ""
 
 
 def _port_range(root: Path) -> tuple[int, int] | None:

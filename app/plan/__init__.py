@@ -13,10 +13,11 @@ from app.plan.consistency import must_be_equal
 from app.plan.decisions import Decision, Ledger
 from app.plan.env_warnings import warn_costs, warn_elsewhere, warn_typos
 from app.plan.exports import Exports, common_exports, environment, keep_others, removals
+from app.plan.monitoring import decide_monitoring
 from app.plan.network import decide_interface
 from app.plan.node_list import NodeList, names_to_resolve
 from app.plan.nodes import decide_listed
-from app.plan.parts import CheckpointExchange, JobNodes, LocalWorkers, Network, Script, Timeouts
+from app.plan.parts import CheckpointExchange, JobNodes, LocalWorkers, Monitoring, Network, Script, Timeouts
 from app.plan.ports import Ports, decide_ports
 from app.plan.rdma import decide_rdma
 from app.plan.resource_checks import check_needs
@@ -46,6 +47,7 @@ class Plan:
     script: Script
     checkpoints: CheckpointExchange
     timeouts: Timeouts
+    monitoring: Monitoring
     max_restarts: int
     stopped_exit_code: int
     token_file: Path | None
@@ -123,6 +125,7 @@ def draft(settings: Settings, host: Host) -> Draft:
     checkpoints = decide_checkpoints(settings, size or 1, ledger)
     timeouts = decide_timeouts(settings, host, ledger)
     minimum = decide_minimum(settings, size, ledger)
+    monitoring = decide_monitoring(settings, ledger)
     warn_costs(settings, host, ledger)
     plan = None
     if nodes is not None:
@@ -139,6 +142,7 @@ def draft(settings: Settings, host: Host) -> Draft:
             script=script,
             checkpoints=checkpoints,
             timeouts=timeouts,
+            monitoring=monitoring,
             max_restarts=settings.max_restarts.value,
             stopped_exit_code=settings.stopped_exit_code.value,
             token_file=token_file,

@@ -51,7 +51,7 @@ def environment(exports: Exports) -> dict[str, str]:
     from_file = {
         name: value.text
         for name, value in settings.values.items()
-        if name not in settings.given and not name.startswith("PET_")
+        if name not in settings.given and name != "NOTIFY" and not name.startswith("PET_")
     }
     return dict(sorted({**from_file, **exports.env}.items()))
 
@@ -95,7 +95,8 @@ def removals(settings: Settings, env: dict[str, str], ledger: Ledger) -> tuple[s
         for name in settings.given
         if name not in settings.values and name not in env and (name.startswith(LIBRARIES) or name in workers)
     )
-    return (*strays, *empty)
+    # The script need not know where the job's messages go.
+    return (*strays, *empty, *({"NOTIFY"} & settings.given))
 
 
 def common_exports(exports: Exports, host: Host, script: Script, ras_port: int, node_rank: int) -> None:

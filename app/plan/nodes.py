@@ -128,7 +128,15 @@ def _rank(nodes: tuple[str, ...], written: Written, settings: Settings, host: Ho
         ledger.decide("rank", "NODE_RANK", rank, "detected", reason)
         return rank
     ledger.refuse(
-        "rank.several-match" if matches else "rank.none-matches",
+        "rank.several-match"
+        if matches
+        else "rank.inside-wsl"
+        if host.inside == "wsl"
+        else "rank.inside-desktop"
+        if host.inside == "desktop"
+        else "rank.inside-rootless"
+        if host.inside == "rootless"
+        else "rank.none-matches",
         details=listing(host, nodes),
         given=written,
         number=len(matches),

@@ -105,3 +105,13 @@ class Timeouts:
     """0: never."""
     hang_timeout: float
     """0: never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Monitoring:
+    """Who is told of the job."""
+
+    metrics: tuple[str, int] | None = None
+    """Address and port for Prometheus."""
+    notify: tuple[str, ...] = field(repr=False, default=())
+    """Apprise's addresses: secrets."""

@@ -8,4 +8,7 @@ from app.plan import Plan
 
 def plan_secrets(plan: Plan | None, environ: Mapping[str, str]) -> tuple[str, ...]:
     """Those of a start with this environment; its own variables alone while there is no plan."""
-    return secrets_of({**environ, **plan.script.env}, [plan.token_file]) if plan else secrets_of(environ)
+    if plan is None:
+        return secrets_of(environ)
+    notify = {"NOTIFY": " ".join(plan.monitoring.notify)}
+    return secrets_of({**environ, **plan.script.env, **notify}, [plan.token_file])

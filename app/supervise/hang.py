@@ -29,13 +29,12 @@ class StalledHeartbeat:
 
 
 def watched(plan: Plan, folder: Path) -> dict[str, str]:
-    """What the workers of a new round must know for watchdog.py to watch them (after 0 seconds: not at all), and to
-    leave an error that a full disk does not take; empties their `folder`."""
-    patience = _patience(plan)
+    """What the workers of a new round must know for watchdog.py to watch them (after 0 seconds: it tells stacks alone),
+    and to leave an error that a full disk does not take; empties their `folder`."""
     for file in folder.glob("rank*"):
         with contextlib.suppress(OSError):
             file.unlink()
-    return {"TORCHRUN_COMPOSE_STALLS": f"{patience:g}:{folder}"}
+    return {"TORCHRUN_COMPOSE_STALLS": f"{_patience(plan):g}:{folder}"}
 
 
 def _patience(plan: Plan) -> float:

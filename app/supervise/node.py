@@ -23,6 +23,7 @@ from app.engine.warm import Preloaded
 from app.gang.agreement import gather
 from app.gang.connection import Connection, Message, ProtocolError, dial, dial_inside, listen
 from app.gang.coordinator import LAST_WORD, LINGER, Coordinator
+from app.gang.messages import JobEvent
 from app.gang.mirror.step import QUESTION, Checkpoints
 from app.gang.participant import Participant
 from app.gang.services import NodeServices, RoundAssignment
@@ -35,16 +36,17 @@ from app.plan.places import results
 from app.report.culprit import examine
 from app.report.history import forget_restarts, keep_restart, keep_round, restart_in_words
 from app.report.node_report import MEMORY_KILLS, forget_report, make_report, read_counters, write_report
-from app.supervise import traffic
+from app.supervise import prometheus, traffic
 from app.supervise.files import in_time, off_loop, start_thread
 from app.supervise.gpu_memory import ANSWER, until_free
 from app.supervise.hang import read_ended, watched
-from app.supervise.health import NodeState
+from app.supervise.notify import Notifier
 from app.supervise.preloading import SIGNALS
 from app.supervise.progress import TrainingProgress
 from app.supervise.restart_guard import forget_final, reserve_final, write_final
 from app.supervise.restarts import MARKS, follow, marks_file
 from app.supervise.runtime_dir import one_job, runtime_dir
+from app.supervise.state import NodeState
 
 Clean = Callable[[str], str]
 FILES = 30.0
@@ -139,8 +141,16 @@ async def _take_part(node: "Node", token: bytes) -> tuple[Verdict, bool]:
     server = await _listen(plan, coordinator)
     leading = asyncio.ensure_future(coordinator.run()) if server or plan.nodes.count == 1 else None
     progress = TrainingProgress(plan, node.folder, say, lambda: 0 if node.ending else node.engine)
-    state = NodeState(node.folder, lambda: progress.text)
+    notifier = Notifier(plan, node.clean, say) if plan.monitoring.notify else None
+    state = NodeState(
+        plan, node.folder, lambda: progress.gained, lambda: trips(coordinator, participant), lambda: node.ranks
+    )
     checkpoints = Checkpoints(plan, token, say)
+
+    def take(event: JobEvent) -> None:
+        state.take(event)
+        if notifier:
+            notifier.take(event)
 
     async def answer(question: str, told: Message) -> Mapping[str, object]:
         if question == QUESTION:
@@ -167,6 +177,8 @@ async def _take_part(node: "Node", token: bytes) -> tuple[Verdict, bool]:
         link=lambda: down_link(plan.network.interface),
         holder=holder,
         say=say,
+        event=take,
+        told=lambda: notifier is not None and notifier.told,
         state=state.change,
     )
     # Whatever this node has before its first round is no progress of that.
@@ -176,6 +188,9 @@ async def _take_part(node: "Node", token: bytes) -> tuple[Verdict, bool]:
     facts = {name: node.clean(value) for name, value in facts.items()}
     participant = Participant(plan, token, facts, services)
     _on_signals(participant.stop)
+    if plan.monitoring.metrics:
+        labels = {"run": plan.run_name, "node": str(plan.nodes.rank)}
+        prometheus.serve(*plan.monitoring.metrics, lambda: state.record, labels, say)
     keeping = asyncio.ensure_future(state.keep())
     beside = [asyncio.ensure_future(each) for each in (node.reap_orphans(), _watch_traffic(plan))]
     part = asyncio.ensure_future(participant.take_part())
@@ -201,6 +216,8 @@ async def _take_part(node: "Node", token: bytes) -> tuple[Verdict, bool]:
         if leading and participant.stops < 2:
             _on_signals(leading.cancel)
             await asyncio.wait([leading], timeout=LINGER + 2 * LAST_WORD)
+        if notifier and participant.stops < 2:
+            await notifier.finish(verdict)
     finally:
         # The loop takes its handlers with it, and a signal now must not change the exit code.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -221,6 +238,14 @@ async def _watch_traffic(plan: Plan) -> None:
     if traffic.watched(plan):
         with contextlib.suppress(OSError):
             await traffic.watch(plan, say)
+
+
+def trips(coordinator: Coordinator, participant: Participant) -> Mapping[int, float | None]:
+    """As in state.py: node 0 knows all nodes, the others know node 0."""
+    if participant.plan.nodes.rank:
+        return {0: participant.trip if participant.connected else None}
+    nodes = coordinator.membership.all()
+    return {rank: nodes[rank].trip if rank in nodes else None for rank in range(participant.plan.nodes.count)}
 
 
 def down_link(interface: str, root: Path = Path("/")) -> str:
@@ -267,6 +292,8 @@ class Node:
     clean: Clean
     """Removes secrets from what is printed here or told to other nodes."""
     last: torchrun.Torchrun | None = None
+    ranks: range = range(0)
+    """Of the last round, on this node."""
     memory: Mapping[int, int] = field(default_factory=dict)
     """MiB in use of each GPU before the job, where it uses any."""
     over: threading.Event = field(default_factory=threading.Event)
@@ -291,6 +318,8 @@ class Node:
             master_port=plan.network.master_port,
             run_id=assignment.run_id,
         )
+        first = assignment.node_rank * plan.workers.nproc
+        self.ranks = range(first, first + plan.workers.nproc)
         if assignment.round > 1:
             say(f"round {assignment.round}: node rank {assignment.node_rank} of {assignment.nnodes}")
         marks, before, self.over = marks_file(self.folder, assignment.run_id), self.last, threading.Event()

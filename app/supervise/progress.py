@@ -5,12 +5,14 @@ Both are read in threads of their own: a file server that does not answer must n
 
 import asyncio
 import contextlib
+import json
+import math
 import os
 import re
 import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +27,10 @@ PATIENCE = 2.0
 KEEP_LIMIT = 5.0
 LONGEST = 100
 """Bytes of RUN_DIR/progress that are read."""
+METRICS_END = 16_384
+"""Bytes of RUN_DIR/metrics.jsonl that are read."""
+FIGURES = ("step", "loss", "tokens_per_second")
+"""Names in a line of that file, as app.train writes them; any script may."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +38,10 @@ class Gained:
     """The progress of a job: a text that changes when the script has gained something, and at nothing else."""
 
     text: str = ""
+    time: float = 0.0
+    """Seconds since the epoch, when `text` last changed; 0 before."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """The newest of FIGURES that the script has written, for people."""
     _steps: tuple[int, ...] = ()
     _seen: set[str] = field(default_factory=set)
 
@@ -39,7 +49,13 @@ class Gained:
         """The first line of RUN_DIR/progress if the script writes that file: its whole numbers must have risen, or
         without numbers it must be new. Otherwise the newest entry of CHECKPOINT_DIR, hidden and temporary ones apart,
         whose name must be new: a file that is written again and again shows no gain. Never raises OSError."""
-        line = first_line(run_dir / "progress")
+        self.figures = read_figures(run_dir / "metrics.jsonl")
+        before, line = self.text, first_line(run_dir / "progress")
+        self._read(line, checkpoint_dir)
+        if self.text != before:
+            self.time = time.time()
+
+    def _read(self, line: str | None, checkpoint_dir: Path) -> None:
         if line is not None:
             steps = tuple(int(number) for number in re.findall(r"(?<![\d.])\d{1,18}(?![\d.])", line))
             if steps > self._steps or (line and not steps and line not in self._seen):
@@ -54,12 +70,37 @@ class Gained:
 
 def first_line(path: Path) -> str | None:
     """Of a regular file, cut; None for anything else."""
+    content = _read_part(path, LONGEST)
+    return None if content is None else content.partition("\n")[0]
+
+
+def read_figures(path: Path) -> dict[str, float]:
+    """The newest number of each of FIGURES in a file of JSON lines; a torn line is left out. Never raises OSError."""
+    found: dict[str, float] = {}
+    for line in reversed((_read_part(path, METRICS_END, end=True) or "").splitlines()):
+        with contextlib.suppress(ValueError, AttributeError):
+            fields = json.loads(line).items()
+            numbers = {name: float(value) for name, value in fields if name in FIGURES and _is_number(value)}
+            found = numbers | found
+        if len(found) == len(FIGURES):
+            break
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_part(path: Path, size: int, *, end: bool = False) -> str | None:
+    """The first bytes of a regular file, or the last; None for anything else."""
     with contextlib.suppress(OSError):
         # A pipe without a writer would block whoever opens it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return os.read(descriptor, LONGEST).decode(errors="replace").partition("\n")[0]
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode):
+                start = max(0, status.st_size - size) if end else 0
+                return os.pread(descriptor, size, start).decode(errors="replace")
         finally:
             os.close(descriptor)
     return None
@@ -98,6 +139,11 @@ class TrainingProgress:
     @property
     def text(self) -> str:
         return self._gained.text
+
+    @property
+    def gained(self) -> Gained:
+        """As it was a moment ago; not to be changed."""
+        return self._gained
 
     async def renew(self) -> None:
         """Returns after `text` was read by a reading that began after this call, or after PATIENCE seconds."""

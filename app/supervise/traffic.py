@@ -45,6 +45,18 @@ def read_traffic(plan: Plan, root: Path = Path("/")) -> Traffic:
     )
 
 
+def count_bytes(interface: str, root: Path = Path("/")) -> dict[str, tuple[int, int]]:
+    """(received, sent) since the machine started, of the job's interface and of each RDMA port that counts."""
+    statistics = root / "sys/class/net" / interface / "statistics"
+    found = {interface: (number(statistics / "rx_bytes"), number(statistics / "tx_bytes"))}
+    devices = root / "sys/class/infiniband"
+    for device in entries(devices):
+        for port in entries(devices / device / "ports"):
+            words = [number(devices / device / "ports" / port / f"counters/port_{way}_data") for way in ("rcv", "xmit")]
+            found[f"{device}:{port}"] = (words[0] and 4 * words[0], words[1] and 4 * words[1])
+    return {name: (got, sent) for name, (got, sent) in found.items() if got is not None and sent is not None}
+
+
 def alarm(plan: Plan, before: Traffic, now: Traffic) -> str | None:
     """What to say of the way that the bytes took; "" if it is the planned one or nobody counts, None while too few were
     sent."""

@@ -97,7 +97,8 @@ def replicate(model: GPT, device: torch.device, on_last_gradient: Callable[[Tens
     # The first parameter gets its gradient last.
     model.tokens.weight.register_post_accumulate_grad_hook(on_last_gradient)  # type: ignore[no-untyped-call]  # no types there
     devices = None if device.type == "cpu" else [device]
-    return DistributedDataParallel(model, devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    # The model has no buffers, so none are synchronised; the argument that says so has another name in each torch.
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
 def adamw(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.testbed import BedError, Cluster, cluster
+from tests.testbed.desk import DeskBed, desk_beside
 
 BED = pytest.StashKey[Cluster]()
 
@@ -51,6 +52,13 @@ def cluster4(bed: Cluster) -> Cluster:
     bed.grow(4)
     bed.clear()
     return bed
+
+
+@pytest.fixture
+def desk2(cluster2: Cluster) -> Iterator[DeskBed]:
+    """Two nodes as new with ssh servers, and a desk beside them."""
+    with desk_beside(cluster2) as desk:
+        yield desk
 
 
 @pytest.hookimpl(wrapper=True)

@@ -70,7 +70,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.mark.parametrize("image", [ON_BASE, OWN_DOCKERFILE, THEIRS])
 def test_an_image_with_its_own_torch_trains_on_two_engines_and_keeps_its_packages(images: Cluster, image: str) -> None:
     images.clear()
-    assert packages(images, image) == packages(images, THEIRS)
+    theirs = packages(images, THEIRS)
+    assert packages(images, image) == theirs
+    assert packages(images, OLD) != theirs, "one file less is seen"
     env = {"NODES": images.addresses, "NPROC_PER_NODE": "1", "IMAGE": image, "TRAIN_ARGS": SHORT, "RUNS": "./runs"}
     stacks = [node.stack(env, files={"runs/empty": ""}) for node in images.nodes]
     for node, stack in zip(images.nodes, stacks, strict=True):

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,11 +120,16 @@ def fetched_tools(suite: str) -> Tools:
 
 def unpack(prefix: Path, suite: str, machine: str) -> None:
     say(f"no complete Docker engine on this machine: fetching Debian's ({suite}) into {prefix}, about 95 MB")
+    wanted = [f"{name}/{suite}" for name in ENGINE] + [f"{name}/{machine}" for name in HELPERS]
+    fetch(prefix, wanted, {suite, machine})
+
+
+def fetch(prefix: Path, wanted: Sequence[str], suites: Collection[str]) -> None:
+    """Unpack packages, each as NAME/SUITE, below a folder of the cache."""
     shutil.rmtree(prefix)
     archives = prefix / "archives"
     archives.mkdir(parents=True)
-    wanted = [f"{name}/{suite}" for name in ENGINE] + [f"{name}/{machine}" for name in HELPERS]
-    apt = private_apt(prefix / "apt", sorted({suite, machine}))
+    apt = private_apt(prefix / "apt", sorted(suites))
     run([*apt, "-q", "update"], timeout=300)
     run([*apt, "-q", "download", *wanted], cwd=archives, timeout=600)
     for archive in sorted(archives.glob("*.deb")):

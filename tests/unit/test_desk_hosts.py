@@ -1,10 +1,14 @@
 """Which hosts the desk works on, and what it says when one of them cannot be used."""
 
+import importlib
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from app.config.errors import UserError
+from app.fleet.command import COMMANDS, main
 from app.fleet.hosts import Desk, Host, read_desk
 from app.fleet.remote import explain_failure, lines_of
 
@@ -74,3 +78,29 @@ def test_each_failure_of_a_host_is_one_sentence_with_its_name(code: int, said: s
 
 def test_what_a_host_prints_cannot_act_on_the_terminal() -> None:
     assert lines_of(b"a\x1b[2Jb\r\nc\xff") == "a\\x1b[2Jb\nc\ufffd"
+
+
+def test_the_package_that_is_installed_holds_all_that_the_desk_imports() -> None:
+    project = Path(__file__).parents[2]
+    settings = tomllib.loads((project / "pyproject.toml").read_text())
+    packages = settings["tool"]["setuptools"]["packages"]
+    files = [file for room in ("fleet", "config") for file in (project / "app" / room).glob("*.py")]
+    imported = {
+        room for file in files for room in re.findall(r"^\s*(?:from|import) (app\.\w+)", file.read_text(), re.M)
+    }
+    assert imported <= set(packages)
+    module, _, function = settings["project"]["scripts"]["torchrun-compose"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_every_command_of_the_desk_has_its_help(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"], {}, tmp_path)
+        assert f"{name} " in capsys.readouterr().out
+
+
+def test_a_command_or_option_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    for arguments, named in ((["chekc"], "chekc"), ([], "no command"), (["--of", "x", "check"], "--of")):
+        with pytest.raises(UserError, match=named):
+            main(arguments, {}, tmp_path)

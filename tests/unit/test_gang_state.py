@@ -21,6 +21,7 @@ from app.supervise.node import down_link
 from app.supervise.progress import Gained, first_line
 from app.supervise.restart_guard import RETRY_WINDOW, read_final, write_final
 from app.supervise.runtime_dir import one_job, running, runtime_dir
+from app.supervise.state import NodeState
 from tests.unit.launch_facts import machine, planned
 
 IDENTITY = "0123456789abcdef" * 4
@@ -57,7 +58,9 @@ def test_without_a_launcher_or_with_a_broken_state_nothing_is_healthy(
 
 def test_the_state_file_follows_the_launcher(tmp_path: Path) -> None:
     async def live() -> list[dict[str, object]]:
-        kept, seen = health.NodeState(tmp_path, lambda: "step 3"), []
+        gained = Gained(text="step 3")
+        kept = NodeState(planned(machine()), tmp_path, lambda: gained, dict, lambda: range(0))
+        seen = list[dict[str, object]]()
         keeping = asyncio.ensure_future(kept.keep())
         for wanted in ("waiting", "running"):
             while (found := read_state(tmp_path)).get("state") != wanted:

@@ -292,3 +292,19 @@ def test_waiting_for_a_name_is_bounded_and_told(
     never.set()
     assert found["slow"].failure == "no answer from the name server within 0 s"
     assert "waiting for the address of slow" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kernel", "ids", "inside"),
+    [
+        ("6.12.48+deb13-amd64", "0 0 4294967295", ""),
+        ("6.6.87.2-microsoft-standard-WSL2", "0 0 4294967295", "wsl"),
+        ("6.10.14-linuxkit", "0 0 4294967295", "desktop"),
+        ("6.8.0-71-generic", "0 1000 1\n1 100000 65536", "rootless"),
+    ],
+)
+def test_what_stands_before_the_machines_network_is_seen(tmp_path: Path, kernel: str, ids: str, inside: str) -> None:
+    for path, content in (("proc/sys/kernel/osrelease", kernel), ("proc/self/uid_map", ids), (".dockerenv", "")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+    assert probe(tmp_path).inside == inside

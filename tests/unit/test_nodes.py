@@ -1,5 +1,6 @@
 """Which node this is: by address, by hand, by the classic variables, by a scheduler; and every way to get it wrong."""
 
+from dataclasses import replace
 from ipaddress import ip_network
 
 import pytest
@@ -41,6 +42,17 @@ def test_no_match_lists_nodes_and_addresses_side_by_side() -> None:
         "    1 10.9.0.2    ens1 10.0.0.2\n"
         "                  docker0 172.17.0.1 (container network, the same on every machine)"
     )
+
+
+@pytest.mark.parametrize(
+    ("inside", "word"), [("wsl", "mirrored"), ("desktop", "virtual machine"), ("rootless", "root")]
+)
+def test_a_network_that_is_not_the_machines_is_told_in_place_of_a_firewall(inside: str, word: str) -> None:
+    host = replace(HOST, inside=inside)
+    told = refused(host, NODES="10.9.0.1,10.9.0.2")
+    assert word in told
+    assert "so its rank is unknown" not in told
+    assert planned(host, NODES=NODES).nodes.rank == 1, "mirrored, or whatever gives it the address"
 
 
 def test_two_matches_are_refused_until_node_rank_says_which() -> None:

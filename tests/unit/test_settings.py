@@ -24,6 +24,7 @@ WORDS = {
     "REGROW": ("checkpoint", "failure"),
     "CHECKPOINTS": ("own", "mirror"),
     "MIRROR_LIMIT": ("2GB", "3TB"),
+    "NOTIFY": ("json://one/key", "json://two/key"),
 } | dict.fromkeys(("NCCL_IB_DISABLE", "CUDA_LAUNCH_BLOCKING"), ("0", "1"))
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.host.accelerators import amd, nvidia
-from app.host.accelerators.gpu import GpuFault, Gpus, GpuState, Vendor
+from app.host.accelerators.gpu import GpuFault, GpuLoad, Gpus, GpuState, Vendor
 from app.host.accelerators.kernel_log import kernel_log
 from app.host.files import text
 
@@ -43,6 +43,12 @@ def read_state(root: Path, gpus: Gpus) -> GpuState:
         redirecting=tuple(sorted(bridge for bridge in bridges if _redirects(root, bridge))),
         faults=vendor.faults(kernel_log(root / "dev/kmsg"), 0.0),
     )
+
+
+def read_loads(root: Path = Path("/")) -> tuple[GpuLoad, ...]:
+    """What the GPUs of this process do at this moment. Never raises."""
+    gpus = read_gpus(root)
+    return vendor_of(gpus).loads(root, gpus) if gpus.visible else ()
 
 
 def used_memory(environ: Mapping[str, str], root: Path = Path("/")) -> Mapping[int, int]:

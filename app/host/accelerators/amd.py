@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from app.host.accelerators.gpu import Gpu, GpuFault, GpuHealth, Gpus, GpuState, Vendor
+from app.host.accelerators.gpu import Gpu, GpuFault, GpuHealth, GpuLoad, Gpus, GpuState, Vendor
 from app.host.accelerators.kernel_log import lines_since
 from app.host.files import entries, number, pci_path, text
 
@@ -77,6 +77,25 @@ def state(root: Path, gpus: Gpus) -> GpuState:
     return GpuState(health=tuple(health))
 
 
+def loads(root: Path, gpus: Gpus) -> tuple[GpuLoad, ...]:
+    found = []
+    for gpu in gpus.visible:
+        folder = root / "sys/class/drm" / gpu.render / "device"
+        busy, heat = number(folder / "gpu_busy_percent"), None
+        for sensor in entries(folder / "hwmon"):
+            heat = number(folder / "hwmon" / sensor / "temp1_input")
+        found.append(
+            GpuLoad(
+                index=gpu.index,
+                busy=None if busy is None else busy / 100,
+                used=number(folder / "mem_info_vram_used"),
+                total=number(folder / "mem_info_vram_total"),
+                temperature=None if heat is None else heat // 1000,
+            )
+        )
+    return tuple(found)
+
+
 def memory(root: Path, gpus: Gpus) -> dict[int, int]:
     return {each.index: each.used for each in state(root, gpus).health}
 
@@ -113,6 +132,7 @@ VENDOR = Vendor(
     },
     read=read_gpus,
     state=state,
+    loads=loads,
     memory=memory,
     faults=read_resets,
 )

@@ -47,6 +47,20 @@ class GpuHealth:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuLoad:
+    """What a GPU does at this moment; None where it does not tell."""
+
+    index: int
+    busy: float | None
+    """Share of the last moments in which it computed, 0 to 1."""
+    used: int | None
+    """Bytes of memory."""
+    total: int | None
+    temperature: int | None
+    """Degrees Celsius."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuFault:
     """An error that the driver has logged."""
 
@@ -101,6 +115,8 @@ class Vendor:
     """The GPUs of the machine below a root."""
     state: Callable[[Path, Gpus], GpuState]
     """Asks the vendor's tools. Never raises."""
+    loads: Callable[[Path, Gpus], tuple[GpuLoad, ...]]
+    """What they do at this moment. Never raises."""
     memory: Callable[[Path, Gpus], Mapping[int, int]]
     """MiB in use, by index; without those that tell none. Asked often while a job restarts. Never raises."""
     faults: Callable[[str, float], tuple[GpuFault, ...]]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.host.accelerators.gpu import Gpu, Gpus, Vendor
-from app.host.accelerators.nvidia_health import read_xids, state
+from app.host.accelerators.nvidia_health import loads, read_xids, state
 from app.host.files import entries, number, pci_path, text
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ VENDOR = Vendor(
     },
     read=read_gpus,
     state=state,
+    loads=loads,
     memory=lambda root, _gpus: nvml_memory(_load_nvml()) if root == Path("/") else {},
     faults=read_xids,
 )

@@ -1,10 +1,12 @@
 """NVIDIA GPUs as doctor sees them: by NVML's own Python module, or by the text of nvidia-smi where that is missing."""
 
+import contextlib
 import re
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
-from app.host.accelerators.gpu import GpuFault, GpuHealth, Gpus, GpuState
+from app.host.accelerators.gpu import GpuFault, GpuHealth, GpuLoad, Gpus, GpuState
 from app.host.accelerators.kernel_log import lines_since
 
 SMI_FIELDS = (
@@ -14,6 +16,7 @@ SMI_FIELDS = (
     "ecc.errors.uncorrected.volatile.total",
     "clocks_throttle_reasons.hw_slowdown",
 )
+LOAD_FIELDS = ("index", "utilization.gpu", "memory.used", "memory.total", "temperature.gpu")
 REASONS = {
     "CNS": "the chipset does not support it",
     "GNS": "the GPU does not support it",
@@ -23,6 +26,8 @@ REASONS = {
     "U": "unknown",
 }
 """Legend of `nvidia-smi topo -p2p`, in the order of NVML's nvmlGpuP2PStatus_t from 1 on."""
+TEMPERATURE_GPU = 0
+"""NVML_TEMPERATURE_GPU."""
 P2P_READ = 0
 """NVML_P2P_CAPS_INDEX_READ, which nvidia-ml-py has as the tuple (0,) by mistake (13.615)."""
 DEAD_XIDS = frozenset({48, 64, 74, 79, 95, 119, 120, 140})
@@ -59,6 +64,60 @@ def ask_nvml() -> GpuState | None:
         return None
     finally:
         nvml.nvmlShutdown()
+
+
+def loads(root: Path, _gpus: Gpus) -> tuple[GpuLoad, ...]:
+    if root != Path("/"):
+        return ()
+    try:
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+    except Exception:  # nvidia-ml-py is not installed, or NVML does not answer.
+        return read_load(_smi(f"--query-gpu={','.join(LOAD_FIELDS)}", "--format=csv,noheader,nounits")[0])
+    try:
+        return tuple(_load(nvml, index) for index in range(nvml.nvmlDeviceGetCount()))
+    except nvml.NVMLError:
+        return ()
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _load(nvml: object, index: int) -> GpuLoad:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)  # type: ignore[attr-defined]
+    asked = [("UtilizationRates", ()), ("MemoryInfo", ()), ("Temperature", (TEMPERATURE_GPU,))]
+    found = dict[str, Any]()
+    for name, arguments in asked:
+        # A GPU may not know it: GB10 has no memory of its own.
+        with contextlib.suppress(nvml.NVMLError):  # type: ignore[attr-defined]
+            found[name] = getattr(nvml, f"nvmlDeviceGet{name}")(handle, *arguments)
+    rates, memory, heat = (found.get(name) for name, _ in asked)
+    return GpuLoad(
+        index=index,
+        busy=rates and rates.gpu / 100,
+        used=memory and memory.used,
+        total=memory and memory.total,
+        temperature=heat,
+    )
+
+
+def read_load(output: str) -> tuple[GpuLoad, ...]:
+    """The answer to LOAD_FIELDS, one GPU a line."""
+    found = []
+    for line in output.splitlines():
+        words = [word.strip() for word in line.split(",")]
+        if len(words) == len(LOAD_FIELDS) and words[0].isdigit():
+            busy, used, total, heat = (int(word) if word.isdigit() else None for word in words[1:])
+            found.append(
+                GpuLoad(
+                    index=int(words[0]),
+                    busy=None if busy is None else busy / 100,
+                    used=None if used is None else used << 20,
+                    total=None if total is None else total << 20,
+                    temperature=heat,
+                )
+            )
+    return tuple(found)
 
 
 def _health(nvml: object, index: int, handle: object) -> GpuHealth:
