@@ -73,7 +73,8 @@ def one_node(script: Path, folder: Path) -> dict[str, Callable[[], float]]:
         "mp.spawn": lambda: first(([sys.executable, name], spawn)),
     }
     if peers := os.environ.get("PEERS_PYTHON"):
-        flags = ["--cpu", "--num_machines=1", "--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no"]
+        # With --cpu it starts several ranks by mpirun only; so it does what it does for GPUs, which is torchrun.
+        flags = ["--multi_gpu", "--num_machines=1", "--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no"]
         launch = [peers, "-m", "accelerate.commands.launch", *flags, f"--main_process_port={PORT}", name]
         ways["accelerate launch"] = lambda: first((launch, plain))
     else:

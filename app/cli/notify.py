@@ -13,8 +13,9 @@ from app.supervise.notify import LIMIT, TITLES, deliver, scheme
 def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -> int:
     """0 when every service took the message, 1 otherwise. Raises UserError where NOTIFY is not set."""
     parser = Parser(prog="notify", description="Tries the services of NOTIFY. 0 when each took its message, else 1.")
-    parser.add_argument("--test", action="store_true", required=True, help="send one message to each service")
-    parser.read(arguments)
+    parser.add_argument("--test", action="store_true", help="send one message to each service")
+    if not parser.read(arguments).test:
+        raise UserError("notify sends nothing by itself: `notify --test` tries the services of NOTIFY.")
     settings = read_settings(environ, env_file)
     if wrong := [each for each in settings.problems if each.setting == "NOTIFY"]:
         raise UserError(wrong[0].message)

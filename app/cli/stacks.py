@@ -1,10 +1,9 @@
 """`stacks`: where every rank of this node is at this moment; nothing is stopped for it."""
 
-import json
 from collections.abc import Sequence
 
 from app.config.options import Parser
-from app.supervise.stacks import read_stacks, to_text
+from app.supervise.stacks import read_stacks, to_json, to_text
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -13,5 +12,5 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for programs: a list of ranks")
     wanted = parser.read(arguments)
     found = read_stacks()
-    print(json.dumps([dict(each) for each in found]) if wanted.json else to_text(found))
+    print(to_json(found) if wanted.json else to_text(found))
     return 0 if found and not any("why" in each for each in found) else 1

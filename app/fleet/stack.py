@@ -22,7 +22,9 @@ def exports(desk: Desk, host: Host, environ: Mapping[str, str]) -> dict[str, str
     given = {name: text for name, text in environ.items() if PASSED.fullmatch(name)}
     for each in TABLE:
         value: Value[object] | None = settings.of(each.name)
-        if value and value.source == "environment" and each.scope != "desk" and each.name not in OWN:
+        here = each.scope == "desk" or each.name in OWN
+        # What is secret would stand in the command line of ssh, for all to see.
+        if value and value.source == "environment" and not value.secret and not here:
             given[each.name] = value.text
     given |= {name: place for name, place in OUTSIDE.items() if settings.text(name) and settings.text(name) != place}
     if settings.nodes is None and len(desk.hosts) > 1:

@@ -112,6 +112,9 @@ def first_causes(failures: Sequence[NodeFailure]) -> list[NodeFailure]:
     if weight == Weight.CAUSE and not first.abrupt:
         return [first]
     together = [each for each in rivals if each.abrupt == first.abrupt and each.seen - first.seen < TOGETHER]
+    if weight == Weight.SILENT:
+        # An abort takes a while to be seen, and its node is told to end meanwhile by those whose peer has gone.
+        together = [each for each in together if each.how == SIGABRT.name] or together
     return [first] if weight == Weight.EXIT_CODE and {each.how for each in together} == {first.how} else together
 
 

@@ -82,3 +82,8 @@ def told(stacks: Stacks) -> str:
 
 def _indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.rstrip().splitlines())
+
+
+def to_json(found: Sequence[Stacks]) -> str:
+    """With `text` as people read it."""
+    return json.dumps([{**each, "text": told(each)} for each in found])

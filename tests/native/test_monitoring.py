@@ -178,7 +178,7 @@ def test_status_tells_of_the_gang_the_script_and_the_machine(tmp_path: Path) -> 
             assert "at step" in found[node]["last_words"]
             assert [kind for _, kind, _ in found[node]["events"]] == ["started", "restarting"]
         assert found[0]["figures"]["tokens_per_second"] == 50
-        assert found[0]["figures"]["step"] > 5
+        assert found[0]["figures"]["step"] >= 1
         assert found[0]["progress"].startswith("step ")
         assert 0 < found[1]["heartbeats"]["0"] < 2
         assert found[0]["bytes_per_second"]["lo"][0] > 0

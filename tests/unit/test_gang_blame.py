@@ -81,6 +81,8 @@ def test_an_abort_without_words_says_less_than_any_other_signal_and_more_than_a_
     assert blamed(failure(0, -6, seen=1.0), failure(1, -11, seen=2.0)) == (["node 1"], False)
     assert blamed(failure(0, 1, seen=1.0), failure(1, 1, seen=1.1), failure(2, -6, seen=1.2)) == (["node 2"], False)
     assert blamed(failure(0, -6, seen=1.0), failure(1, -6, seen=1.2)) == (["node 0", "node 1"], True)
+    late = failure(2, -6, seen=1.2, halted=True)
+    assert blamed(failure(0, 1, seen=1.0), failure(1, 1, seen=1.1), late) == (["node 2"], False)
     # On its way out after it was told to end: gloo's threads.
     assert blamed(failure(0, -6, seen=3.0, halted=True), failure(1, 1, seen=1.0)) == (["node 1"], False)
 

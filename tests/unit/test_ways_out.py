@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import shlex
@@ -83,7 +84,7 @@ def refused(node: Planted) -> str:
             patch.setenv(name, value)
         patch.setattr(app.cli.run, "read_final", lambda: None)
         patch.setattr(app.cli.run, "write_final", lambda _code, text: told.append(text))
-        patch.setattr(app.cli.run, "tell_node_0", lambda _settings, text: told.append(text))
+        patch.setattr("app.supervise.unfit.tell_node_0", lambda _settings, text: told.append(text))
         assert entrypoint.main(["run"]) == 2
     assert len(told) == 2
     return "\n".join([node.screen(), *told])
@@ -92,7 +93,8 @@ def refused(node: Planted) -> str:
 def started(node: Planted) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app.cli.run, "probe_for", lambda chosen: host_of(chosen, node.folder / "machine"))
-        patch.setattr(app.cli.run, "supervise", lambda _plan, _secrets: 0)
+        patch.setattr("app.supervise.node.supervise", lambda _plan, _process, _secrets: 0)
+        patch.setattr(app.cli.run, "preloaded", lambda _plan, _clean: contextlib.nullcontext())
         assert app.cli.run.carry_out(settings_of(node.environ)) == 0
     return node.screen()
 

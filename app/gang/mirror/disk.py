@@ -24,9 +24,8 @@ from app.gang.mirror.manifest import (
     Version,
     fields,
     listed,
-    number,
-    read_version,
-    row,
+    pack_copies,
+    read_copies,
     safe_link,
     safe_path,
     word,
@@ -373,7 +372,7 @@ class Disk:
         told = {
             "disk": self.state.disk,
             "peers": sorted(self.state.peers),
-            **{name: _pack(getattr(self.state, name)) for name in ("brought", "awaited")},
+            **{name: pack_copies(getattr(self.state, name)) for name in ("brought", "awaited")},
         }
         fd = os.open("state.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644, dir_fd=self._work)
         with os.fdopen(fd, "w") as file:
@@ -387,7 +386,7 @@ class Disk:
         try:
             with os.fdopen(os.open("state.json", READ, dir_fd=self._work), "rb") as file:
                 told = fields(json.loads(file.read(LARGEST_STATE)))
-            brought, awaited = (_unpack(told.get(name)) for name in ("brought", "awaited"))
+            brought, awaited = (read_copies(told.get(name)) for name in ("brought", "awaited"))
             peers = frozenset(word(disk) for disk in listed(told.get("peers", [])))
             return State(disk=word(told.get("disk")), brought=brought, awaited=awaited, peers=peers)
         except (OSError, ValueError, RecursionError):
@@ -441,15 +440,3 @@ def _mtime(item: os.DirEntry[str]) -> int:
         return item.stat(follow_symlinks=False).st_mtime_ns
     except OSError:
         return 0
-
-
-def _pack(copies: Mapping[str, Copy]) -> dict[str, list[object]]:
-    return {path: [copy.version.size, copy.version.mtime_ns, copy.origin] for path, copy in copies.items()}
-
-
-def _unpack(told: object) -> dict[str, Copy]:
-    found = {}
-    for path, item in fields(told).items():
-        size, mtime_ns, origin = row(item, 3)
-        found[safe_path(path)] = Copy(read_version(number(size), mtime_ns), word(origin))
-    return found

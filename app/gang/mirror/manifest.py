@@ -138,13 +138,26 @@ def read_entry(item: object) -> Entry:
     )
 
 
+def pack_copies(copies: Mapping[str, Copy]) -> dict[str, list[object]]:
+    return {path: [copy.version.size, copy.version.mtime_ns, copy.origin] for path, copy in copies.items()}
+
+
+def read_copies(told: object) -> dict[str, Copy]:
+    """Raises ValueError."""
+    found = {}
+    for path, item in fields(told).items():
+        size, mtime_ns, origin = row(item, 3)
+        found[safe_path(path)] = Copy(read_version(size, mtime_ns), word(origin))
+    return found
+
+
 def pack_manifest(manifest: Manifest) -> dict[str, object]:
     return {
         "disk": manifest.disk,
         "free": manifest.free,
         "entries": [pack_entry(entry) for entry in manifest.entries.values()],
         "previous": [pack_entry(entry) for entry in manifest.previous.values()],
-        "gone": [[path, copy.version.size, copy.version.mtime_ns, copy.origin] for path, copy in manifest.gone.items()],
+        "gone": pack_copies(manifest.gone),
         "awaited": sorted(manifest.awaited),
         "peers": sorted(manifest.peers),
         "left_out": manifest.left_out,
@@ -156,16 +169,12 @@ def read_manifest(told: object) -> Manifest:
     told = fields(told)
     entries = [read_entry(item) for item in listed(told.get("entries"))]
     previous = [read_entry(item) for item in listed(told.get("previous"))]
-    gone = {}
-    for item in listed(told.get("gone")):
-        path, size, mtime_ns, origin = row(item, 4)
-        gone[safe_path(path)] = Copy(read_version(size, mtime_ns), word(origin))
     return Manifest(
         disk=word(told.get("disk")),
         free=number(told.get("free")),
         entries={entry.path: entry for entry in entries},
         previous={entry.path: entry for entry in previous},
-        gone=gone,
+        gone=read_copies(told.get("gone")),
         awaited=frozenset(safe_path(path) for path in listed(told.get("awaited"))),
         peers=frozenset(word(disk) for disk in listed(told.get("peers"))),
         left_out=number(told.get("left_out")),

@@ -79,33 +79,23 @@ async def level(nodes: Nodes, bounds: Bounds, *, second_copy: bool = False, rate
 
 
 async def _close(nodes: Nodes, disks: Sequence[str] = ()) -> None:
-    await _ask_all(nodes, nodes.ranks, "close", {"disks": disks} if disks else {}, quiet=True)
+    await _ask_all(nodes, "close", {rank: {"disks": disks} for rank in nodes.ranks}, quiet=True)
 
 
 async def _compare(nodes: Nodes, *, background: bool = False) -> Compared:
     """Marks, looks and lists. Only nodes that answered in time, with a folder, are part of it."""
     found = Compared()
     asked = time.time_ns()
-    marks = await _ask_all(nodes, nodes.ranks, "mark", {})
+    marks = await _ask_all(nodes, "mark", {rank: {} for rank in nodes.ranks})
     middle = (asked + time.time_ns()) // 2
     nonces = {rank: word(mark.get("nonce")) for rank, mark in marks.items()}
     found.offsets = {rank: number(mark.get("clock"), 0, 1 << 62) - middle for rank, mark in marks.items()}
-    looks = await _ask_all(
-        nodes,
-        [*marks],
-        "look",
-        {},
-        each={rank: {"nonces": [[one, nonces[one]] for one in looked_for(rank, [*nonces])]} for rank in nonces},
-    )
+    each = {rank: {"nonces": [[one, nonces[one]] for one in looked_for(rank, [*nonces])]} for rank in nonces}
+    looks = await _ask_all(nodes, "look", each)
     seen = {rank: {number(other) for other in listed(look.get("sees"))} for rank, look in looks.items()}
     found.groups = sharing(seen)
-    lists = await _ask_all(
-        nodes,
-        [*looks],
-        "scan",
-        {},
-        each={rank: {"listed": rank in found.groups, "background": background} for rank in looks},
-    )
+    wanted = {rank: {"listed": rank in found.groups, "background": background} for rank in looks}
+    lists = await _ask_all(nodes, "scan", wanted)
     if len(found.groups) > 1:
         for rank in found.groups:
             if rank in lists:
@@ -145,30 +135,24 @@ async def _carry_out(nodes: Nodes, plan: MirrorPlan, rate: int) -> dict[int, Map
     if not busy:
         return {}
     key = secrets.token_hex(16)
-    served = await _ask_all(nodes, sorted(plan.sources), "serve", {"key": key, "background": rate > 0})
+    each = {rank: {"key": key, "background": rate > 0} for rank in sorted(plan.sources)}
+    served = await _ask_all(nodes, "serve", each)
     sources = [[rank, nodes.address(rank), number(told.get("port"), 1, 65535)] for rank, told in served.items()]
-    each = {
+    wanted = {
         rank: {"orders": pack_orders(plan.orders[rank]), "sources": sources, "key": key, "rate": rate} for rank in busy
     }
-    return await _ask_all(nodes, busy, "fetch", {}, each=each)
+    return await _ask_all(nodes, "fetch", wanted)
 
 
 async def _ask_all(
-    nodes: Nodes,
-    ranks: Sequence[int],
-    op: str,
-    told: Mapping[str, object],
-    *,
-    each: Mapping[int, Mapping[str, object]] | None = None,
-    quiet: bool = False,
+    nodes: Nodes, op: str, each: Mapping[int, Mapping[str, object]], *, quiet: bool = False
 ) -> dict[int, Mapping[str, Any]]:
     """The answers of those that had no problem. Raises OSError if a node is lost."""
-    asked = (nodes.ask(rank, op, told if each is None else each[rank]) for rank in ranks)
-    answers = await asyncio.gather(*asked, return_exceptions=True)
+    answers = await asyncio.gather(*(nodes.ask(rank, op, told) for rank, told in each.items()), return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException) and not quiet:
             raise answer
-    found = {rank: fields(answer) for rank, answer in zip(ranks, answers, strict=True) if isinstance(answer, Mapping)}
+    found = {rank: fields(answer) for rank, answer in zip(each, answers, strict=True) if isinstance(answer, Mapping)}
     for rank, answer in found.items():
         if answer.get("problem") and not quiet:
             nodes.say(f"warning: checkpoints of {nodes.name(rank)} are left alone: {shown(str(answer['problem']))}")
