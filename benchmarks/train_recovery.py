@@ -99,7 +99,8 @@ def wait_until(happened: Callable[[], object], what: str) -> float:
 def kill_a_rank(job: int) -> None:
     """SIGKILL to the worker of rank 1, which has that in its title."""
     for process in psutil.Process(job).children(recursive=True):
-        if process.cmdline()[:1] and process.cmdline()[0].startswith("rank1 "):
+        # psutil may take the title apart at its spaces.
+        if " ".join(process.cmdline()).startswith("rank1 "):
             process.kill()
             return
     sys.exit("there is no worker to kill")

@@ -193,8 +193,9 @@ def test_a_man_on_the_path_who_forges_a_line_costs_a_running_job_one_connection_
         victim.wait_for("a line that was changed or added on the way", 20)
         assert [launcher.end(60) for launcher in launchers] == [0, 0]
         # It goes on in another round.
-        assert all(re.search(r"round [2-4]: node rank", one.text) for one in launchers), first.text + second.text
-    assert all("Traceback" not in launcher.text for launcher in launchers)
+        assert all(one.text.count("trains: rank") >= 2 for one in launchers), first.text + second.text
+    # A worker's own stands behind its rank.
+    assert not [one for one in launchers if re.search("^Traceback", one.text, re.MULTILINE)]
 
 
 def _port_of_node_1(pid: int, control: int) -> int:
