@@ -3,7 +3,6 @@
 import asyncio
 import re
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,16 +58,15 @@ def check(desk: Desk, arguments: Sequence[str]) -> int:
 
 async def examine(desk: Desk) -> list[Checked]:
     """All hosts at once; those that do not answer are named by then."""
-    sent = time.time()
     results = await everywhere(desk, PROBE.replace("IMAGE", shlex.quote(image_name(desk))), deadline=20)
-    rows = [checked(desk, each, sent) for each in results]
+    rows = [checked(desk, each) for each in results]
     for row in rows:
         if any(each.id == "docker.permission" for each in row.problems):
             disconnect(row.host)
     return rows
 
 
-def checked(desk: Desk, result: Result, sent: float) -> Checked:
+def checked(desk: Desk, result: Result) -> Checked:
     """One host's row out of what it said."""
     host = result.host
     if result.failure is not None:
@@ -81,7 +79,9 @@ def checked(desk: Desk, result: Result, sent: float) -> Checked:
             problems.append(explain_failure(host, *said[name]))
     if not said["compose"][0] and tuple(map(int, re.findall(r"\d+", said["compose"][1])[:2])) < COMPOSE:
         problems.append(_problem("compose-old", host, found=said["compose"][1], needed="{}.{}".format(*COMPOSE)))
-    skew = float(said["time"][1]) - (sent + result.seconds / 2) if re.match(r"\d+\.\d", said["time"][1]) else 0.0
+    skew = (
+        float(said["time"][1]) - (result.began + result.seconds / 2) if re.match(r"\d+\.\d", said["time"][1]) else 0.0
+    )
     skew = max(0.0, abs(skew) - result.seconds / 2)
     if skew > CLOCK:
         problems.append(_problem("clock", host, "warning", skew=skew))

@@ -282,14 +282,13 @@ def container_log(desk: Desk, host: Host, follow: bool, since: str | float | Non
 
 async def offsets(desk: Desk) -> dict[Host, float]:
     """How far each host's clock is ahead of ours, in seconds; hosts that do not answer are named and left out."""
-    sent = time.time()
     found = {}
     results = await everywhere(desk, "date +%s.%N", deadline=CONNECT + 1)
     failed = complaints(results)
     for result in results:
         if result.host in failed:
             continue
-        middle = sent + result.seconds / 2
+        middle = result.began + result.seconds / 2
         ahead = float(result.text) - middle if re.fullmatch(r"\d+\.\d+", result.text) else 0.0
         # A difference that the way there and back explains is none.
         found[result.host] = ahead if abs(ahead) > result.seconds / 2 else 0.0

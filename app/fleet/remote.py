@@ -47,6 +47,8 @@ class Result:
     out: bytes
     err: str
     seconds: float
+    began: float = 0.0
+    """Seconds since 1970 by this machine's clock."""
     failure: Problem | None = None
     """Why the command could not do its work, in one sentence with the fix; None if it ended with 0."""
 
@@ -82,7 +84,7 @@ async def run(
 
     `sink` gets standard output as it comes, in place of `Result.out`.
     """
-    began = time.monotonic()
+    began, clock = time.monotonic(), time.time()
     out, err = bytearray(), bytearray()
 
     def keep(store: bytearray, data: bytes) -> None:
@@ -117,7 +119,8 @@ async def run(
     code = SSH_FAILED if late else process.returncode or 0
     said = lines_of(bytes(err))
     failure = None if code == 0 else explain_failure(host, code, said, late=deadline if late else 0)
-    return Result(host=host, code=code, out=bytes(out), err=said, seconds=time.monotonic() - began, failure=failure)
+    seconds = time.monotonic() - began
+    return Result(host=host, code=code, out=bytes(out), err=said, seconds=seconds, began=clock, failure=failure)
 
 
 async def _read(stream: asyncio.StreamReader | None, sink: Callable[[bytes], object]) -> None:

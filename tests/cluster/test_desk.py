@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import signal
 import tarfile
 import time
 
@@ -64,6 +65,51 @@ def test_a_second_push_after_an_edit_sends_the_edit_alone_within_three_seconds(d
     assert {(host.folder / ".env").stat().st_uid for host in desk2.hosts} == {1000}
 
 
+def test_up_trains_and_the_logs_of_all_ranks_are_one_stream(desk2: DeskBed) -> None:
+    desk2.write_env({"NPROC_PER_NODE": "2", "TRAIN_ARGS": SHORT})
+    done = desk2.run("up", "--attach")
+    assert done.code == 0, done.output
+    lines = done.output.splitlines()
+    print(*(line for line in lines if line.startswith("torchrun-compose:")), sep="\n")
+    roll_call = next(at for at, line in enumerate(lines) if "] all 2 nodes connected" in line)
+    first_rank = next(at for at, line in enumerate(lines) if " rank " in line and line.startswith("[gpu-"))
+    assert roll_call < first_rank
+    assert {f"[{name} rank {rank}]" for name, rank in (("gpu-a", 0), ("gpu-a", 1), ("gpu-b", 2), ("gpu-b", 3))} <= {
+        found[0] for line in lines if (found := re.match(r"\[gpu-\w rank \d\]", line))
+    }
+    logged = desk2.run("logs")
+    assert "[all 2 nodes] done: all workers of 2 nodes ended well" in logged.output.splitlines()
+
+
+def test_ctrl_c_detaches_and_stop_ends_all_nodes_after_a_checkpoint(desk2: DeskBed) -> None:
+    desk2.write_env({"NPROC_PER_NODE": "1", "TRAIN_ARGS": LONG})
+    attached = desk2.start("up", "--attach")
+    assert attached.stdout
+    seen: list[str] = []
+    while not re.search(r"rank 0\] step \d", seen[-1] if seen else ""):
+        line = attached.stdout.readline()
+        assert line, "".join(seen)
+        seen.append(line)
+    os.killpg(attached.pid, signal.SIGINT)
+    rest, _ = attached.communicate(timeout=20)
+    assert attached.returncode == 0
+    assert "detached; the job goes on" in rest
+    assert [stack_of(host).running for host in desk2.hosts] == [True, True]
+    again = desk2.run("up")
+    assert again.code == 0
+    assert "runs already" in again.output
+    stopped = desk2.run("stop")
+    assert stopped.code == 0, stopped.output
+    assert [stack_of(host).wait(5) in (0, 143) for host in desk2.hosts] == [True, True]
+    assert any(name.startswith("step-") for name in stack_of(desk2.hosts[0]).list("/runs/default/checkpoints"))
+    restarted = desk2.run("restart")
+    assert restarted.code == 0, restarted.output
+    assert [stack_of(host).running for host in desk2.hosts] == [True, True]
+    down = desk2.run("down")
+    assert down.code == 0, down.output
+    assert [host.node.engine.client.containers.list(all=True) for host in desk2.hosts] == [[], []]
+
+
 COUNTS = "for number in range(100_000):\n    print('line', number)\n"
 
 
@@ -109,6 +155,31 @@ def test_what_went_wrong_is_one_archive_and_one_verdict(desk2: DeskBed) -> None:
     assert {name.split("/")[0] for name in texts} == {"gpu-a", "gpu-b"}
     assert all(json.load(io.BytesIO(text)) for name, text in texts.items() if name.endswith("report.json"))
     assert not any(b"averysecret" in text for text in texts.values())
+
+
+def test_all_nodes_answer_doctor_explain_and_run_and_give_their_results(desk2: DeskBed) -> None:
+    desk2.write_env({"NPROC_PER_NODE": "1", "TRAIN_ARGS": SHORT})
+    assert desk2.run("up", "--attach").code == 0
+    explained = desk2.run("explain")
+    assert explained.code == 0, explained.output
+    rows = {line.split()[0]: line.split()[1:] for line in explained.output.splitlines() if line.strip()}
+    assert rows["interface"] == [host.node.interface for host in desk2.hosts]
+    assert "RUN_NAME" not in rows
+    examined = desk2.run("doctor", env={"COLUMNS": "120"}, timeout=200)
+    assert examined.code == 0, examined.output
+    print(examined.output)
+    assert examined.output.count("2 nodes, fit to train") == 1
+    ran = desk2.run("run", "--", "sh", "-c", "echo here; exit 3")
+    assert (ran.code, "[all 2 nodes] here" in ran.output) == (3, True), ran.output
+    for _ in range(2):
+        pulled = desk2.run("pull", "--to", "results")
+        assert pulled.code == 0, pulled.output
+    assert "0 files" in pulled.output
+    here = desk2.home / "results/default/gpu-a"
+    stack = stack_of(desk2.hosts[0])
+    assert (here / "metrics.jsonl").read_bytes() == stack.read("/runs/default/metrics.jsonl")
+    for name in stack.list("/runs/default/checkpoints"):
+        assert (here / "checkpoints" / name).read_bytes() == stack.read(f"/runs/default/checkpoints/{name}")
 
 
 def test_of_an_image_only_the_layers_that_a_host_lacks_are_sent(desk2: DeskBed, cluster2: Cluster) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.test_desk import LONG, stack_of
-from tests.testbed.desk import DeskBed, Host
+from tests.testbed import Cluster
+from tests.testbed.desk import DeskBed, Host, desk_beside
 from tests.testbed.shell import run
 
 NAMED_WITHIN = 9.0
@@ -189,6 +190,25 @@ def test_two_desks_at_once_leave_the_files_of_one_of_them(desk2: DeskBed) -> Non
         assert [task.result().code for task in tasks] == [0, 0]
     for host in desk2.hosts:
         assert len({(host.folder / name).read_text() for name in names}) == 1
+
+
+def test_four_nodes_start_together_or_not_at_all(cluster4: Cluster) -> None:
+    with desk_beside(cluster4) as desk:
+        desk.write_env({"NPROC_PER_NODE": "1", "TRAIN_ARGS": LONG})
+        desk.hosts[3].node.cut()
+        refused = desk.run("up")
+        assert refused.code == 1
+        assert "gpu-d does not answer" in refused.output
+        assert not any(host.node.engine.client.containers.list(all=True) for host in desk.hosts)
+        desk.hosts[3].node.restore()
+        # Nodes that joined the testbed later may have a younger build of the image.
+        started = desk.run("up", "--image", "none")
+        assert started.code == 0, started.output
+        print(*(line for line in started.output.splitlines() if line.startswith("torchrun-compose:")), sep="\n")
+        assert "] all 4 nodes connected" in started.output
+        stopped = desk.run("stop")
+        assert stopped.code == 0, stopped.output
+        assert [stack_of(host).wait(5) in (0, 143) for host in desk.hosts] == [True] * 4
 
 
 def test_a_desk_that_is_killed_in_the_middle_of_up_costs_the_job_nothing(desk2: DeskBed) -> None:

@@ -3,9 +3,14 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 
-from app.fleet.hosts import Host
-from app.fleet.logs import Folder, Line, Reader, merged
+import pytest
+
+from app.config.settings import read_settings
+from app.fleet.hosts import Desk, Host
+from app.fleet.logs import Folder, Line, Reader, merged, offsets
+from app.fleet.remote import Result
 
 A, B = Host(name="gpu-a", rank=0), Host(name="gpu-b", rank=1)
 
@@ -110,3 +115,13 @@ def test_ten_thousand_lines_a_second_are_followed() -> None:
     count = len(folded(*lines))
     assert (len(lines), count) == (20_000, 1250)
     assert time.process_time() - began < 2
+
+
+def test_a_difference_of_clocks_that_the_way_there_explains_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answers(*_: object, **__: object) -> list[Result]:
+        told = {A: b"1000.190000000\n", B: b"1030.100000000\n"}
+        return [Result(host=host, code=0, out=out, err="", seconds=0.2, began=1000.0) for host, out in told.items()]
+
+    monkeypatch.setattr("app.fleet.logs.everywhere", answers)
+    desk = Desk(project=Path(), settings=read_settings({}, None), hosts=(A, B), folder="x")
+    assert asyncio.run(offsets(desk)) == {A: 0.0, B: pytest.approx(30.0)}

@@ -139,7 +139,7 @@ def test_check_names_what_a_host_lacks(
     tmp_path: Path, said: dict[str, tuple[int, str]], settings: str, ids: list[str]
 ) -> None:
     out = "".join(f"{name}\t{code}\t{text}\n" for name, (code, text) in {**FINE, **said}.items()).encode()
-    result = Result(host=B, code=0, out=out, err="", seconds=0.5)
-    row = checked(desk(tmp_path, f"NODES=a,b\n{settings}"), result, sent=1000.0)
+    result = Result(host=B, code=0, out=out, err="", seconds=0.5, began=1000.0)
+    row = checked(desk(tmp_path, f"NODES=a,b\n{settings}"), result)
     assert [each.id for each in row.problems] == ids
     assert all("gpu-b" in each.message for each in row.problems)
