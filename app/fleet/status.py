@@ -21,7 +21,7 @@ WORDS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class NodeStatus:
     """What one host told."""
 
     host: Host
@@ -30,7 +30,7 @@ class Seen:
     """Why there is no status."""
 
 
-async def look(desk: Desk) -> list[Seen]:
+async def look(desk: Desk) -> list[NodeStatus]:
     """All hosts at once."""
     results = await everywhere(desk, lambda host: _asked(desk, host, "status", "--json"), deadline=DEADLINE)
     return [_seen(each) for each in results]
@@ -40,13 +40,13 @@ def _asked(desk: Desk, host: Host, *words: str) -> str:
     return compose(desk, host, "exec", "--no-TTY", "trainer", "python", ENTRYPOINT, *words)
 
 
-def _seen(result: Result) -> Seen:
+def _seen(result: Result) -> NodeStatus:
     found = _decoded(result)
     if found:
-        return Seen(host=result.host, status=found[0])
+        return NodeStatus(host=result.host, status=found[0])
     stopped = found == [] or "is not running" in result.err
     why = "nothing runs" if stopped or result.failure is None else result.failure.message
-    return Seen(host=result.host, status=None, why=why)
+    return NodeStatus(host=result.host, status=None, why=why)
 
 
 def _decoded(result: Result) -> list[dict[str, Any]] | None:
@@ -76,11 +76,11 @@ def status(desk: Desk, arguments: Sequence[str]) -> int:
     return int(any(each.status is None for each in seen))
 
 
-def as_data(seen: Sequence[Seen]) -> list[dict[str, object]]:
+def as_data(seen: Sequence[NodeStatus]) -> list[dict[str, object]]:
     return [{"host": each.host.name, "status": each.status, "why": each.why} for each in seen]
 
 
-def table(seen: Sequence[Seen]) -> list[str]:
+def table(seen: Sequence[NodeStatus]) -> list[str]:
     """A row for each node, its last words, and what is wrong."""
     rows = [row(each) for each in seen]
     lines = columns([HEAD, *rows])
@@ -91,7 +91,7 @@ def table(seen: Sequence[Seen]) -> list[str]:
     return [*lines, *columns([(f"{name} |", words) for name, words in told if words])]
 
 
-def row(seen: Seen) -> tuple[str, ...]:
+def row(seen: NodeStatus) -> tuple[str, ...]:
     """Cells below HEAD; of a host without a job the first alone."""
     if seen.status is None:
         return (seen.host.name, "-", "no job", *[""] * (len(HEAD) - 3))

@@ -17,7 +17,7 @@ from app.config.options import Parser
 from app.config.parsers import Malformed, seconds, whole_number
 from app.config.table import columns
 from app.fleet.hosts import Desk
-from app.fleet.status import Seen, as_data, busy, look, table
+from app.fleet.status import NodeStatus, as_data, busy, look, table
 
 PAGE = Path(__file__).with_name("watch.html")
 EVERY = "3"
@@ -35,7 +35,7 @@ class History:
     def __init__(self) -> None:
         self.curves: dict[str, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=KEPT))
 
-    def add(self, seen: Sequence[Seen], now: float) -> None:
+    def add(self, seen: Sequence[NodeStatus], now: float) -> None:
         for each in seen:
             if each.status is None:
                 continue
@@ -60,7 +60,7 @@ def watch(desk: Desk, arguments: Sequence[str]) -> int:
     return serve(desk, pause, port) if wanted.web else show(desk, pause)
 
 
-async def keep_looking(desk: Desk, pause: float, tell: Callable[[Sequence[Seen], History], None]) -> None:
+async def keep_looking(desk: Desk, pause: float, tell: Callable[[Sequence[NodeStatus], History], None]) -> None:
     history = History()
     while True:
         began = time.monotonic()
@@ -73,7 +73,7 @@ async def keep_looking(desk: Desk, pause: float, tell: Callable[[Sequence[Seen],
 def show(desk: Desk, pause: float) -> int:
     terminal = sys.stdout.isatty()
 
-    def draw(seen: Sequence[Seen], history: History) -> None:
+    def draw(seen: Sequence[NodeStatus], history: History) -> None:
         width, height = shutil.get_terminal_size()
         lines = screen(seen, history, width if terminal else 120)
         cut = [line[:width] + "\033[K" for line in lines][: height - 1] if terminal else [*lines, ""]
@@ -92,7 +92,7 @@ def show(desk: Desk, pause: float) -> int:
     return 0
 
 
-def screen(seen: Sequence[Seen], history: History, width: int) -> list[str]:
+def screen(seen: Sequence[NodeStatus], history: History, width: int) -> list[str]:
     """The table, and below it one line for each curve."""
     rows = [(name, f"{points[-1][1]:,.4g}", points) for name, points in history.curves.items()]
     room = max(10, width - max((len(name) + len(last) for name, last, _ in rows), default=0) - 4)
@@ -141,7 +141,7 @@ class Page(BaseHTTPRequestHandler):
 def serve(desk: Desk, pause: float, port: int) -> int:
     newest = [b"{}"]
 
-    def keep(seen: Sequence[Seen], history: History) -> None:
+    def keep(seen: Sequence[NodeStatus], history: History) -> None:
         curves = {name: [*points] for name, points in history.curves.items()}
         newest[0] = json.dumps({"time": time.time(), "hosts": as_data(seen), "curves": curves}).encode()
 

@@ -16,7 +16,7 @@ from app.fleet import status
 from app.fleet.hosts import Desk, Host
 from app.fleet.remote import Result, explain_failure
 from app.fleet.stack import exports
-from app.fleet.status import HEAD, Seen
+from app.fleet.status import HEAD, NodeStatus
 from app.fleet.watch import KEPT, History, Page, bars, screen
 
 FIRST, SECOND = Host(name="gpu-a", rank=0), Host(name="gpu-b", rank=1)
@@ -47,7 +47,7 @@ def result(host: Host, out: object = b"", code: int = 0, err: str = "") -> Resul
 
 
 def test_a_row_has_what_a_node_told() -> None:
-    cells = dict(zip(HEAD, status.row(Seen(host=FIRST, status=STATUS)), strict=True))
+    cells = dict(zip(HEAD, status.row(NodeStatus(host=FIRST, status=STATUS)), strict=True))
     assert (cells["node"], cells["state"], cells["restarts"]) == ("0 of 2", "running", "1 lost, 2 worker")
     assert (cells["progress"], cells["loss"], cells["tokens/s"]) == ("step 7, 20 s ago", "1.25", "180,000")
     assert (cells["GPU"], cells["memory"], cells["heat"]) == ("75%", "50%", "61")
@@ -56,7 +56,7 @@ def test_a_row_has_what_a_node_told() -> None:
 
 def test_a_row_of_a_node_that_tells_little_has_dashes() -> None:
     bare = {**STATUS, "figures": {}, "gpus": [], "progress": "", "bytes_per_second": {}, "restarts": {}}
-    cells = dict(zip(HEAD, status.row(Seen(host=FIRST, status=bare)), strict=True))
+    cells = dict(zip(HEAD, status.row(NodeStatus(host=FIRST, status=bare)), strict=True))
     assert {cells[name] for name in ("progress", "loss", "tokens/s", "GPU", "memory", "heat")} == {"-"}
 
 
@@ -73,7 +73,7 @@ def test_a_host_without_a_job_says_why(told: Result, why: str) -> None:
     seen = status._seen(told)
     assert seen.status is None
     assert why in seen.why
-    assert "no job" in "\n".join(status.table([Seen(host=FIRST, status=STATUS), seen]))
+    assert "no job" in "\n".join(status.table([NodeStatus(host=FIRST, status=STATUS), seen]))
 
 
 def test_what_a_node_tells_cannot_act_on_this_terminal() -> None:
@@ -90,11 +90,13 @@ def test_curves_keep_their_newest_points_alone() -> None:
     history = History()
     for step in range(KEPT + 50):
         figures = {"loss": float(step)}
-        history.add([Seen(host=FIRST, status={**STATUS, "figures": figures}), Seen(host=SECOND, status=None)], step)
+        history.add(
+            [NodeStatus(host=FIRST, status={**STATUS, "figures": figures}), NodeStatus(host=SECOND, status=None)], step
+        )
     assert set(history.curves) == {"loss", "GPU gpu-a"}
     assert len(history.curves["loss"]) == KEPT
     assert history.curves["loss"][-1] == (KEPT + 49, KEPT + 49)
-    drawn = screen([Seen(host=FIRST, status=STATUS)], history, 80)
+    drawn = screen([NodeStatus(host=FIRST, status=STATUS)], history, 80)
     assert any(line.startswith("loss") and line.endswith("█") for line in drawn)
 
 
