@@ -10,7 +10,7 @@ from http.server import ThreadingHTTPServer
 import pytest
 
 from app.fleet.hosts import Host
-from app.fleet.status import Seen, as_data
+from app.fleet.status import NodeStatus, as_data
 from app.fleet.watch import Page
 from tests.testbed import BedError
 from tests.testbed.browser import page_text
@@ -27,9 +27,12 @@ class Job:
         self.looks += 1
         hosts = [Host(name=name, rank=rank) for rank, name in enumerate(("gpu-a", "gpu-b"))]
         words = {"last_words": f"<script>document.title = 'taken over'</script> look {self.looks}"}
-        seen = [Seen(host=hosts[0], status={**STATUS, **words}), Seen(host=hosts[1], status={**STATUS, "node": 1})]
+        seen = [
+            NodeStatus(host=hosts[0], status={**STATUS, **words}),
+            NodeStatus(host=hosts[1], status={**STATUS, "node": 1}),
+        ]
         if self.looks > 2:
-            seen[1] = Seen(host=hosts[1], status=None, why="gpu-b does not answer")
+            seen[1] = NodeStatus(host=hosts[1], status=None, why="gpu-b does not answer")
         curves = {"loss": [(step, 3 - step / 100) for step in range(100)]}
         return json.dumps({"time": time.time(), "hosts": as_data(seen), "curves": curves}).encode()
 
