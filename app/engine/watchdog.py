@@ -13,7 +13,6 @@ import contextlib
 import json
 import linecache
 import os
-import select
 import socket
 import struct
 import sys
@@ -32,7 +31,9 @@ BYTES = 10_000
 """A second, through files and sockets: a slow download. What monitoring tools send is less."""
 WRITTEN_BACK = 256
 """Pages that the machine wrote to its disks between two samples: then a thread that waits for a disk does not hang."""
-LONGEST_PAUSE, LONGEST_REST = 5.0, 86_400.0
+LONGEST_PAUSE = 5.0
+NAME = "torchrun-compose"
+"""Of our threads."""
 STACK_BYTES, LINE_LENGTH, NAME_LENGTH, FRAMES = 20_000, 200, 80, 100
 TCP_BYTES_ACKED = 120
 """Offset in struct tcp_info, with bytes_received after it (linux/tcp.h)."""
@@ -102,42 +103,26 @@ def watch(folder: str, patience: float) -> None:
     `patience` is 0 and nothing else is watched.
     """
     heartbeat = os.path.join(folder, f"rank{os.environ['RANK']}")  # noqa: PTH118 - no pathlib at start-up
-    if not patience:
-        threading.Thread(target=_answer, args=(heartbeat,), name="torchrun-compose", daemon=True).start()
-        return
-    threading.Thread(target=_watch, args=(heartbeat, patience), name="torchrun-compose", daemon=True).start()
-    atexit.register(_tell_end, f"{heartbeat}.ended", os.getpid())
+    threading.Thread(target=_answer, args=(heartbeat,), name=NAME, daemon=True).start()
+    if patience:
+        threading.Thread(target=_watch, args=(heartbeat, patience), name=NAME, daemon=True).start()
+        atexit.register(_tell_end, f"{heartbeat}.ended", os.getpid())
 
 
 def _answer(heartbeat: str) -> None:
-    asked = _open_pipe(f"{heartbeat}.ask")
-    while asked >= 0:
-        _rest(heartbeat, asked, LONGEST_REST)
-
-
-def _open_pipe(path: str) -> int:
-    """A new named pipe; -1 where none can be made."""
-    try:
-        os.mkfifo(path, 0o600)
-        # Open for writing too: without a writer it would be at its end, which counts as a question.
-        return os.open(path, os.O_RDWR | os.O_NONBLOCK)
-    except OSError:
-        return -1
-
-
-def _rest(heartbeat: str, asked: int, pause: float) -> None:
-    """Sleeps for `pause` seconds, and answers questions meanwhile."""
-    until = time.monotonic() + pause
-    while asked >= 0 and (left := until - time.monotonic()) > 0:
-        if select.select([asked], [], [], left)[0]:
-            with contextlib.suppress(OSError):
-                os.read(asked, 4096)
+    """Waits for questions in `open`: the script finds no descriptor that it did not expect."""
+    asked = f"{heartbeat}.ask"
+    with contextlib.suppress(OSError):
+        os.mkfifo(asked, 0o600)
+        while True:
+            descriptor = os.open(asked, os.O_RDONLY | os.O_CLOEXEC)
+            os.read(descriptor, 4096)
+            os.close(descriptor)
             _tell_stacks(f"{heartbeat}.stacks")
-    time.sleep(max(0.0, until - time.monotonic()))
 
 
 def _tell_stacks(path: str) -> None:
-    """Where each thread of this rank is, the main one first; this one apart."""
+    """Where each thread of this rank is, the main one first; ours apart."""
     main, frames = threading.main_thread().ident, sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     order = sorted(frames, key=lambda ident: ident != main)
@@ -145,7 +130,7 @@ def _tell_stacks(path: str) -> None:
     threads = [
         {"name": names.get(ident, "of native code"), "stack": stack}
         for ident, stack in stacks
-        if ident != threading.get_ident()
+        if names.get(ident) != NAME
     ]
     at = _own_line(frames.get(main or 0))
     # A frame that is kept would keep the script's tensors.
@@ -156,7 +141,6 @@ def _tell_stacks(path: str) -> None:
 
 
 def _watch(heartbeat: str, patience: float) -> None:
-    asked = _open_pipe(f"{heartbeat}.ask")
     path = f"{heartbeat}.json"
     main = threading.main_thread().ident or 0
     clock = time.pthread_getcpuclockid(main)
@@ -189,7 +173,7 @@ def _watch(heartbeat: str, patience: float) -> None:
         # A frame that is kept would keep the script's tensors.
         del frame
         _write(heartbeat, str(os.getpid()))
-        _rest(heartbeat, asked, pause)
+        time.sleep(pause)
 
 
 def _places(frame: FrameType) -> list[object]:

@@ -107,10 +107,8 @@ def test_explain_of_broken_settings_says_what_is_broken_and_what_is_decided(tmp_
     assert "NODE_RANK=0 (derived): the only node" in done.stdout
 
 
-def test_an_interpreter_without_the_packages_is_told_how_to_get_them(tmp_path: Path) -> None:
+def test_an_interpreter_without_any_package_is_enough_for_the_launcher(tmp_path: Path) -> None:
     # -S: nothing of site-packages is found.
     command = [sys.executable, "-S", str(ENTRYPOINT), "explain"]
     done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "pip install -r requirements/cuda.txt" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
