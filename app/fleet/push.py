@@ -44,11 +44,12 @@ apply() {
   mv -f .desk/commit/pushed .desk/pushed && rm -rf .desk/commit
 }
 """
-# First what another push left undone; then what is here: mode, size, time, name.
+# First what another push left undone; then what is here: mode, size, time, name. Another push may make .desk at this
+# moment, and makes it before all else: whether it is there is asked last.
 LIST = (
     APPLY
     + r"""
-if [ -d FOLDER ] && [ ! -d FOLDER/.desk ] && [ -n "$(ls -A FOLDER)" ]; then exit 3; fi
+if [ -d FOLDER ] && [ -n "$(ls -A FOLDER)" ] && [ ! -d FOLDER/.desk ]; then exit 3; fi
 mkdir -p FOLDER && chmod 755 FOLDER && cd FOLDER && mkdir -p -m 700 .desk || exit 1
 exec 9> .desk/lock && flock 9 && apply
 find .desk -maxdepth 1 -name 'new.*' -mmin +1440 -exec rm -rf {} +

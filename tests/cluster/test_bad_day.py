@@ -97,7 +97,7 @@ def test_one_slow_rank_is_named_by_the_shipped_script(cluster2: Cluster) -> None
     # Steps long enough for the limit to be felt within each: the kernel grants it in slices of 0.1 s.
     heavy = "--steps 45 --log-every 5 --layers 2 --width 128 --heads 2 --sample 0 --eval-every 0"
     train = {"TRAIN_SCRIPT": "-m app.train", "TRAIN_ARGS": heavy}
-    few = {1: {"compose.override.yaml": "services: {trainer: {cpus: 0.3}}\n"}}
+    few = {1: {"compose.override.yaml": "services: {trainer: {cpus: 0.15}}\n"}}
     stacks = [up(node, cluster2.addresses, train, files=few.get(node.index)) for node in cluster2.nodes]
     after, line = heard(stacks[0], r"slow: rank 1 on node 1 .* times the median rank's time", since, 120)
     we_print("slow rank", after, line)

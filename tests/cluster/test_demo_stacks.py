@@ -27,6 +27,9 @@ def test_with_an_engine_two_compose_stacks_train_with_falling_loss_and_leave_the
         folder.chmod(0o755)
     tools = find_tools()
     with store_lock(tools), builder(tools, store(tools)) as engine:
+        # Those of a run that was cut off: this engine starts them again.
+        for container in engine.client.containers.list(all=True):
+            container.remove(force=True, v=True)
         environment = {
             **os.environ,
             **engine.environment,

@@ -187,7 +187,8 @@ def test_two_desks_at_once_leave_the_files_of_one_of_them(desk2: DeskBed) -> Non
             (folder / name).write_text(text)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         tasks = [pool.submit(desk2.run, "-C", str(folder), "push") for folder in (desk2.project, other)]
-        assert [task.result().code for task in tasks] == [0, 0]
+        done = [task.result() for task in tasks]
+    assert [each.code for each in done] == [0, 0], done
     for host in desk2.hosts:
         assert len({(host.folder / name).read_text() for name in names}) == 1
 

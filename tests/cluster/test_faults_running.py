@@ -296,7 +296,7 @@ def test_a_power_cut(job: Job, table: Table) -> None:
 
 
 def test_min_nodes_goes_on_without_a_lost_node_and_takes_it_back(job: Job, table: Table) -> None:
-    job.train(3, REJOIN_TIMEOUT="4", MIN_NODES="2")
+    job.train(3, REJOIN_TIMEOUT="4", MIN_NODES="2", REGROW="failure")
     first, lost, last = job.stacks
     since = job.fault()
     lost.kill()
@@ -307,7 +307,7 @@ def test_min_nodes_goes_on_without_a_lost_node_and_takes_it_back(job: Job, table
     table.add("node 1 of 3 never returns (MIN_NODES=2, REJOIN_TIMEOUT=4)", knows, told, verdict(line))
     since = job.fault()
     lost.start()
-    knows, line = heard(lost, "is running without this node; it joins the next one", since)
+    knows, line = heard(lost, "runs without this node; it joins the next one", since)
     assert first.signal(WORKER) == 1
     again = job.trains()
     for rank, stack in enumerate(job.stacks):

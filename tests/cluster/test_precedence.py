@@ -60,6 +60,8 @@ IN_FILE = {
     "CUDA_LAUNCH_BLOCKING": "1",
     "PYTHONUNBUFFERED": "2",
     "TORCH_FR_DUMP_TEMP_FILE": "/tmp/file_",
+    "METRICS_PORT": "9400",
+    "NOTIFY": "json://127.0.0.1/file",
 }
 IN_SHELL = {
     "NODES": "127.0.0.3,127.0.0.4,127.0.0.5",
@@ -106,6 +108,8 @@ IN_SHELL = {
     "CUDA_LAUNCH_BLOCKING": "0",
     "PYTHONUNBUFFERED": "3",
     "TORCH_FR_DUMP_TEMP_FILE": "/tmp/shell_",
+    "METRICS_PORT": "9401",
+    "NOTIFY": "json://127.0.0.1/shell",
 }
 # What compose.yaml gives a container that nothing else is said to.
 COMPOSE_DEFAULTS = {"RUNS_ROOT": "/runs", "STOPPED_EXIT_CODE": "0", "PYTHONUNBUFFERED": "1", "CLUSTER_TOKEN_FILE": ""}
@@ -113,7 +117,7 @@ FOR_COMPOSE = {
     "ENV_FILE": ("./a.env", "./b.env"),
     "IMAGE": ("local/a:1", "local/b:1"),
     "BASE_IMAGE": ("debian:12", "debian:13"),
-    "TORCH": ("cpu", "base"),
+    "TORCH": ("rocm", "base"),
     "WHEELHOUSE": ("./a-wheels", "./b-wheels"),
     "RENDER_GROUP": ("44", "45"),
     "RUNS": ("./a-runs", "./b-runs"),
