@@ -55,9 +55,7 @@ class Coordinator(Session):
         self._owners = [*range(plan.nodes.training)]
         """Of each place in a round, as in `places.assign`."""
         self._places: Mapping[int, NodeConnection] = {}
-        """The nodes of the round, in their order."""
-        self._waiting = set[int]()
-        """Nodes that were told that they have no place in it."""
+        """The nodes of the last round, in their order."""
         self._given_up = set[int]()
         """Nodes that were missing when the last round began: nobody waits for them again."""
         self._enough_since = 0.0
@@ -84,13 +82,12 @@ class Coordinator(Session):
             return f"node {hello.rank} no longer agrees with the others:\n{wrong}"
         return ""
 
-    def welcome(self, connection: Connection, hello: Hello) -> None:
+    def welcome(self, connection: Connection) -> None:
         if self._running:
-            self._let_wait(connection, hello.rank)
+            self._let_wait(connection)
 
-    def _let_wait(self, connection: Connection, rank: int) -> None:
+    def _let_wait(self, connection: Connection) -> None:
         """Tells a node that it has no place in the running round."""
-        self._waiting.add(rank)
         full = len(self._places) == self.plan.nodes.training
         then = "it is a spare" if full else "it joins the next one" + (self._handed_over() if self._grows else "")
         connection.send("wait", text=f"round {self.round} runs without this node; {then}", round=self.round)
@@ -237,7 +234,8 @@ class Coordinator(Session):
             return False
         # What came from elsewhere is no progress of the round that follows.
         for rank, node in self.membership.all().items():
-            if (changed or rank in self._waiting) and (reply := await self.ask(rank, "progress", {}, PROGRESS)):
+            waited = self._places and rank not in self._places
+            if (changed or waited) and (reply := await self.ask(rank, "progress", {}, PROGRESS)):
                 node.hello = replace(node.hello, progress=text(reply, "progress", 200))
         return False
 
@@ -260,13 +258,12 @@ class Coordinator(Session):
         run_id = f"{self.plan.run_name}-{self.round}-{next(iter(nodes.values())).hello.instance_id[:6]}"
         told = any(node.hello.told for node in nodes.values())
         self._places = nodes
-        self._waiting.clear()
         for index, node in enumerate(nodes.values()):
             place = {"node_rank": index, "nnodes": len(nodes), "failures": min(self.failures, LAST_ROUND), "told": told}
             node.connection.send("go", round=self.round, run_id=run_id, **place)
         for rank, node in self.membership.all().items():
             if rank not in nodes:
-                self._let_wait(node.connection, rank)
+                self._let_wait(node.connection)
         if self._ending_since:
             self._handover = time.monotonic() - self._ending_since
         state = RoundState(

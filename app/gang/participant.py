@@ -145,7 +145,9 @@ class Participant:
     async def _rest(self, seconds: float) -> bool:
         """Whether the user wants this job to end; waits a little for that."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), seconds)
+            # Python 3.11's wait_for swallows a cancel that comes as the awaited ends.
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
         return self.stops > 0
 
     def _timed_out(self, waiting: Waiting, why: str) -> Verdict:

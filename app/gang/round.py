@@ -39,7 +39,6 @@ class RoundState:
     halted_at: float = 0.0
     """Monotonic time at which the nodes were told to end; 0 before."""
     failures: list[NodeFailure] = field(default_factory=list)
-    _grown: bool = False
     stopped_by: str = ""
     _first_signs: dict[int, float] = field(default_factory=dict)
     _finished: dict[str, str] = field(default_factory=dict)
@@ -115,7 +114,6 @@ class RoundState:
     def grow(self, reason: str, now: float) -> None:
         """Ends the round for another with more nodes, unless it ends already."""
         if not self.halted_at:
-            self._grown = True
             self._end("grow", self.stop_grace, reason, now)
 
     def check_hang(self, now: float) -> None:
@@ -179,7 +177,8 @@ class RoundState:
     def result(self) -> Sequence[NodeFailure]:
         """What went wrong; nothing where the round ended to let others in. Raises JobEnded when all ended well or the
         user stopped the job."""
-        if self._grown and not self.stopped_by and all(each.weight == Weight.FOLLOWED for each in self.failures):
+        grown = "grow" in self._halted and not self.stopped_by
+        if grown and all(each.weight == Weight.FOLLOWED for each in self.failures):
             return []
         if self._codes.keys() == self.names.keys() and not any(self._codes.values()):
             nodes = f"{len(self.names)} nodes" if len(self.names) > 1 else "this node"

@@ -63,7 +63,7 @@ class Session:
         """Why a node may not take part, or ""."""
         raise NotImplementedError
 
-    def welcome(self, connection: Connection, hello: Hello) -> None:
+    def welcome(self, connection: Connection) -> None:
         """A node has become a member."""
 
     def conclude(self, verdict: Verdict) -> None:
@@ -120,7 +120,7 @@ class Session:
             self.lose(before, "reconnected after its connection dropped")
         connection.give_up_after(PATIENCE * self.plan.timeouts.heartbeat)
         connection.send("joined")
-        self.welcome(connection, hello)
+        self.welcome(connection)
         self._events.put_nowait(Event(rank=hello.rank, kind="joined"))
         return self.membership.add(connection, hello)
 
