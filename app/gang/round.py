@@ -163,7 +163,8 @@ class RoundState:
             self._judge(now)
 
     def _end(self, why: str, grace: float, reason: str, now: float) -> None:
-        if why not in self._halted and "stop" not in self._halted:
+        # Whoever fails after it was told to end does so because of that; a user's stop still counts.
+        if not self._halted or (why == "stop" and "stop" not in self._halted):
             self._halted.add(why)
             self.halted_at, self.limit = now, now + grace + self.patience
             self.halt(why, grace, reason)

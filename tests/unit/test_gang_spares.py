@@ -117,6 +117,8 @@ def test_a_node_that_comes_back_joins_at_the_next_checkpoint_which_is_no_failure
             end(node, 143)
         assert await all_go([*nodes, late], 2) == [go(0, 3), go(1, 3), go(2, 3)]
         assert next(each for each in nodes[0].heard[::-1] if each["kind"] == "go")["failures"] == 0
+        # The exit code of a rank that was told to end is no failure, and shortens nobody's grace.
+        assert [each["why"] for each in nodes[1].heard if each["kind"] == "halt"] == ["grow"]
 
     lead(a_plan(MIN_NODES="2", START_TIMEOUT="1", HEARTBEAT_TIMEOUT="60"), story)
 
