@@ -1,5 +1,6 @@
 """`notify --test`: sends one message to each service of NOTIFY, and tells which took it."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], env_file: Path) -
     title, codes = f"torchrun-compose: {settings.run_name.value} {what}", []
     for number, service in enumerate(settings.notify.value, 1):
         try:
-            why = in_time(lambda service=service: deliver(service, nature, title, "A test message."), LIMIT)  # type: ignore[misc]
+            why = in_time(functools.partial(deliver, service, nature, title, "A test message."), LIMIT)
         except TimeoutError:
             why = f"no answer within {LIMIT:.0f} s"
         print(f"service {number} ({scheme(service)}): {why or 'took the message'}")

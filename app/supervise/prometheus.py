@@ -1,16 +1,15 @@
 """METRICS_PORT: what this node knows of its job and of its machine, for Prometheus."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from app.host.accelerators import read_loads
-from app.supervise.files import in_time, start_thread
+from app.supervise.files import start_thread
+from app.supervise.status import gpu_loads
 
 PREFIX = "torchrun_compose_"
 MISSING = "prometheus-client is not installed here: `pip install prometheus-client`, or build the image anew"
 CAUSES = ("worker", "lost", "hang", "network")
-GPUS = 5.0
-"""Seconds that the driver has."""
 FIGURES: Mapping[str, tuple[str, str]] = {
     "up": ("gauge", "1 while the launcher of this node lives"),
     "running": ("gauge", "1 while the workers of this node run"),
@@ -70,16 +69,10 @@ class Collector:
         self._record, self._labels = record, labels
 
     def collect(self) -> Iterator[Any]:
-        import time
-
         from prometheus_client import core as client  # type: ignore[import-not-found, unused-ignore]
 
-        try:
-            loads = in_time(read_loads, GPUS)
-        except OSError:
-            loads = ()
         families: dict[str, Any] = {}
-        for name, labels, value in samples(self._record(), loads, time.time()):
+        for name, labels, value in samples(self._record(), gpu_loads(), time.time()):
             every = {**self._labels, **labels}
             if name not in families:
                 kind, meaning = FIGURES[name]

@@ -5,6 +5,7 @@ The file lies in the launcher's own folder (runtime_dir.py) and is written again
 
 import asyncio
 import contextlib
+import functools
 import json
 import time
 from collections import Counter, deque
@@ -58,10 +59,10 @@ class NodeState:
         """Writes the file while the event loop runs."""
         while True:
             self._changed.clear()
-            known = self._known()
+            write = functools.partial(self._write, self._known())
             # A full disk must not end a training.
             with contextlib.suppress(OSError):
-                await off_loop(lambda known=known: self._write(known), WRITE_EVERY)  # type: ignore[misc]
+                await off_loop(write, WRITE_EVERY)
             # Python 3.11's wait_for swallows a cancel that comes as the awaited ends.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WRITE_EVERY):

@@ -10,6 +10,7 @@ from typing import Any
 from app.config.redaction import redact
 from app.config.table import columns
 from app.host.accelerators import read_loads
+from app.host.accelerators.gpu import GpuLoad
 from app.supervise.files import in_time
 from app.supervise.health import read_states
 
@@ -18,6 +19,7 @@ READ_BYTES = 4096
 FILES = 2.0
 """Seconds that the file system of the logs has."""
 GPUS = 5.0
+"""Seconds that the driver has."""
 Status = Mapping[str, Any]
 
 
@@ -25,11 +27,16 @@ def read_status() -> list[Status]:
     """All launchers of this user, each with the machine's GPUs and the last line that a rank of it printed. Never
     raises OSError."""
     states = read_states()
-    try:
-        loads = in_time(read_loads, GPUS) if states else ()
-    except OSError:
-        loads = ()
+    loads = gpu_loads() if states else ()
     return [{**state, "gpus": [asdict(each) for each in loads], "last_words": last_words(state)} for state in states]
+
+
+def gpu_loads() -> tuple[GpuLoad, ...]:
+    """None where the driver does not answer soon."""
+    try:
+        return in_time(read_loads, GPUS)
+    except OSError:
+        return ()
 
 
 def last_words(state: Status) -> str:
