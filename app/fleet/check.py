@@ -11,7 +11,7 @@ from app.config.problems import Problem, Severity, texts
 from app.config.table import columns
 from app.fleet.hosts import Desk, Host
 from app.fleet.image import image_name
-from app.fleet.remote import FAILURES, Result, disconnect, everywhere, explain_failure
+from app.fleet.remote import FAILURES, Result, clock_ahead, disconnect, everywhere, explain_failure
 
 COMPOSE = (2, 24)
 """What compose.yaml needs."""
@@ -79,10 +79,7 @@ def checked(desk: Desk, result: Result) -> Checked:
             problems.append(explain_failure(host, *said[name]))
     if not said["compose"][0] and tuple(map(int, re.findall(r"\d+", said["compose"][1])[:2])) < COMPOSE:
         problems.append(_problem("compose-old", host, found=said["compose"][1], needed="{}.{}".format(*COMPOSE)))
-    skew = (
-        float(said["time"][1]) - (result.began + result.seconds / 2) if re.match(r"\d+\.\d", said["time"][1]) else 0.0
-    )
-    skew = max(0.0, abs(skew) - result.seconds / 2)
+    skew = max(0.0, abs(clock_ahead(result, said["time"][1])) - result.seconds / 2)
     if skew > CLOCK:
         problems.append(_problem("clock", host, "warning", skew=skew))
     free = _free(said["disk"][1])

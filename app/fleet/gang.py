@@ -59,8 +59,11 @@ async def _start(desk: Desk, *, attach: bool) -> int:
 
     def over(line: Line) -> bool:
         before = len(arrived) == len(desk.hosts)
-        if READY.match(line.text) if line.rank is None else True:
-            arrived.update(desk.hosts if line.rank is not None else [line.host])
+        if line.rank is not None:
+            # A rank speaks only after all have met.
+            arrived.update(desk.hosts)
+        elif READY.match(line.text):
+            arrived.add(line.host)
         if len(arrived) == len(desk.hosts) and not before:
             say(f"the roll call is over {time.time() - began:.1f} s after the start")
         return not attach and len(arrived) == len(desk.hosts)
@@ -84,26 +87,25 @@ async def _ended(desk: Desk) -> int:
 def stop(desk: Desk, arguments: Sequence[str]) -> int:
     """Stops all stacks, each after its last checkpoint."""
     Parser(prog="stop", description="Stops the job on all hosts, after a checkpoint.").read(arguments)
-    return asyncio.run(_all(desk, ("stop",)))
+    return asyncio.run(_all(desk, "stop"))
 
 
 def down(desk: Desk, arguments: Sequence[str]) -> int:
     """Stops and removes the containers; results stay."""
     Parser(prog="down", description="Stops the job and removes its containers; results stay.").read(arguments)
-    return asyncio.run(_all(desk, ("down",)))
+    return asyncio.run(_all(desk, "down"))
 
 
 def restart(desk: Desk, arguments: Sequence[str]) -> int:
     """Stops all, then starts all: never one by one."""
     Parser(prog="restart", description="Stops the job on all hosts, then starts it on all.").read(arguments)
-    code = asyncio.run(_all(desk, ("stop",)))
+    code = asyncio.run(_all(desk, "stop"))
     return code or asyncio.run(_start(desk, attach=False))
 
 
-async def _all(desk: Desk, words: Sequence[str]) -> int:
+async def _all(desk: Desk, verb: str) -> int:
     """One compose command on all hosts at once, and how each stands after it."""
     grace = desk.settings.stop_grace_period.value or 0.0
-    verb = " ".join(words)
     script = (
         f"{ALONE}docker compose --ansi never {verb} && docker compose --ansi never ps --all --format '{STATE}' trainer"
     )

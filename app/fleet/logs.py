@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from app.config.errors import UserError, printable
 from app.config.options import Parser
 from app.fleet.hosts import Desk, Host
-from app.fleet.remote import CONNECT, complaints, everywhere, stream
+from app.fleet.remote import CONNECT, clock_ahead, complaints, everywhere, stream
 from app.fleet.stack import compose
 
 HOLD = 0.6
@@ -288,10 +288,7 @@ async def offsets(desk: Desk) -> dict[Host, float]:
     for result in results:
         if result.host in failed:
             continue
-        middle = result.began + result.seconds / 2
-        ahead = float(result.text) - middle if re.fullmatch(r"\d+\.\d+", result.text) else 0.0
-        # A difference that the way there and back explains is none.
-        found[result.host] = ahead if abs(ahead) > result.seconds / 2 else 0.0
+        found[result.host] = clock_ahead(result, result.text)
     if not found:
         raise UserError("No host answers.", 1)
     return found

@@ -163,6 +163,15 @@ def complaints(results: Iterable[Result]) -> dict[Host, str]:
     return found
 
 
+def clock_ahead(result: Result, said: str) -> float:
+    """How far a host's clock is ahead of ours, in seconds, by what `date +%s.%N` said there; 0 where the way there and
+    back explains the difference, or where that date knows no fractions."""
+    if not re.fullmatch(r"\d+\.\d+", said):
+        return 0.0
+    ahead = float(said) - (result.began + result.seconds / 2)
+    return ahead if abs(ahead) > result.seconds / 2 else 0.0
+
+
 async def contact(desk: Desk) -> list[Result]:
     """Whether each host can be used at all, within CONNECT seconds: before anything that takes longer."""
     return await everywhere(desk, "true", deadline=CONNECT + 1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.config.errors import printable
+from app.config.errors import UserError, printable
 from app.config.options import Parser
 from app.config.table import columns
 from app.fleet.hosts import Desk, Host
@@ -160,8 +160,9 @@ def together(told: Sequence[Mapping[str, Any]]) -> str:
 def notify(desk: Desk, arguments: Sequence[str]) -> int:
     """Lets node 0 send a test message; `--on` names another."""
     parser = Parser(prog="notify", description="Tries the services of NOTIFY, from node 0 (--on HOST: another).")
-    parser.add_argument("--test", action="store_true", required=True, help="send one message to each service")
-    parser.read(arguments)
+    parser.add_argument("--test", action="store_true", help="send one message to each service")
+    if not parser.read(arguments).test:
+        raise UserError("notify sends nothing by itself: `notify --test` tries the services of NOTIFY.")
     first = desk.only([desk.hosts[0].name])
     results = asyncio.run(
         everywhere(first, lambda host: run_trainer(first, host, "notify", "--test"), what="notify", deadline=NOTIFY)
