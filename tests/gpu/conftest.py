@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from app.host.accelerators import read_gpus
-from tests.native.launchers import PROJECT, Launcher, left_behind
+from tests.native.launchers import PROJECT, Launcher, launch, nothing_left
 from tests.native.ports import free_port
 
 HERE = bool(read_gpus(Path("/")).visible)
@@ -63,16 +63,7 @@ class Bed:
             "TMPDIR": str(self.folder),
             **settings,
         }
-        process = subprocess.Popen(
-            [sys.executable, str(PROJECT / "entrypoint.py"), command, *words],
-            env={name: value for name, value in env.items() if value},
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.started.append(Launcher(process))
+        self.started.append(launch(self.folder, env, command, *words))
         return self.started[-1]
 
     def both(self, command: str, *words: str, **settings: str) -> list[Launcher]:
@@ -87,14 +78,8 @@ class Bed:
 @pytest.fixture
 def bed(tmp_path: Path) -> Iterator[Bed]:
     made = Bed(tmp_path)
-    try:
+    with nothing_left(tmp_path, made.started):
         yield made
-        assert not left_behind(tmp_path), "processes outlived their launcher"
-    finally:
-        for launcher in made.started:
-            launcher.process.kill()
-        for process in left_behind(tmp_path, patience=0):
-            process.kill()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

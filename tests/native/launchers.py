@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +34,16 @@ for step in range(int(sys.argv[1])):
         print(f"trains: rank {rank} of {size}, place {local}, pid {os.getpid()}", flush=True)
     time.sleep(0.05)
 dist.destroy_process_group()
+"""
+
+
+ONE_FAILS = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+dist.all_reduce(torch.ones(1))
+if dist.get_rank() == 1:
+    raise ValueError("bad batch")
+dist.all_reduce(torch.ones(1))
 """
 
 
@@ -135,18 +145,10 @@ class Nodes:
             **settings,
         }
         self.disk(rank).mkdir(exist_ok=True)
-        process = subprocess.Popen(
-            [sys.executable, str(PROJECT / "entrypoint.py"), "run", str(self.script), *arguments],
-            env={name: value for name, value in environment.items() if value},
-            cwd=self.disk(rank) if self.apart else self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        launcher = Launcher(process)
-        self.launchers.append(launcher)
-        return launcher
+        words = ("run", str(self.script), *arguments)
+        folder = self.disk(rank) if self.apart else self.folder
+        self.launchers.append(launch(folder, environment, *words, output=self.output))
+        return self.launchers[-1]
 
     def disk(self, rank: int) -> Path:
         """Where a node keeps what outlives its launcher."""
@@ -162,11 +164,32 @@ def nodes(folder: Path, count: int, script: str, **settings: str) -> Iterator[No
     path = folder / "script.py"
     path.write_text(script)
     made = Nodes(folder, count, path, {"MASTER_PORT": str(free_port()), **settings})
-    try:
+    with nothing_left(folder, made.launchers):
         yield made
+
+
+def launch(folder: Path, environment: Mapping[str, str], *words: str, output: int = subprocess.PIPE) -> Launcher:
+    """Starts a command of the entrypoint in `folder`. What is empty in `environment` is not set."""
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT / "entrypoint.py"), *words],
+        env={name: value for name, value in environment.items() if value},
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return Launcher(process)
+
+
+@contextlib.contextmanager
+def nothing_left(folder: Path, launchers: Sequence[Launcher]) -> Iterator[None]:
+    """Checks that no process works for `folder` afterwards; ends those of a test that failed."""
+    try:
+        yield
         assert not left_behind(folder), "processes outlived their launcher"
     finally:
-        for launcher in made.launchers:
+        for launcher in launchers:
             launcher.process.kill()
         for process in left_behind(folder, patience=0):
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.launchers import PROJECT, Launcher, left_behind
+from tests.native.launchers import PROJECT, Launcher, launch, nothing_left
 from tests.native.ports import free_port
 
 TOKEN = "0123456789abcdef" * 2
@@ -26,12 +26,8 @@ TOKEN = "0123456789abcdef" * 2
 @pytest.fixture
 def doctors(tmp_path: Path) -> Iterator["Doctors"]:
     made = Doctors(tmp_path)
-    try:
+    with nothing_left(tmp_path, made.started):
         yield made
-        assert not left_behind(tmp_path), "processes outlived doctor"
-    finally:
-        for started in made.started:
-            started.process.kill()
 
 
 class Doctors:
@@ -54,16 +50,7 @@ class Doctors:
             "TMPDIR": str(self.folder),
             **settings,
         }
-        process = subprocess.Popen(
-            [sys.executable, str(PROJECT / "entrypoint.py"), command, *words],
-            env=environment,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.started.append(Launcher(process))
+        self.started.append(launch(self.folder, environment, command, *words))
         return self.started[-1]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from app.supervise.prometheus import FIGURES, PREFIX
-from tests.native.launchers import ALL_REDUCE, PROJECT, Nodes, nodes
+from tests.native.launchers import ALL_REDUCE, ONE_FAILS, PROJECT, Nodes, nodes
 from tests.native.ports import free_port
 
 TRAINS = """
@@ -44,14 +44,6 @@ marker = pathlib.Path(os.environ["RUN_DIR"], "failed")
 if dist.get_rank() == 1 and not marker.exists():
     marker.write_text("")
     raise ValueError("bad batch, with token=hf_abcdefghijklmnopqrstuvwxyz")
-dist.all_reduce(torch.ones(1))
-"""
-ALWAYS_FAILS = """
-import torch, torch.distributed as dist
-dist.init_process_group("gloo")
-dist.all_reduce(torch.ones(1))
-if dist.get_rank() == 1:
-    raise ValueError("bad batch")
 dist.all_reduce(torch.ones(1))
 """
 HANGS = """
@@ -294,7 +286,7 @@ def test_a_job_that_fails_once_is_told_of_three_times_without_its_secrets(tmp_pa
 
 
 def test_a_job_without_restarts_left_is_told_of_once(tmp_path: Path, sink: Sink) -> None:
-    with watched(tmp_path, 2, ALWAYS_FAILS, NOTIFY=sink.service, MAX_RESTARTS="0") as made:
+    with watched(tmp_path, 2, ONE_FAILS, NOTIFY=sink.service, MAX_RESTARTS="0") as made:
         assert [launcher.end() for launcher in made.start_all()] == [5, 5]
         assert sink.kinds() == [STARTED, FAILED]
 

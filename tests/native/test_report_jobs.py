@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.native.launchers import PROJECT, nodes
+from tests.native.launchers import ONE_FAILS, PROJECT, nodes
 
 FAILING = """
 import os, time
@@ -39,18 +39,8 @@ def test_each_node_of_a_failed_job_has_a_report_and_the_command_prints_it(tmp_pa
     assert b"hf_abcdefghijklmnopqrst" not in listed.stdout
 
 
-ONE_OF_TWO = """
-import torch, torch.distributed as dist
-dist.init_process_group("gloo")
-dist.all_reduce(torch.ones(1))
-if dist.get_rank() == 1:
-    raise ValueError("bad batch")
-dist.all_reduce(torch.ones(1))
-"""
-
-
 def test_an_unknown_exception_is_not_explained_by_the_complaint_of_its_neighbour(tmp_path: Path) -> None:
-    with nodes(tmp_path, 1, ONE_OF_TWO, MAX_RESTARTS="0", NPROC_PER_NODE="2") as made:
+    with nodes(tmp_path, 1, ONE_FAILS, MAX_RESTARTS="0", NPROC_PER_NODE="2") as made:
         assert made.start(0).end(60) == 5
         assert "rank 1 failed with ValueError: bad batch" in made.launchers[0].said[-1]
     report = json.loads((tmp_path / "node0/default/report/node0/report.json").read_text())
